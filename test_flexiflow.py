@@ -1,0 +1,6870 @@
+"""What FlexiFlow promises, as tests: the sections of flexiflow.py in the same order.
+
+    python -m unittest test_flexiflow
+
+needs nothing but this file, flexiflow.py and examples/. Tests on `../shared/data` are skipped, and
+say so, where that folder is missing.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import types
+import unittest
+from pathlib import Path
+
+import flexiflow as ff
+from flexiflow import (
+    AsyncComponent, AsyncEventManager, ConfigError, ConfigLoader, FlexiFlowEngine, FlexiFlowError,
+    ImportError_, PersistenceError, Receipt, SQLiteStore, State, StateError, StateMachine, explain,
+)
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared" / "data"
+
+
+class Clock:
+    """A clock that the test moves by hand."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Recorder:
+    """A handler whose log is compared and cleared."""
+
+    def __init__(self, *keys: str) -> None:
+        self.keys, self.log = keys, []
+
+    def __call__(self, data):
+        self.log.append(tuple(data.get(key) for key in self.keys) if self.keys else data)
+
+    def take(self):
+        log, self.log = self.log, []
+        return log
+
+
+class Case(unittest.TestCase):
+    """A test with a folder of its own, that runs coroutines and child processes."""
+
+    maxDiff = None
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="flexiflow-test-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def path(self, name: str = "flow.db") -> str:
+        return str(self.folder / name)
+
+    def write(self, name: str, content) -> str:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return self.path(name)
+
+    def run_async(self, coroutine):
+        return asyncio.run(coroutine)
+
+    def python(self, *args: str, **settings):
+        """Run a Python child process in the test's folder, flexiflow importable; return it."""
+        env = {**os.environ, "PYTHONPATH": str(HERE), **settings.pop("env", {})}
+        env = {key: value for key, value in env.items() if value is not None}
+        return subprocess.run(
+            [sys.executable, *args], cwd=settings.pop("cwd", self.folder), env=env, timeout=60,
+            capture_output=True, encoding=settings.pop("encoding", "utf-8"), **settings,
+        )
+
+    def flexiflow(self, *args: str, **settings):
+        """Run the command line in a child process; return it."""
+        return self.python("-m", "flexiflow", *args, **settings)
+
+    def raises(self, error, call, *args, **kwargs):
+        """Return the error that a call raises."""
+        with self.assertRaises(error) as caught:
+            call(*args, **kwargs)
+        return caught.exception
+
+    def logged(self):
+        """Collect what FlexiFlow logs, formatted, for the rest of the test; return the list."""
+        lines = []
+
+        class Keep(logging.Handler):
+            def emit(self, record):
+                lines.append(f"{record.levelname} {record.correlation_id} {record.getMessage()}")
+
+        handler, log = Keep(), logging.getLogger("flexiflow")
+        level = log.level
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        self.addCleanup(log.setLevel, level)
+        self.addCleanup(log.removeHandler, handler)
+        return lines
+# --------------------------------------------------------------------------------------------
+# 6. States, registry, packs, imports
+# --------------------------------------------------------------------------------------------
+
+
+class CodeCase(Case):
+    """Tests whose configs name Python code, in modules that vanish after the test."""
+
+    def setUp(self):
+        super().setUp()
+        path, modules, names = list(sys.path), set(sys.modules), set(ff.DEFAULT_REGISTRY.names())
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(self.restore, path, modules, names)
+
+    @staticmethod
+    def restore(path, modules, names):
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if not getattr(sys.modules[name], "__file__", None) or "flexiflow-test-" in str(
+                    sys.modules[name].__file__):
+                del sys.modules[name]
+        for name in set(ff.DEFAULT_REGISTRY.names()) - names:
+            ff.DEFAULT_REGISTRY.unregister(name)
+
+    def module(self, name: str, source: str = "") -> None:
+        """Write a module that the test's configs may import; folders of packages are made."""
+        path = self.folder.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source), encoding="utf-8")
+
+    def imported(self, *names: str):
+        """Tell which of these modules have been imported."""
+        return [name for name in names if name in sys.modules]
+
+
+class BuiltInStates(Case):
+
+    def step(self, state, message):
+        proceed, following = asyncio.run(state.handle_message(message, None))
+        return proceed, type(following).__name__
+
+    def test_the_built_in_machine_is_that_of_1_0_1(self):
+        moves = {
+            ("InitialState", "start"): "AwaitingConfirmation",
+            ("AwaitingConfirmation", "cancel"): "InitialState",
+            ("ProcessingRequest", "complete"): "InitialState",
+            ("ProcessingRequest", "error"): "ErrorHandling",
+            ("ErrorHandling", "acknowledge"): "InitialState",
+        }
+        kinds = {kind for _, kind in moves} | {"confirm", "", "START"}
+        names = ff.DEFAULT_REGISTRY.names()
+        answers = {
+            (name, kind): self.step(ff.DEFAULT_REGISTRY.create(name), {"type": kind})
+            for name in names for kind in kinds
+        }
+        self.assertEqual(answers, {
+            (name, kind): (True, moves[name, kind]) if (name, kind) in moves else (False, name)
+            for name in names for kind in kinds
+        })
+
+    def test_confirm_wants_exactly_the_content_confirmed(self):
+        contents = ["confirmed", "Confirmed", " confirmed", "", None, True, ["confirmed"]]
+        state = ff.AwaitingConfirmation()
+        found = [self.step(state, {"type": "confirm", "content": one})[0] for one in contents]
+        found.append(self.step(state, {"type": "confirm"})[0])
+        self.assertEqual(found, [True] + [False] * 7)
+
+    def test_a_built_in_state_takes_no_message_without_a_type(self):
+        state = ff.InitialState()
+        answers = [asyncio.run(state.handle_message(message, None))
+            for message in ({}, {"type": None}, {"type": ["start"]})]
+        self.assertEqual(answers, [(False, state)] * 3)
+
+    def test_a_move_makes_a_new_object(self):
+        state = ff.InitialState()
+        _, first = asyncio.run(state.handle_message({"type": "start"}, None))
+        _, second = asyncio.run(state.handle_message({"type": "start"}, None))
+        self.assertIsNot(first, second)
+
+    def test_a_state_without_code_says_its_name(self):
+        class Lazy(State):
+            pass
+
+        with self.assertRaises(NotImplementedError) as caught:
+            asyncio.run(Lazy().handle_message({"type": "x"}, None))
+        self.assertEqual(str(caught.exception), "Lazy has no handle_message")
+
+
+class StateMachines(Case):
+
+    def test_a_machine_starts_by_name_and_moves_by_message(self):
+        machine = StateMachine.from_name("InitialState")
+        took = [asyncio.run(machine.handle_message({"type": kind}, None))
+            for kind in ("confirm", "start", "start", "cancel", "start")]
+        self.assertEqual(took, [False, True, False, True, True])
+        self.assertIs(type(machine.current_state), ff.AwaitingConfirmation)
+
+    def test_an_unknown_name_lists_the_known_ones(self):
+        error = self.raises(StateError, StateMachine.from_name, "Nirvana")
+        self.assertEqual(str(error), textwrap.dedent("""\
+            Unknown state: 'Nirvana'
+            Why: no class is registered under this name
+            Fix: use one of 'AwaitingConfirmation', 'ErrorHandling', 'InitialState', """
+            "'ProcessingRequest'"))
+
+    def test_a_name_one_typo_away_is_suggested(self):
+        error = self.raises(StateError, StateMachine.from_name, "InitalState")
+        self.assertEqual(error.fix, "did you mean 'InitialState'?")
+
+    def test_an_answer_that_is_no_pair_of_bool_and_state_is_refused(self):
+        class Odd(State):
+            async def handle_message(self, message, component):
+                return message["answer"]
+
+        for answer in ((True, None), (True, "Done"), (True, Odd), None, True, (True,),
+                (True, Odd(), 1), [True, Odd()]):
+            with self.subTest(answer=answer):
+                machine = StateMachine(Odd())
+                before = machine.current_state
+                with self.assertRaises(StateError) as caught:
+                    asyncio.run(machine.handle_message({"type": "x", "answer": answer}, None))
+                self.assertEqual(
+                    (caught.exception.what, caught.exception.fix, machine.current_state),
+                    (f"State Odd answered {answer!r}",
+                     "return True, NextState() or return False, self", before))
+
+    def test_an_exception_of_a_state_passes_and_moves_nothing(self):
+        class Broken(State):
+            async def handle_message(self, message, component):
+                raise KeyError("my own")
+
+        machine = StateMachine(Broken())
+        with self.assertRaises(KeyError) as caught:
+            asyncio.run(machine.handle_message({"type": "x"}, None))
+        self.assertEqual((caught.exception.args, type(machine.current_state)),
+            (("my own",), Broken))
+
+    def test_a_state_may_leave_its_place_to_another_object(self):
+        class Counting(State):
+            def __init__(self, n=0):
+                self.n = n
+
+            async def handle_message(self, message, component):
+                return True, Counting(self.n + 1)
+
+        machine = StateMachine(Counting())
+        for _ in range(3):
+            asyncio.run(machine.handle_message({"type": "x"}, None))
+        self.assertEqual(machine.current_state.n, 3)
+
+
+class StateRegistries(Case):
+
+    class Idle(State):
+        pass
+
+    class Busy(State):
+        pass
+
+    def test_a_name_is_registered_created_and_forgotten(self):
+        registry = ff.StateRegistry()
+        registry.register("Waiting", self.Idle)
+        registry.register("Busy", self.Busy)
+        names, state = registry.names(), registry.create("Waiting")
+        registry.unregister("Waiting")
+        registry.unregister("Waiting")
+        self.assertEqual((names, type(state), registry.names()),
+            (["Busy", "Waiting"], self.Idle, ["Busy"]))
+
+    def test_a_later_class_replaces_an_earlier_one(self):
+        registry = ff.StateRegistry()
+        registry.register("Waiting", self.Idle)
+        registry.register("Waiting", self.Busy)
+        self.assertEqual((type(registry.create("Waiting")), registry.names()),
+            (self.Busy, ["Waiting"]))
+
+    def test_only_state_classes_are_registered(self):
+        registry = ff.StateRegistry()
+        for wrong in (dict, self.Idle(), "Idle", None, lambda: self.Idle()):
+            with self.subTest(wrong=wrong):
+                error = self.raises(StateError, registry.register, "X", wrong)
+                self.assertEqual(str(error),
+                    ff.printable(f"Not a State class: {wrong!r}") + "\nFix: inherit from State")
+        self.assertEqual(registry.names(), [])
+
+    def test_a_new_registry_knows_nothing(self):
+        error = self.raises(StateError, ff.StateRegistry().create, "InitialState")
+        self.assertEqual(error.fix, "none is known here")
+
+    def test_a_registry_looks_up_in_its_parent_what_it_does_not_know(self):
+        parent = ff.StateRegistry()
+        parent.register("Idle", self.Idle)
+        parent.register("Busy", self.Busy)
+        child = ff.StateRegistry(parent)
+        child.register("Idle", self.Busy)
+        self.assertEqual(
+            (child.get("Idle"), child.get("Busy"), child.get("Gone"), child.names(),
+             parent.get("Idle"), child.name_of(self.Busy()), child.name_of(self.Idle())),
+            (self.Busy, self.Busy, None, ["Busy", "Idle"], self.Idle, "Idle", "Idle"))
+
+    def test_a_state_goes_by_its_key_and_an_unregistered_one_by_its_class(self):
+        registry = ff.StateRegistry()
+        registry.register("Waiting", self.Idle)
+        self.assertEqual((registry.name_of(self.Idle()), registry.name_of(self.Busy())),
+            ("Waiting", "Busy"))
+
+    def test_the_default_registry_holds_the_built_in_states(self):
+        self.assertEqual(
+            {name: ff.DEFAULT_REGISTRY.get(name) for name in ff.DEFAULT_REGISTRY.names()},
+            {"AwaitingConfirmation": ff.AwaitingConfirmation, "ErrorHandling": ff.ErrorHandling,
+             "InitialState": ff.InitialState, "ProcessingRequest": ff.ProcessingRequest})
+
+
+class DottedPaths(CodeCase):
+
+    def test_a_dotted_path_names_what_a_module_holds(self):
+        self.module("shop.states", """
+            class Shelf:
+                class Box:
+                    size = 3
+        """)
+        found = ff.load_symbol(" shop.states : Shelf ")
+        self.assertEqual((found.__name__, ff.load_symbol("shop.states:Shelf.Box.size")),
+            ("Shelf", 3))
+
+    def test_what_is_no_dotted_path_is_refused(self):
+        for path in ("", ":", "shop", "shop.states", "shop:", ":Shelf", " : "):
+            with self.subTest(path=path):
+                self.assertEqual(str(self.raises(ImportError_, ff.load_symbol, path)),
+                    f"Not a dotted path: {path!r}\nFix: write it like 'package.module:name'")
+
+    def test_odd_paths_are_refused_as_import_errors(self):
+        paths = ("a:b:c", "shop/states:X", ".states:X", "..:X", "a b:X", "sh\0op:X", "json:.",
+            "json:dumps.", "\ud800:X", "json:\ud800", "1:1", "con:con", "x" * 5000 + ":X")
+        for path in paths:
+            with self.subTest(path=path):
+                self.assertIsInstance(self.raises(FlexiFlowError, ff.load_symbol, path),
+                    ImportError_)
+
+    def test_a_module_that_is_not_there_is_named(self):
+        error = self.raises(ImportError_, ff.load_symbol, "no_such_shop.states:Shelf")
+        self.assertEqual((str(error), type(error.__cause__)), (textwrap.dedent("""\
+            Module not found: 'no_such_shop.states'
+            Why: ModuleNotFoundError: No module named 'no_such_shop'
+            Fix: check the spelling and sys.path
+            Context:
+              dotted_path='no_such_shop.states:Shelf'"""), ModuleNotFoundError))
+
+    def test_a_module_whose_own_import_fails_shows_the_real_cause(self):
+        self.module("broken", "import a_missing_library\n")
+        error = self.raises(ImportError_, ff.load_symbol, "broken:X")
+        self.assertEqual(str(error), textwrap.dedent("""\
+            Cannot import 'broken'
+            Why: ModuleNotFoundError: No module named 'a_missing_library'
+            Fix: mend the module
+            Context:
+              dotted_path='broken:X'"""))
+        self.assertIsInstance(error.__cause__, ModuleNotFoundError)
+
+    def test_a_module_that_exits_is_an_import_error(self):
+        self.module("exits", "raise SystemExit(7)\n")
+        error = self.raises(ImportError_, ff.load_symbol, "exits:X")
+        self.assertEqual((error.what, error.why, error.__cause__.code),
+            ("Cannot import 'exits'", "SystemExit: 7", 7))
+
+    def test_a_module_with_bad_syntax_is_an_import_error(self):
+        self.module("typo", "def (:\n")
+        error = self.raises(ImportError_, ff.load_symbol, "typo:X")
+        self.assertEqual((error.what, type(error.__cause__)), ("Cannot import 'typo'", SyntaxError))
+
+    def test_ctrl_c_during_an_import_is_passed_on(self):
+        self.module("interrupted", "raise KeyboardInterrupt\n")
+        with self.assertRaises(KeyboardInterrupt):
+            ff.load_symbol("interrupted:X")
+
+    def test_a_name_that_a_module_lacks_brings_a_close_match(self):
+        self.module("shop.states", "class Shelf: pass\nclass Counter: pass\n")
+        self.assertEqual(str(self.raises(ImportError_, ff.load_symbol, "shop.states:Shelv")),
+            textwrap.dedent("""\
+                No 'Shelv' in module 'shop.states'
+                Fix: did you mean 'Shelf'?
+                Context:
+                  dotted_path='shop.states:Shelv'"""))
+
+    def test_flexiflows_own_paths_lead_to_this_very_file(self):
+        paths = ("flexiflow:State", "flexiflow.state_machine:State", "flexiflow.engine:State")
+        self.assertEqual([ff.load_symbol(path) for path in paths], [State] * 3)
+
+    def test_allow_imports_lets_modules_and_what_is_below_them_in(self):
+        for name in ("shop", "shop.states", "shopping", "shop_other"):
+            self.module(name if "." in name else f"{name}.__init__", "class X: pass\n")
+        table = [
+            (None, ["shop", "shop.states", "shopping", "shop_other"]),
+            (("shop.",), ["shop", "shop.states"]),
+            (("shop",), ["shop", "shop.states"]),
+            (["shop.states"], ["shop.states"]),
+            (("shopping", "shop.states"), ["shop.states", "shopping"]),
+            ((), []),
+            (("",), []),
+            (("sho",), []),
+        ]
+        for allowed, wanted in table:
+            with self.subTest(allowed=allowed):
+                passed = []
+                for name in ("shop", "shop.states", "shopping", "shop_other"):
+                    with contextlib.suppress(ImportError_):
+                        ff.load_symbol(f"{name}:X", allowed)
+                        passed.append(name)
+                self.assertEqual(passed, wanted)
+
+    def test_what_is_not_allowed_is_not_imported(self):
+        self.module("evil", "class X: pass\n")
+        error = self.raises(ImportError_, ff.load_symbol, "evil:X", ("shop.",))
+        self.assertEqual((str(error), self.imported("evil")), (textwrap.dedent("""\
+            Import not allowed: 'evil:X'
+            Why: the code of 'evil' may not be run here
+            Fix: allow it with allow_imports=('evil',) or --allow-import evil"""), []))
+
+    def test_what_an_allowed_module_has_imported_is_not_allowed_by_that(self):
+        self.module("shop", "import os\nfrom subprocess import call\nclass X: pass\n")
+        paths = ("shop:os.system", "shop:os.path.join", "shop:call")
+        errors = [self.raises(ImportError_, ff.load_symbol, path, ("shop",)) for path in paths]
+        self.assertEqual([error.what for error in errors],
+            [f"Import not allowed: {path!r}" for path in paths])
+
+
+class StatePacks(CodeCase):
+
+    SESSION = """
+        from flexiflow import State, StatePack, StateSpec, TransitionSpec
+
+        class Idle(State):
+            async def handle_message(self, message, component):
+                return (True, Active()) if message["type"] == "start" else (False, self)
+
+        class Active(State):
+            async def handle_message(self, message, component):
+                return (True, Idle()) if message["type"] == "timeout" else (False, self)
+
+        class Initial(State):
+            async def handle_message(self, message, component):
+                return (True, Active()) if message["type"] == "go" else (False, self)
+
+        class SessionPack(StatePack):
+            name = "session"
+
+            def provides(self):
+                return {"SessionIdle": StateSpec(Idle), "SessionActive": StateSpec(Active, "On")}
+
+            def transitions(self):
+                return [TransitionSpec("SessionIdle", "start", "SessionActive"),
+                        TransitionSpec("SessionActive", "timeout", "SessionIdle", "is_expired")]
+
+            def depends_on(self):
+                return {"ErrorHandling"}
+
+        class StartPack(StatePack):
+            name = "start"
+
+            def provides(self):
+                return {"InitialState": StateSpec(Initial)}
+
+        class Stranger:
+            name = "stranger"
+            provides = transitions = depends_on = lambda self: {}
+
+        class Broken(StatePack):
+            def __init__(self):
+                raise RuntimeError("no network")
+
+        class Nameless:
+            provides = transitions = depends_on = lambda self: {}
+
+        ready = SessionPack()
+        number = 5
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.module("packs_of_test", self.SESSION)
+
+    def test_records_have_the_fields_of_1_0_1(self):
+        self.assertEqual(
+            (ff.TransitionSpec("A", "go", "B"), ff.StateSpec(State)),
+            (ff.TransitionSpec(from_state="A", on_message="go", to_state="B", guard=None,
+                description=None), ff.StateSpec(state_class=State, description=None)))
+
+    def test_a_mapping_is_a_pack(self):
+        pack = ff.MappingPack({"B": ff.ErrorHandling, "A": ff.InitialState})
+        self.assertEqual(
+            (pack.name, list(pack.provides().items()), pack.transitions(), pack.depends_on()),
+            ("mapping", [("A", ff.StateSpec(ff.InitialState)),
+                ("B", ff.StateSpec(ff.ErrorHandling))],
+             [], set()))
+
+    def test_packs_are_loaded_from_paths_to_classes_or_objects_and_from_objects(self):
+        mapping = ff.MappingPack({"A": ff.InitialState})
+        packs = ff.load_packs(
+            packs=["packs_of_test:SessionPack", "packs_of_test:Stranger", mapping])
+        ready = ff.load_packs(packs=["packs_of_test:ready"])
+        self.assertEqual(
+            ([pack.name for pack in packs], packs[2] is mapping, [pack.name for pack in ready],
+             ready[0] is sys.modules["packs_of_test"].ready),
+            (["session", "stranger", "mapping"], True, ["session"], True))
+
+    def test_no_packs_are_no_packs(self):
+        (mapping,) = ff.load_packs(states={})
+        self.assertEqual((ff.load_packs(), ff.load_packs(packs=[]), mapping.provides()),
+            ([], [], {}))
+
+    def test_states_and_packs_together_are_refused(self):
+        error = self.raises(ConfigError, ff.load_packs, states={}, packs=[])
+        self.assertEqual(str(error),
+            "Both states and packs given\nFix: wrap the states into a MappingPack")
+
+    def test_what_is_no_pack_is_refused(self):
+        table = {
+            "packs_of_test:number": (ConfigError, "Not a StatePack: 'packs_of_test:number'"),
+            "packs_of_test:Nameless": (ConfigError, "Not a StatePack: 'packs_of_test:Nameless'"),
+            "packs_of_test:Broken": (ConfigError, "Pack could not be made: 'packs_of_test:Broken'"),
+            "packs_of_test:Gone": (ImportError_, "No 'Gone' in module 'packs_of_test'"),
+            "no_packs:X": (ImportError_, "Module not found: 'no_packs'"),
+            "no_colon": (ImportError_, "Not a dotted path: 'no_colon'"),
+            5: (ConfigError, "Not a StatePack: 5"),
+        }
+        errors = {one: self.raises(FlexiFlowError, ff.load_packs, packs=[one]) for one in table}
+        self.assertEqual({one: (type(error), error.what) for one, error in errors.items()}, table)
+
+    def test_a_pack_that_cannot_be_made_keeps_its_cause(self):
+        error = self.raises(ConfigError, ff.load_packs, packs=["packs_of_test:Broken"])
+        self.assertEqual((error.why, repr(error.__cause__)),
+            ("RuntimeError: no network", "RuntimeError('no network')"))
+
+    def test_no_state_is_provided_twice(self):
+        error = self.raises(ConfigError, ff.load_packs, packs=[
+            "packs_of_test:ready", ff.MappingPack({"SessionIdle": ff.InitialState})])
+        self.assertEqual(str(error),
+            "State 'SessionIdle' is provided twice\nWhy: by 'session' and 'mapping'")
+
+    def test_no_state_hides_a_built_in_one_where_these_are_told(self):
+        packs = ["packs_of_test:StartPack"]
+        error = self.raises(ConfigError, ff.load_packs, packs=packs, builtin_keys={"InitialState"})
+        (unchecked,) = ff.load_packs(packs=packs)
+        self.assertEqual((str(error), unchecked.name), (
+            "State 'InitialState' hides a built-in one\nWhy: pack 'start' provides it", "start"))
+
+    def test_the_first_provider_of_a_state_is_told(self):
+        packs = [ff.MappingPack({"A": State, "B": State}), ff.load_symbol("packs_of_test:ready")]
+        self.assertEqual(ff.collect_provided_keys(packs),
+            {"A": "mapping", "B": "mapping", "SessionIdle": "session", "SessionActive": "session"})
+
+
+# --------------------------------------------------------------------------------------------
+# 7. Rules: compile and decide
+# --------------------------------------------------------------------------------------------
+
+
+class RuleCase(CodeCase):
+    """Tests of rules, decided on alone or run by an engine in memory."""
+
+    def definition(self, *rules, states=("A", "B"), initial=None, **settings):
+        """Compile a config with these rules; the first state is initial."""
+        return ConfigLoader.load_component_config(
+            self.config(*rules, states=states, initial=initial, **settings)).definition
+
+    @staticmethod
+    def config(*rules, states=("A", "B"), initial=None, **settings):
+        states = states if isinstance(states, dict) else {name: {} for name in states}
+        return {"name": "m", "initial_state": initial or next(iter(states)), "states": states,
+            "rules": list(rules), **settings}
+
+    @staticmethod
+    def scope(message, data=None, state="A", now=1000.0):
+        return {"message": message, "data": {} if data is None else data, "component": "m",
+            "state": state, "id": "id-1", "now": now, "self": None}
+
+    def decide(self, definition, leaf, message, data=None, now=1000.0):
+        """Return what is decided as plain values."""
+        plan = ff.decide(definition, leaf, self.scope(message, data, leaf, now))
+        sends = [(out.to, out.message, out.delay, out.id) for out in plan.sends]
+        return {"outcome": plan.outcome, "reason": plan.reason, "data": plan.data, "sends": sends,
+            "emits": list(plan.emits), "timers": list(plan.timers)}
+
+    def talk(self, config, *messages, clock=None):
+        """Give messages to a component in memory; return the receipts and the component."""
+        async def run():
+            engine = FlexiFlowEngine(clock=clock or Clock())
+            component = engine.create_component(config)
+            receipts = [await component.handle_message(
+                {"type": message} if isinstance(message, str) else message) for message in messages]
+            await engine.close()
+            return receipts, component
+
+        return self.run_async(run())
+
+
+class RuleOrder(RuleCase):
+    """Which states are left and entered, in which order."""
+
+    TREE = ("A", "A.1", "A.1.a", "A.1.b", "A.2", "B", "B.1", "B.1.a", "C")
+    INITIAL = {"A": "A.1", "A.1": "A.1.a", "B": "B.1", "B.1": "B.1.a"}
+
+    def config_of(self, rule, initial):
+        """Return a config whose `data.log` tells what was left (-) and entered (+)."""
+        def note(mark):
+            return {"log": {"append": ["$data.log", mark]}}
+
+        states = {
+            name: {"entry": {"assign": note("+" + name)}, "exit": {"assign": note("-" + name)}}
+            for name in self.TREE
+        }
+        for name, child in self.INITIAL.items():
+            states[name]["initial"] = child
+        return self.config(
+            {"on": "clear", "assign": {"log": []}}, {"on": "go", **rule, "assign": note("rule")},
+            states=states, initial=initial, data={"log": []})
+
+    # (what, state before, rule, what happens, state after)
+    TABLE = [
+        ("no to", "A.1.a", {"from": "A.1.a"}, "rule", "A.1.a"),
+        ("no to, on the parent", "A.1.a", {"from": "A.1"}, "rule", "A.1.a"),
+        ("no to, on the grandparent", "A.1.b", {"from": "A"}, "rule", "A.1.b"),
+        ("no to, on the root", "A.1.b", {"from": "*"}, "rule", "A.1.b"),
+        ("to self", "C", {"from": "C", "to": "C"}, "-C rule +C", "C"),
+        ("to self, nested", "A.1.b", {"from": "A.1.b", "to": "A.1.b"},
+         "-A.1.b rule +A.1.b", "A.1.b"),
+        ("to self, of a parent", "A.1.b", {"from": "A.1", "to": "A.1"},
+         "-A.1.b -A.1 rule +A.1 +A.1.a", "A.1.a"),
+        ("to self, of the outermost", "A.1.b", {"from": "A", "to": "A"},
+         "-A.1.b -A.1 -A rule +A +A.1 +A.1.a", "A.1.a"),
+        ("to sibling", "A.1.a", {"from": "A.1.a", "to": "A.1.b"}, "-A.1.a rule +A.1.b", "A.1.b"),
+        ("to sibling of the parent", "A.1.a", {"from": "A.1.a", "to": "A.2"},
+         "-A.1.a -A.1 rule +A.2", "A.2"),
+        ("to the parent's sibling, which has children", "A.2", {"from": "A.2", "to": "A.1"},
+         "-A.2 rule +A.1 +A.1.a", "A.1.a"),
+        ("to a cousin past its parent's initial", "A.2", {"from": "A.2", "to": "A.1.b"},
+         "-A.2 rule +A.1 +A.1.b", "A.1.b"),
+        ("to another tree", "A.1.a", {"from": "A.1.a", "to": "B"},
+         "-A.1.a -A.1 -A rule +B +B.1 +B.1.a", "B.1.a"),
+        ("to a leaf of another tree", "A.1.b", {"from": "A.1.b", "to": "B.1.a"},
+         "-A.1.b -A.1 -A rule +B +B.1 +B.1.a", "B.1.a"),
+        ("in from outside, three levels", "C", {"from": "C", "to": "A.1.b"},
+         "-C rule +A +A.1 +A.1.b", "A.1.b"),
+        ("out to a plain state, three levels", "A.1.a", {"from": "A.1.a", "to": "C"},
+         "-A.1.a -A.1 -A rule +C", "C"),
+        ("to the parent", "A.1.b", {"from": "A.1.b", "to": "A.1"},
+         "-A.1.b -A.1 rule +A.1 +A.1.a", "A.1.a"),
+        ("to the grandparent", "A.1.b", {"from": "A.1.b", "to": "A"},
+         "-A.1.b -A.1 -A rule +A +A.1 +A.1.a", "A.1.a"),
+        ("to a child", "A.1.a", {"from": "A.1", "to": "A.1.b"}, "-A.1.a rule +A.1.b", "A.1.b"),
+        ("to the child that is active", "A.1.a", {"from": "A.1", "to": "A.1.a"},
+         "-A.1.a rule +A.1.a", "A.1.a"),
+        ("to a grandchild", "A.1.a", {"from": "A", "to": "A.1.b"},
+         "-A.1.a -A.1 rule +A.1 +A.1.b", "A.1.b"),
+        ("to a child, entering again", "A.1.a", {"from": "A.1", "to": "A.1.b", "reenter": True},
+         "-A.1.a -A.1 rule +A.1 +A.1.b", "A.1.b"),
+        ("to a grandchild, entering again", "A.2", {"from": "A", "to": "A.1.b", "reenter": True},
+         "-A.2 -A rule +A +A.1 +A.1.b", "A.1.b"),
+        ("a parent's rule taken in a child", "A.1.b", {"from": "A.1", "to": "A.2"},
+         "-A.1.b -A.1 rule +A.2", "A.2"),
+        ("a grandparent's rule taken in a child", "A.1.a", {"from": "A", "to": "C"},
+         "-A.1.a -A.1 -A rule +C", "C"),
+        ("a parent's rule to another tree", "A.1.a", {"from": "A.1", "to": "B.1"},
+         "-A.1.a -A.1 -A rule +B +B.1 +B.1.a", "B.1.a"),
+        ("from anywhere, out", "A.1.a", {"from": "*", "to": "C"}, "-A.1.a -A.1 -A rule +C", "C"),
+        ("from anywhere, within one tree", "A.1.a", {"from": "*", "to": "A.2"},
+         "-A.1.a -A.1 -A rule +A +A.2", "A.2"),
+        ("from anywhere, to where it is", "C", {"from": "*", "to": "C"}, "-C rule +C", "C"),
+        ("without from, which is from anywhere", "C", {"to": "A"},
+         "-C rule +A +A.1 +A.1.a", "A.1.a"),
+        ("from a list, each as if alone", "A.1.a", {"from": ["C", "A.1"], "to": "A.1.b"},
+         "-A.1.a rule +A.1.b", "A.1.b"),
+    ]
+
+    def test_states_are_left_inside_out_and_entered_outside_in(self):
+        for what, before, rule, steps, after in self.TABLE:
+            with self.subTest(what):
+                receipts, _ = self.talk(self.config_of(rule, before), "clear", "go")
+                self.assertEqual(tuple(receipts[1])[:6] + (receipts[1].data,), (
+                    "moved" if "to" in rule else "stayed", "m", receipts[1].id, before, after, 2,
+                    {"log": steps.split()}))
+
+    def test_a_new_component_enters_down_to_a_leaf(self):
+        receipts, component = self.talk(self.config_of({"from": "A.1.a"}, "A"), "go")
+        self.assertEqual((component.state, component.data),
+            ("A.1.a", {"log": ["+A", "+A.1", "+A.1.a", "rule"]}))
+
+    def test_a_new_component_may_start_past_an_initial_child(self):
+        _, component = self.talk(self.config_of({"from": "A"}, "A.1.b"), "go")
+        self.assertEqual((component.state, component.data),
+            ("A.1.b", {"log": ["+A", "+A.1", "+A.1.b", "rule"]}))
+
+    def test_a_dot_makes_a_child_only_where_the_parent_is_declared(self):
+        states = {"A": {"initial": "A.x.y"}, "A.x.y": {}, "B.1": {}}
+        config = self.config({"from": "A", "on": "go", "to": "B.1"},
+            {"from": "B.1", "on": "go", "to": "A"}, states=states, initial="B.1")
+        receipts, _ = self.talk(config, "go", "go")
+        self.assertEqual([receipt.to_state for receipt in receipts], ["A.x.y", "B.1"])
+
+    def test_values_then_actions_sends_and_events_follow_the_same_order(self):
+        self.module("order_of_test", """
+            log = []
+
+            def note(mark):
+                def action(message, component):
+                    log.append((mark, component.state, dict(component.data)))
+                return action
+
+            left, rule, entered, child = map(note, ["left", "rule", "entered", "child"])
+        """)
+
+        def effects(mark):
+            return {"assign": {mark: "$state", "last": mark}, "action": f"order_of_test:{mark}",
+                "emit": {"name": mark, "with": "$data.last"},
+                "send": {"to": "nobody", "type": mark, "with": {"last": "$data.last"}}}
+
+        config = self.config(
+            {"from": "A", "on": "go", "to": "B", **effects("rule")},
+            states={"A": {"exit": effects("left")}, "B": {"initial": "B.1", "entry":
+                effects("entered")}, "B.1": {"entry": effects("child")}})
+        plan = self.decide(ConfigLoader.load_component_config(config).definition, "A",
+            {"type": "go"})
+        receipts, _ = self.talk(config, "go")
+        marks = ["left", "rule", "entered", "child"]
+        data = {"left": "A", "rule": "A", "entered": "B.1", "child": "B.1", "last": "child"}
+        self.assertEqual(
+            (plan, receipts[0].data, sys.modules["order_of_test"].log), (
+                {"outcome": "moved", "reason": None, "data": data, "timers": [],
+                 "sends": [("nobody", {"type": mark, "last": mark}, 0.0, None) for mark in marks],
+                 "emits": [(mark, mark) for mark in marks]},
+                data, [(mark, "B.1", data) for mark in marks]))
+
+
+class RuleSelection(RuleCase):
+    """Which of the rules takes a message."""
+
+    TREE = {"A": {"initial": "A.1"}, "A.1": {"initial": "A.1.a"}, "A.1.a": {}, "B": {}}
+
+    def first(self, *rules, message=None):
+        """Return which rule took the message, by its number."""
+        numbered = [{**rule, "assign": {"by": number}} for number, rule in enumerate(rules)]
+        definition = self.definition(*numbered, states=self.TREE)
+        plan = self.decide(definition, "A.1.a", {"type": "go", **(message or {})})
+        return plan["data"].get("by", plan["outcome"])
+
+    def test_the_order_of_asking(self):
+        leaf, parent, outer = {"from": "A.1.a"}, {"from": "A.1"}, {"from": "A"}
+        exact, star, no = {"on": "go"}, {"on": "*"}, {"guard": {"never": True}}
+        table = [
+            ("the leaf before its parents", [{**outer, **exact}, {**parent, **exact},
+                {**leaf, **exact}], 2),
+            ("the parent before its parent", [{**outer, **exact}, {**parent, **exact}], 1),
+            ("a state before anywhere", [exact, {**outer, **exact}], 1),
+            ("anywhere at last", [{"from": "B", **exact}, exact], 1),
+            ("file order within a state", [{**leaf, **exact, "guard": {"n": 1}},
+                {**leaf, **exact, "guard": {"n": {">": 0}}}, {**leaf, **exact}], 0),
+            ("the exact type before any", [{**leaf, **star}, {**leaf, **exact}], 1),
+            ("any of the leaf before the exact type of the parent",
+                [{**parent, **exact}, {**leaf, **star}], 1),
+            ("any where every exact guard is false", [{**leaf, **star},
+                {**leaf, **exact, **no}], 0),
+            ("the parent where every guard of the leaf is false",
+                [{**parent, **exact}, {**leaf, **exact, **no}, {**leaf, **star, **no}], 0),
+            ("any of anywhere at the very last", [star, exact], 1),
+            ("a list of types", [{**leaf, "on": ["stop", "go"]}, {**parent, **exact}], 0),
+            ("a list of types with any", [{**leaf, "on": ["x", "*"]}, {**leaf, **exact}], 1),
+            ("a list of states", [{**outer, **exact}, {"from": ["B", "A.1.a"], **exact}], 1),
+            ("none whose guard is false", [{**leaf, **exact, **no}], "blocked"),
+            ("none of another state", [{"from": "B", **exact}], "ignored"),
+            ("none at all", [{**leaf, "on": "stop"}], "unknown"),
+        ]
+        for what, rules, wanted in table:
+            with self.subTest(what):
+                self.assertEqual(self.first(*rules, message={"n": 1}), wanted)
+
+    def test_the_leafs_class_is_asked_after_every_rule(self):
+        self.module("asked_of_test", """
+            from flexiflow import State, InitialState
+
+            class Legacy(State):
+                async def handle_message(self, message, component):
+                    return True, InitialState()
+        """)
+        rules = [{"from": "Legacy", "on": "go", "guard": {"n": 1}, "assign": {"by": "state"}},
+            {"from": "*", "on": "go", "guard": {"n": 2}, "assign": {"by": "anywhere"}}]
+        config = self.config(*rules, states={"Legacy": "asked_of_test:Legacy"})
+        receipts, _ = self.talk(config, *({"type": "go", "n": n} for n in (1, 2, 3)))
+        self.assertEqual([(one.outcome, one.to_state, one.data) for one in receipts], [
+            ("stayed", "Legacy", {"by": "state"}), ("stayed", "Legacy", {"by": "anywhere"}),
+            ("moved", "InitialState", {"by": "anywhere"})])
+
+    def test_a_guard_that_raises_fails_the_message_and_opens_no_later_door(self):
+        self.module("guards_of_test", """
+            asked = []
+
+            def broken(message, component):
+                raise LookupError("no list of guests")
+
+            def later(message, component):
+                asked.append("later")
+                return True
+        """)
+        config = self.config(
+            {"from": "A", "on": "go", "guard": "guards_of_test:broken", "to": "B"},
+            {"from": "A", "on": "go", "guard": "guards_of_test:later", "to": "B"},
+            {"on": "*", "to": "B"}, data={"n": 1})
+
+        async def run():
+            engine = FlexiFlowEngine()
+            component = engine.create_component(config)
+            with self.assertRaises(LookupError) as caught:
+                await component.handle_message({"type": "go"})
+            return caught.exception.args, component.state, component.data, component.seq
+
+        self.assertEqual((self.run_async(run()), sys.modules["guards_of_test"].asked),
+            ((("no list of guests",), "A", {"n": 1}, 0), []))
+
+    def test_a_blocked_message_is_told_each_guard_with_what_it_saw(self):
+        definition = self.definition(
+            {"from": "A", "on": "pay", "guard": {"amount": {">=": "$data.total"}}, "to": "B"},
+            {"from": "*", "on": "pay", "guard": {"vip": True, "data.total": {"<": 5}}, "to": "B"})
+        plan = self.decide(definition, "A", {"type": "pay", "amount": 3}, {"total": 10})
+        self.assertEqual((plan["outcome"], plan["reason"]), (
+            "blocked", 'rules[0] wants amount >= "$data.total" = 10 (saw 3); '
+            "rules[1] wants vip == true (saw nothing); data.total < 5 (saw 10)"))
+
+    def test_what_is_not_accepted_is_told_from_what_is_not_known(self):
+        definition = self.definition({"from": "B", "on": "pay"})
+        plans = [self.decide(definition, "A", {"type": kind}) for kind in ("pay", "pray")]
+        self.assertEqual([(plan["outcome"], plan["reason"]) for plan in plans],
+            [("ignored", "A does not take 'pay'"), ("unknown", "A does not take 'pray'")])
+
+
+class RuleDecide(RuleCase):
+    """Deciding is pure, and values are computed in order."""
+
+    def test_asked_twice_it_answers_the_same_and_changes_nothing(self):
+        definition = self.definition(
+            {"from": "A", "on": "go", "guard": {"message.items": {"contains": 1}}, "to": "B",
+             "assign": {"items": {"append": ["$message.items", "$data.n"]}, "n":
+                {"+": ["$data.n", 1]}},
+             "emit": {"name": "gone", "with": ["$data.items"]},
+             "send": {"to": "$message.who", "type": "hi", "with": {"items": "$data.items"}}},
+            {"from": "B", "after": "$data.n", "to": "A"},
+            states={"A": {"exit": {"assign": {"left": "$now"}}}, "B": {}})
+        message = {"type": "go", "items": [1, [2]], "who": "w"}
+        data = {"n": 1, "deep": {"list": [1]}}
+        inputs = json.dumps([message, data])
+        plans = [self.decide(definition, "A", message, data) for _ in range(2)]
+        for plan in plans:  # what comes out belongs to nobody else
+            plan["data"]["items"].append("changed")
+            plan["sends"][0][1]["items"].append("changed too")
+        plans.append(self.decide(definition, "A", message, data))
+        items = [1, [2], 1]
+        self.assertEqual((plans[2], json.dumps([message, data])), ({
+            "outcome": "moved", "reason": None, "emits": [("gone", [items])],
+            "data": {"n": 2, "deep": {"list": [1]}, "left": 1000.0, "items": items},
+            "sends": [("w", {"type": "hi", "items": items}, 0.0, None)],
+            "timers": [(1002.0, "B", 1)]}, inputs))
+
+    def test_a_refused_message_leaves_data_and_answer_alike(self):
+        definition = self.definition({"from": "A", "on": "go", "guard": {"x": 1}, "to": "B"})
+        data = {"n": [1]}
+        plans = [self.decide(definition, "A", {"type": "go"}, data) for _ in range(2)]
+        self.assertEqual((plans[0], data), (plans[1], {"n": [1]}))
+
+    def test_all_values_of_an_assign_are_seen_before_any_is_set(self):
+        definition = self.definition(
+            {"on": "swap", "assign": {"a": "$data.b", "b": "$data.a"}})
+        plan = self.decide(definition, "A", {"type": "swap"}, {"a": 1, "b": 2})
+        self.assertEqual(plan["data"], {"a": 2, "b": 1})
+
+    def test_what_is_sent_and_emitted_sees_the_data_after(self):
+        definition = self.definition({"on": "add", "assign": {"n": {"+": ["$data.n", 1]}},
+            "emit": {"name": "added", "with": "$data.n"},
+            "send": [{"to": "x", "type": "n", "with": {"n": "$data.n"}, "after": "$data.n",
+                "id": "$id"}, {"to": "$component", "type": "again", "after": "2h"}]})
+        plan = self.decide(definition, "A", {"type": "add"}, {"n": 1})
+        self.assertEqual(plan, {"outcome": "stayed", "reason": None, "data": {"n": 2},
+            "emits": [("added", 2)], "timers": [],
+            "sends": [("x", {"type": "n", "n": 2}, 2.0, "id-1"),
+                      ("m", {"type": "again"}, 7200.0, None)]})
+
+    def test_an_emit_without_a_payload_of_its_own_leaves_it_to_the_engine(self):
+        definition = self.definition({"on": "go", "emit": ["a", {"name": "b", "with": None}]})
+        self.assertEqual(self.decide(definition, "A", {"type": "go"})["emits"],
+            [("a", None), ("b", None)])
+
+    def test_assign_sets_top_level_keys_whatever_they_look_like(self):
+        definition = self.definition({"on": "go", "assign": {"a.b": 1, "$x": "$$x", "": None}})
+        self.assertEqual(self.decide(definition, "A", {"type": "go"}, {"a": {"b": 0}})["data"],
+            {"a": {"b": 0}, "a.b": 1, "$x": "$x", "": None})
+
+    def test_a_missing_value_in_an_effect_fails_and_names_the_path(self):
+        table = {
+            "assign": {"x": "$data.gone"}, "emit": {"name": "e", "with": ["$data.gone"]},
+            "send": {"to": "x", "type": "t", "with": {"deep": {"er": "$data.gone"}}},
+        }
+        for key, effect in table.items():
+            with self.subTest(key):
+                definition = self.definition({"from": "A", "on": "go", "to": "B", key: effect})
+                error = self.raises(StateError, self.decide, definition, "A", {"type": "go"})
+                self.assertEqual(str(error), textwrap.dedent("""\
+                    No value at $data.gone
+                    Why: an effect needs it, on the way to 'B'
+                    Fix: guard the rule with {"exists": true}, or give the value in the """
+                    """config's data
+                    Context:
+                      component='m'"""))
+
+    def test_a_message_with_a_missing_value_changes_nothing(self):
+        config = self.config({"from": "A", "on": "go", "to": "B", "assign":
+            {"n": 2, "x": "$message.x"}}, data={"n": 1})
+
+        async def run():
+            component = FlexiFlowEngine().create_component(config)
+            with self.assertRaises(StateError):
+                await component.handle_message({"type": "go"})
+            before = component.state, component.data, component.seq
+            await component.handle_message({"type": "go", "x": 5})
+            return before, (component.state, component.data, component.seq)
+
+        self.assertEqual(self.run_async(run()),
+            (("A", {"n": 1}, 0), ("B", {"n": 2, "x": 5}, 1)))
+
+
+class RuleTimers(RuleCase):
+    """Due times, and which states own them."""
+
+    def due(self, after, data=None, message=None):
+        """Return when a timer is due that is started at 1000."""
+        definition = self.definition({"from": "A", "on": "go", "to": "B"},
+            {"from": "B", "after": after, "to": "A"})
+        plan = self.decide(definition, "A", {"type": "go", **(message or {})}, data)
+        return plan["timers"]
+
+    def test_delays_are_seconds_or_a_number_with_a_unit(self):
+        table = {0: 0, 5: 5, 1.5: 1.5, "0s": 0, "90s": 90, "15m": 900, "2h": 7200, "7d": 604800,
+            "1.5h": 5400, "$data.wait": 3, "$message.wait": 240}
+        found = {after: self.due(after, {"wait": 3}, {"wait": "4m"}) for after in table}
+        self.assertEqual(found,
+            {after: [(1000.0 + delay, "B", 1)] for after, delay in table.items()})
+
+    def test_what_is_no_delay_is_refused_at_load(self):
+        for after in (-1, "-1s", "90", "1w", "1 h", "", "h", True, None, [], {}, "1e3s",
+                float("nan"), float("inf"), 1e300, "9999999999d", "$state.x", "$nope"):
+            with self.subTest(after=after):
+                self.raises(ConfigError, self.definition, {"from": "A", "after": after, "to": "B"})
+
+    def test_a_computed_delay_that_is_none_fails_the_message(self):
+        for value in (-1, "soon", None, True, [], 1e300):
+            with self.subTest(value=value):
+                error = self.raises(StateError, self.due, "$data.wait", {"wait": value})
+                self.assertEqual(error.what, f"Not a delay: {value!r}")
+
+    def test_a_computed_delay_that_is_missing_names_the_path(self):
+        self.assertEqual(self.raises(StateError, self.due, "$data.wait").what,
+            "No value at $data.wait")
+
+    NESTED = {"A": {}, "B": {"initial": "B.1"}, "B.1": {}, "B.2": {}}
+    RULES = [
+        {"from": "A", "on": "go", "to": "B"},
+        {"from": "B", "on": "flip", "to": "B.2"},
+        {"from": "B", "on": "again", "to": "B"},
+        {"on": "look", "assign": {"seen": True}},
+        {"from": ["B", "B.1"], "after": 10, "to": "A"},
+        {"from": "B.2", "after": 20, "to": "A"},
+        {"from": "*", "after": 100, "to": "A"},
+    ]
+
+    def test_each_state_that_is_entered_starts_its_timers(self):
+        definition = self.definition(*self.RULES, states=self.NESTED)
+        moves = [("A", "go"), ("B.1", "flip"), ("B.1", "again"), ("B.2", "again"), ("B.1", "look")]
+        found = [self.decide(definition, leaf, {"type": kind})["timers"] for leaf, kind in moves]
+        both = [(1010.0, "B", 4), (1010.0, "B.1", 4)]
+        self.assertEqual(found, [both, [(1020.0, "B.2", 5)], both, both, []])
+
+    def test_a_timer_lives_as_long_as_its_state_is_not_left(self):
+        clock, seen = Clock(1000.0), []
+
+        async def run():
+            engine = FlexiFlowEngine(clock=clock)
+            component = engine.create_component(self.config(*self.RULES, states=self.NESTED))
+            for kind in ("look", "go", "look", "flip", "again"):
+                clock.now += 1
+                await component.handle_message({"type": kind})
+                (status,) = engine.status("m")
+                seen.append((kind, component.state, sorted(t["due"] for t in status["timers"])))
+            await engine.close()
+
+        self.run_async(run())
+        self.assertEqual(seen, [
+            ("look", "A", [1100.0]),
+            ("go", "B.1", [1012.0, 1012.0, 1100.0]),
+            ("look", "B.1", [1012.0, 1012.0, 1100.0]),
+            ("flip", "B.2", [1012.0, 1024.0, 1100.0]),
+            ("again", "B.1", [1015.0, 1015.0, 1100.0]),
+        ])
+
+    def test_a_timer_fires_when_it_is_due_and_not_before(self):
+        clock = Clock(1000.0)
+        config = self.config({"from": "A", "after": "1m", "to": "B"},
+            {"from": "B", "after": "1m", "guard": {"data.go": True}, "to": "A"}, data={"go": False})
+
+        async def run():
+            engine = FlexiFlowEngine(clock=clock)
+            component = engine.create_component(config)
+            states = []
+            for now in (1000.0, 1059.9, 1060.0, 1119.9, 1120.0, 9999.0):
+                clock.now = now
+                await engine.run(until_idle=True)
+                states.append((now, component.state, len(engine.status("m")[0]["timers"])))
+            await engine.close()
+            return states
+
+        self.assertEqual(self.run_async(run()), [
+            (1000.0, "A", 1), (1059.9, "A", 1), (1060.0, "B", 1), (1119.9, "B", 1),
+            (1120.0, "B", 0), (9999.0, "B", 0)])
+
+    def test_a_completed_component_starts_no_timers(self):
+        config = self.config({"from": "A", "on": "end", "to": "End"}, {"after": 5, "to": "A"},
+            states={"A": {}, "End": {"final": True}})
+
+        async def run():
+            engine = FlexiFlowEngine(clock=Clock(1000.0))
+            engine.create_component(config)
+            receipt = await engine.handle_message("m", "end")
+            (status,) = engine.status("m")
+            await engine.close()
+            return receipt.to_state, status["completed"], status["timers"]
+
+        self.assertEqual(self.run_async(run()), ("End", 1000.0, []))
+
+
+@unittest.skipUnless((SHARED / "scion_scxml_tests.ndjson").exists(), "no ../shared/data")
+class Statecharts(RuleCase):
+    """The statecharts of the SCION test suite that use nothing but nested states."""
+
+    SHADOWED = {"documentOrder/documentOrder0", "hierarchy+documentOrder/test0",
+        "hierarchy+documentOrder/test1"}
+    # SCXML matches "foo" against "foo.bar", and lets a first "*" win.
+    NOT_OURS = {"scxml-prefix-event-name-matching/" + name for name in ("star0", "test0", "test1")}
+
+    @staticmethod
+    def charts():
+        """Yield the tests that are marked plain."""
+        with open(SHARED / "scion_scxml_tests.ndjson", encoding="utf-8") as file:
+            for test in map(json.loads, file):
+                if test.get("plain"):
+                    yield test["test"], test
+
+    def as_config(self, machine):
+        """Return an SCXML machine as a config: ids get their parents' names in front."""
+        names, states, moves = {}, {}, []
+
+        def visit(node, prefix):
+            for state in node.get("states", ()):
+                name = names[state["id"]] = prefix + state["id"]
+                states[name] = {}
+                moves.extend((name, move) for move in state.get("transitions", ()))
+                visit(state, name + ".")
+                if state.get("states"):
+                    first = state.get("initial") or [state["states"][0]["id"]]
+                    states[name]["initial"] = names[first[0]]
+
+        visit(machine, "")
+        rules = [{"from": name, "on": move["event"].split(), "to": names[move["target"][0]]}
+            for name, move in moves]
+        initial = machine.get("initial") or [machine["states"][0]["id"]]
+        return {"name": "chart", "initial_state": names[initial[0]], "states": states,
+            "rules": rules}
+
+    def test_there_are_twenty(self):
+        names = [name for name, _ in self.charts()]
+        self.assertEqual((len(names), self.SHADOWED | self.NOT_OURS <= set(names)), (20, True))
+
+    def test_fourteen_reach_the_expected_configuration_after_every_event(self):
+        played = 0
+        for name, test in self.charts():
+            if name in self.SHADOWED | self.NOT_OURS:
+                continue
+            with self.subTest(name):
+                found = self.play(self.as_config(test["machine"]), test["events"])
+                self.assertEqual(found, [test["initialConfiguration"],
+                    *(event["nextConfiguration"] for event in test["events"])])
+            played += 1
+        self.assertEqual(played, 14)
+
+    def play(self, config, events):
+        async def run():
+            engine = FlexiFlowEngine()
+            component = engine.create_component(config)
+            found = [component.state]
+            for event in events:
+                await component.handle_message({"type": event["event"]["name"]})
+                found.append(component.state)
+            await engine.close()
+            return [[state.rpartition(".")[2]] for state in found]
+
+        return self.run_async(run())
+
+    def test_three_are_refused_because_a_rule_can_never_fire(self):
+        refused = {}
+        for name, test in self.charts():
+            if name in self.SHADOWED:
+                error = self.raises(ConfigError, ConfigLoader.load_component_config,
+                    self.as_config(test["machine"]))
+                refused[name] = str(error).splitlines()[0:2]
+        self.assertEqual(sorted(refused), sorted(self.SHADOWED))
+        self.assertEqual(refused["documentOrder/documentOrder0"], [
+            "rules[1]: This rule can never fire",
+            "Why: rules[0] takes its messages before and has no guard"])
+
+
+# --------------------------------------------------------------------------------------------
+# 8. Config: load, explain, visualize
+# --------------------------------------------------------------------------------------------
+
+
+class ConfigCase(CodeCase):
+    """Tests of configs; `m` is the smallest good one."""
+
+    M = {"name": "m", "initial_state": "A", "states": {"A": {}, "B": {}},
+        "rules": [{"from": "A", "on": "go", "to": "B"}]}
+    ORDER = {
+        "name": "order",
+        "initial_state": "Draft",
+        "data": {"reminders": 0, "basket": []},
+        "states": {
+            "Draft": {},
+            "Open": {"initial": "Open.Unpaid", "description": "Waiting for money"},
+            "Open.Unpaid": {}, "Open.Reminded": {},
+            "Paid": {"entry": {"emit": "order.paid", "assign": {"paid": "$now"}}},
+            "Closed": {"final": True},
+            "Legacy": "flexiflow:ErrorHandling",
+        },
+        "rules": [
+            {"from": "Draft", "on": "add",
+             "assign": {"basket": {"append": ["$data.basket", "$message.item"]}}},
+            {"from": "Draft", "on": "place", "guard": {"message.total": {">": 0}}, "to": "Open",
+             "assign": {"total": "$message.total"}},
+            {"from": "Open.Unpaid", "after": "1d", "to": "Open.Reminded",
+             "assign": {"reminders": {"+": ["$data.reminders", 1]}}},
+            {"from": "Open", "on": "pay", "guard": {"amount": {">=": "$data.total"}}, "to": "Paid",
+             "send": {"to": "warehouse", "type": "pick", "with": {"order": "$component"}}},
+            {"from": "*", "on": ["cancel", "stop"], "to": "Closed", "description": "From anywhere"},
+            {"rule1": "a note of 1.0.1"},
+        ],
+        "retry": {"max_attempts": 5, "base_delay": 0.2},
+    }
+
+    def load(self, config, **settings):
+        return ConfigLoader.load_component_config(config, **settings)
+
+    def refusal(self, config, **settings):
+        """Return the text with which a config is refused."""
+        error = self.raises(FlexiFlowError, self.load, config, **settings)
+        self.assertIsInstance(error, (ConfigError, ImportError_))
+        return str(error)
+
+    def talk(self, config, *messages, engine=None):
+        """Give messages to a component in memory; return the states that it goes through."""
+        async def run():
+            component = (engine or FlexiFlowEngine()).create_component(config)
+            states = [component.state]
+            for message in messages:
+                await component.handle_message(
+                    {"type": message} if isinstance(message, str) else message)
+                states.append(component.state)
+            return states
+
+        return self.run_async(run())
+
+
+class ConfigLoading(ConfigCase):
+
+    def test_a_config_is_loaded_from_a_dict_a_path_or_a_config(self):
+        path = self.write("m.json", self.M)
+        configs = [self.load(self.M), self.load(path), self.load(Path(path))]
+        configs.append(self.load(configs[0]))
+        wanted = ff.ComponentConfig("m", self.M["rules"], "A", {})
+        self.assertEqual((configs, configs[3] is configs[0]), ([wanted] * 4, True))
+
+    def test_what_was_loaded_shares_nothing_with_the_config(self):
+        config = json.loads(json.dumps(self.ORDER))
+        loaded = self.load(config)
+        config["data"]["basket"].append("changed")
+        config["rules"][0]["on"] = "changed"
+        self.assertEqual((loaded.data, loaded.rules),
+            (self.ORDER["data"], self.ORDER["rules"]))
+
+    def test_a_config_of_1_0_1_runs_the_built_in_machine(self):
+        config = {"name": "example_component", "initial_state": "InitialState",
+            "rules": [{"rule1": "..."}, {"rule2": "..."}]}
+        states = self.talk(config, "start", {"type": "confirm", "content": "confirmed"}, "error",
+            "acknowledge")
+        self.assertEqual((states, self.load(config).rules), ([
+            "InitialState", "AwaitingConfirmation", "ProcessingRequest", "ErrorHandling",
+            "InitialState"], config["rules"]))
+
+    def test_a_config_by_hand_is_checked_when_it_is_used(self):
+        by_hand = ff.ComponentConfig("m", [{"on": "start", "to": "ErrorHandling"}])
+        bad = ff.ComponentConfig("m", [{"on": "start", "to": "Nowhere"}])
+        self.assertEqual(
+            (self.talk(by_hand, "start"), self.refusal(bad).splitlines()[0]),
+            (["InitialState", "ErrorHandling"], "rules[0].to: Unknown state: 'Nowhere'"))
+
+    def test_a_config_cannot_be_changed(self):
+        config = self.load(self.M)
+        with self.assertRaises(AttributeError):
+            config.name = "other"
+
+    def test_a_declared_state_is_a_class_named_by_its_key(self):
+        async def run():
+            component = FlexiFlowEngine().create_component(self.M)
+            await component.handle_message({"type": "go"})
+            state = component.state_machine.current_state
+            return type(state).__name__, isinstance(state, State)
+
+        self.assertEqual(self.run_async(run()), ("B", True))
+
+    def test_null_is_as_good_as_leaving_a_key_out(self):
+        config = {"name": "m", "initial_state": None, "states": None, "rules": None, "data": None,
+            "retry": None, "packs": None, "description": None}
+        self.assertEqual(self.load(config), ff.ComponentConfig("m", [], "InitialState", {}))
+
+    def test_free_keys_stand_where_they_like(self):
+        config = {**self.M, "$schema": "x", "description": "d", "version": [1], "x-team": {"a": 1}}
+        found = explain(config)
+        self.assertEqual((found.errors, found.warnings), ([], []))
+
+    def test_a_missing_file_is_a_file_not_found_error_too(self):
+        path = self.path("gone.json")
+        error = self.raises(FileNotFoundError, self.load, path)
+        self.assertEqual((str(error), isinstance(error, ConfigError)),
+            (f"No config file: {path!r}\nFix: check the path", True))
+
+    def test_files_that_are_no_strict_json_are_refused(self):
+        table = {
+            '{"name": "m", "name": "n"}': "the key 'name' stands twice in one object",
+            '{"name": NaN}': "NaN is not JSON",
+            '{"name": -Infinity}': "-Infinity is not JSON",
+            "[" * 101: "more than 100 brackets within brackets",
+            '{"name": "m", "data": {"n": 1e999}}': "the number 1e999 is too large",
+            '"' + " " * 1_000_000 + '"': "more than 1000000 bytes",
+        }
+        found = {}
+        for text in table:
+            path = self.write("bad.json", text)
+            error = self.raises(ConfigError, self.load, path)
+            found[text] = error.why
+            self.assertEqual(error.what, f"Not valid JSON: {path}")
+        self.assertEqual(found, table)
+
+    def test_files_that_cannot_be_read_are_refused(self):
+        (self.folder / "latin.json").write_bytes(b'{"name": "\xe4"}')
+        (self.folder / "surrogate.json").write_bytes(b'{"name": "\\ud800"}')
+        (self.folder / "bom.json").write_bytes(b'\xef\xbb\xbf{"name": "m"')
+        for name in ("latin.json", "surrogate.json", "bom.json", "", "nul\0.json", "x" * 5000):
+            with self.subTest(name=name):
+                self.raises(ConfigError, self.load, self.path(name))
+
+    def test_what_is_neither_config_nor_path_is_refused_and_opens_nothing(self):
+        with open(self.write("open.txt", "{}"), encoding="utf-8") as file:
+            for wrong in ([], None, 3.5, (), {1}, file.fileno(), True):
+                with self.subTest(wrong=wrong):
+                    self.raises(ConfigError, self.load, wrong)
+                    self.assertEqual(explain(wrong).is_valid, False)
+            self.assertEqual(file.read(), "{}")
+
+    def test_rules_are_read_from_an_object_or_a_list(self):
+        rules = [{"on": "go", "to": "A"}]
+        table = [({"rules": rules}, rules), (rules, rules), ({"rules": None}, []), ({}, [])]
+        found = [ConfigLoader.load_rules(self.write("r.json", content)) for content, _ in table]
+        path = self.write("r.json", {"rules": 5})
+        error = self.raises(ConfigError, ConfigLoader.load_rules, path)
+        self.assertEqual((found, error.what),
+            ([wanted for _, wanted in table], f"No list of rules in {path!r}"))
+
+    def test_a_loaded_file_is_an_object(self):
+        path = self.write("list.json", [1])
+        error = self.raises(ConfigError, ConfigLoader.load_yaml, path)
+        self.assertEqual(
+            (ConfigLoader.load_yaml(self.write("m.json", self.M)), str(error)),
+            (self.M, f"A config is an object: {path!r}"))
+
+
+class YamlConfigs(ConfigCase):
+
+    YAML = "name: m\ninitial_state: A\nstates:\n  A: {}\nrules:\n- {'on': go, to: A}\n"
+
+    def need_yaml(self):
+        try:
+            import yaml  # noqa: F401
+        except ImportError:
+            self.skipTest("PyYAML is not installed")
+
+    def test_yaml_is_read_where_pyyaml_is_installed(self):
+        self.need_yaml()
+        config = self.load(self.write("m.yaml", self.YAML))
+        self.assertEqual(config, ff.ComponentConfig("m", [{"on": "go", "to": "A"}], "A"))
+
+    def test_an_empty_yaml_file_is_an_empty_config(self):
+        self.need_yaml()
+        self.assertEqual(ConfigLoader.load_yaml(self.write("m.yml", "")), {})
+
+    def test_a_key_that_stands_twice_in_yaml_is_refused(self):
+        self.need_yaml()
+        path = self.write("m.yaml", self.YAML + "name: other\n")
+        self.raises(ConfigError, self.load, path)
+
+    def test_yaml_that_cannot_be_read_or_is_no_json_is_refused(self):
+        self.need_yaml()
+        for text in ("name: [", "name: m\ndata: {day: 2020-01-01}", "name: m\ndata: {1: 2}",
+                self.YAML.replace("'on'", "on"), "- a", "name: \t{", "\0",
+                "name: m\nx-p: !!python/object/apply:os.getcwd []"):
+            with self.subTest(text=text):
+                self.raises(ConfigError, self.load, self.write("m.yaml", text))
+
+    def test_without_pyyaml_the_error_tells_how_to_convert(self):
+        path = self.write("m.yaml", self.YAML)
+        self.addCleanup(sys.modules.pop, "yaml", None)
+        before = sys.modules.get("yaml")
+        sys.modules["yaml"] = None
+        error = self.raises(ConfigError, self.load, path)
+        if before is not None:
+            sys.modules["yaml"] = before
+            self.doCleanups()
+        self.assertEqual(str(error), textwrap.dedent(f"""\
+            YAML cannot be read here: {path!r}
+            Why: PyYAML is not installed, and FlexiFlow itself reads JSON
+            Fix: where it is: python -c 'import sys,json,yaml; """
+            "print(json.dumps(yaml.safe_load(sys.stdin),indent=2))' "
+            f"< {path} > config.json"))
+
+
+class ConfigRefusals(ConfigCase):
+    """What loading refuses, in the words that are printed; `explain` lists the same."""
+
+    def rule(self, **rule):
+        return {**ConfigCase.M, "rules": [rule]}
+
+    def test_typical_errors_are_printed_with_place_cause_and_remedy(self):
+        table = [
+            ({}, """\
+                No 'name'
+                Fix: add "name": "order" to the config"""),
+            ({**self.M, "name": 5}, "name: Not text: 5"),
+            ({**self.M, "initial_state": "C"}, """\
+                initial_state: Unknown state: 'C'
+                Fix: use one of 'A', 'AwaitingConfirmation', 'B', 'ErrorHandling', """
+                "'InitialState', 'ProcessingRequest'"),
+            ({**self.M, "initail_state": "A"}, """\
+                initail_state: Unknown key: 'initail_state'
+                Fix: did you mean 'initial_state'?"""),
+            ({**self.M, "states": ["A"], "rules": []}, """\
+                states: Not an object: ['A']
+                Context:
+                  also=["initial_state: Unknown state: 'A'"]"""),
+            ({**self.M, "rules": {"go": "B"}}, "rules: Not a list: {'go': 'B'}"),
+            ({**self.M, "rules": ["go"]}, "rules[0]: Not an object: 'go'"),
+            ({**self.M, "data": {"pair": (1, 2)}}, """\
+                The config is not JSON
+                Why: config.data.pair is a tuple"""),
+            ({**self.M, "states": {"A": {"initial": "A.x"}, "A.y": {}}, "rules": []}, """\
+                states.A.initial: Unknown child: 'A.x'
+                Fix: did you mean 'A.y'?"""),
+            ({**self.M, "states": {"A": {}, "A.y": {}}, "rules": []}, """\
+                states.A.initial: No 'initial' child
+                Fix: use one of 'A.y'"""),
+            ({**self.M, "states": {"A": {"final": True, "initial": "A.y"}, "A.y": {}}, "rules": []},
+                "states.A: A final state has no children"),
+            (self.rule(on="go", to="BB"), """\
+                rules[0].to: Unknown state: 'BB'
+                Fix: did you mean 'B'?"""),
+            (self.rule(on="go", form="A"), """\
+                rules[0].form: Unknown key: 'form'
+                Fix: did you mean 'from'?"""),
+            (self.rule(on="go", after=5, to="B"), """\
+                rules[0]: A rule with both 'on' and 'after'
+                Fix: one rule for a message, one for a timer"""),
+            (self.rule(**{"from": "A"}, to="B"), """\
+                rules[0]: A rule with neither 'on' nor 'after'
+                Fix: one rule for a message, one for a timer"""),
+            (self.rule(on="go", guard={"n": {"=>": 1}}, to="B"), """\
+                rules[0].guard: Unknown operator: '=>'
+                Why: what stands under 'n' is an object, so its keys are operators
+                Fix: did you mean '>'?; to compare with an object write {"==": {...}}"""),
+            (self.rule(on="go", assign={"x": "$dta.y"}), """\
+                rules[0].assign.x: Unknown value: '$dta.y'
+                Fix: did you mean '$data'?"""),
+            (self.rule(on="go", emit="state.changed"), """\
+                rules[0].emit: An event of the engine's own: 'state.changed'
+                Fix: emit under another name"""),
+            (self.rule(on="go", send={"to": "x"}), "rules[0].send: No 'type' in {'to': 'x'}"),
+            ({**self.M, "rules": [*self.M["rules"], {"from": "A", "on": "go", "to": "A"}]}, """\
+                rules[1]: This rule can never fire
+                Why: rules[0] takes its messages before and has no guard
+                Fix: give that one a guard, or put this one before it"""),
+            ({**self.M, "retry": {"max_attemps": 3}}, """\
+                retry.max_attemps: Unknown key: 'max_attemps'
+                Fix: did you mean 'max_attempts'?"""),
+            ({**self.M, "initial_state_resolution": ["packs"]}, """\
+                initial_state_resolution: Not an order of resolution: ['packs']
+                Fix: ["packs", "builtin"] or ["builtin", "packs"]"""),
+            ({**self.M, "states": {"A": {}, "B": "json:JSONDecoder"}}, """\
+                states.B: Not a State class
+                Why: it is <class 'json.decoder.JSONDecoder'>
+                Fix: inherit from State
+                Context:
+                  state='B'
+                  also=["rules[0].to: Unknown state: 'B'"]"""),
+            ({**self.M, "states": {"A": {}, "B": "no_such_module:B"}}, """\
+                states.B: Module not found: 'no_such_module'
+                Why: ModuleNotFoundError: No module named 'no_such_module'
+                Fix: check the spelling and sys.path
+                Context:
+                  dotted_path='no_such_module:B'
+                  also=["rules[0].to: Unknown state: 'B'"]"""),
+            ({**self.M, "states": {"A": "flexiflow:InitialState", "B": "flexiflow:InitialState"}},
+                """\
+                states.B: One class for two states: 'A' and 'B'
+                Why: a saved state could not be told from the other
+                Fix: make a subclass for one of them
+                Context:
+                  also=["rules[0].to: Unknown state: 'B'"]"""),
+        ]
+        for config, wanted in table:
+            with self.subTest(wanted.strip().splitlines()[0]):
+                self.assertEqual(self.refusal(config), textwrap.dedent(wanted))
+
+    def test_a_config_file_is_named_in_the_error(self):
+        path = self.write("m.json", {**self.M, "initial_state": "AA"})
+        self.assertEqual(self.refusal(path), textwrap.dedent(f"""\
+            initial_state: Unknown state: 'AA'
+            Fix: did you mean 'A'?
+            Context:
+              config={path!r}"""))
+
+    def test_what_else_is_refused(self):
+        states = [{"A": 5}, {"A": None}, {"A": []}, {"": {}, "A": {}}, {"*": {}, "A": {}},
+            {"A": {"initial": "A"}}, {"A": {"final": "yes"}}, {"A": {"entry": []}},
+            {"A": {"entry": {"assing": {}}}}, {"A": {"exit": {"to": "A"}}}, {"A": {"intial": "x"}},
+            {"A": "no_colon"}, {"A": ":"}, {"A": "flexiflow:InitialState", "A.b": {}},
+            {"A": "flexiflow:no_such"}, {"A": "flexiflow:main"}]
+        rules = [{"on": []}, {"on": ""}, {"on": 5}, {"on": ["x", 5]}, {"on": None}, {"from": ""},
+            {"on": "x", "from": []}, {"on": "x", "from": "Gone"}, {"on": "x", "reenter": "yes"},
+            {"on": "x", "guard": {}}, {"on": "x", "guard": 5}, {"on": "x", "guard": {"all": []}},
+            {"on": "x", "guard": {"n": {}}}, {"on": "x", "guard": {"n": {">": None}}},
+            {"on": "x", "guard": {"a.__class__": 1}}, {"on": "x", "guard": {"a()": 1}},
+            {"on": "x", "guard": "flexiflow:no_such"}, {"on": "x", "action": "no_colon"},
+            {"on": "x", "action": 5}, {"on": "x", "action": ["flexiflow:main", 5]},
+            {"on": "x", "action": "flexiflow:__version__"}, {"on": "x", "assign": []},
+            {"on": "x", "assign": {"n": {"+": [1]}}}, {"on": "x", "assign": {"n": {"+": [1, "a"]}}},
+            {"on": "x", "assign": {"n": "$data.__class__"}}, {"on": "x", "assign": {"n": "$id.x"}},
+            {"on": "x", "emit": ""}, {"on": "x", "emit": "*"}, {"on": "x", "emit": {"with": 1}},
+            {"on": "x", "emit": {"name": "message.dead"}}, {"on": "x", "emit": 5},
+            {"on": "x", "send": {"to": "y", "type": "z", "whit": {}}}, {"on": "x", "send": "y"},
+            {"on": "x", "send": {"to": "y", "type": "z", "after": "soon"}},
+            {"on": "x", "send": {"to": "y", "type": "z", "with": {"id": 1}}},
+            {"on": "x", "send": {"to": "y", "type": "z", "with": []}},
+            {"on": "x", "tpo": "A"}, {"on": "x", "fro": "A"}, {"after": "soon"}, {"on": True}]
+        others = [{"name": ""}, {"name": None}, {"data": []}, {"data": {"x": float("nan")}},
+            {"data": {1: 2}}, {"data": {"x": {1}}}, {"retry": {"max_attempts": 0}},
+            {"retry": {"max_attempts": True}}, {"retry": {"jitter": 2}}, {"packs": ["no:Pack"]},
+            {"packs": [5]}, {"packs": "x:Y"}, {"initial_state": 5}, {"state": {}}, {"rule": []},
+            {"initial_state_resolution": ["packs", "packs"]}, {"Rules": []},
+            {"initial_state_resolution": "packs"}, {"initial_state": "flexiflow:main"},
+            {"initial_state": "no_such:X"}, {"initial_state": ""}]
+        configs = [{**self.M, "states": one, "rules": []} for one in states]
+        configs += [self.rule(**one) for one in rules] + [{**self.M, **one} for one in others]
+        for config in configs:
+            with self.subTest(config=config):
+                self.refusal(config)
+
+    def test_what_can_never_fire_is_refused_and_nothing_else(self):
+        a, b, both = {"from": "A"}, {"from": "B"}, {"from": ["A", "B"]}
+        go, stop, to = {"on": "go"}, {"on": "stop"}, {"to": "A"}
+        no = {"guard": {"n": 1}}
+        table = [
+            ([{**a, **go}, {**a, **go}], [1]),
+            ([{**a, **go, **no}, {**a, **go}], []),
+            ([{**a, **go}, {**a, **go, **no}], [1]),
+            ([{**a, **go}, {**b, **go}, {**both, **go}], [2]),
+            ([{**a, **go}, {**both, **go}], []),
+            ([{**a, "on": ["go", "stop"]}, {**a, **stop}, {**a, "on": ["stop", "x"]}], [1]),
+            ([{**a, "on": "*"}, {**a, **go}], []),
+            ([{**a, "on": "*"}, {**a, "on": "*", **no}], [1]),
+            ([go, {**a, **go}], []),
+            ([{**go, **to}, {**go, "from": "*"}], [1]),
+            ([{"after": 1, **a}, {"after": 1, **a}], []),
+            ([{"note": 1}, {"note": 1}], []),
+        ]
+        for rules, wanted in table:
+            with self.subTest(rules=rules):
+                found = explain({**self.M, "rules": rules}).errors
+                self.assertEqual([error.what for error in found],
+                    [f"rules[{number}]: This rule can never fire" for number in wanted])
+
+    def test_several_errors_are_named_at_once(self):
+        config = {"name": "m", "initial_state": "A", "states": {"A": {"final": 5}},
+            "rules": [{"on": "x", "to": "B"}, {"on": "x", "guard": {}}]}
+        self.assertEqual(self.refusal(config), textwrap.dedent("""\
+            states.A.final: Not true or false: 5
+            Context:
+              also=["rules[0].to: Unknown state: 'B'", 'rules[1].guard: Empty guard']"""))
+
+
+class Explaining(ConfigCase):
+
+    def test_a_good_config_is_explained(self):
+        found = explain(self.write("order.json", self.ORDER))
+        self.assertEqual(found.format(), textwrap.dedent(f"""\
+            FlexiFlow Config Explanation
+            ========================================
+            Source: {self.path("order.json")}
+
+            Component:
+              name: order
+              initial_state: Draft
+              rules: 6 rule(s)
+
+            Resolution policy: packs -> builtin
+
+            States:
+              OK Closed
+              OK Draft
+              OK Legacy: flexiflow:ErrorHandling
+              OK Open
+              OK Open.Reminded
+              OK Open.Unpaid
+              OK Paid
+              Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest
+
+            Status: OK - config will load"""))
+
+    def test_a_bad_config_is_explained_with_all_that_is_wrong(self):
+        config = {"states": {"A": {}, "B": "no_such:B"}, "colour": "red", "rules": [
+            {"on": "x", "to": "C", "guard": {"n": {"=>": 1}}}, {"giard": 1}]}
+        self.assertEqual(explain(config).format(), textwrap.dedent("""\
+            FlexiFlow Config Explanation
+            ========================================
+            Source: (dict)
+
+            Component:
+              name: (missing)
+              initial_state: InitialState
+              rules: 2 rule(s)
+
+            Resolution policy: packs -> builtin
+
+            States:
+              OK A
+              ?? B: no_such:B
+                  Error: Module not found: 'no_such'
+              Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest
+
+            Warnings:
+              WARN colour: Unknown key: 'colour'
+                Fix: use one of '$schema', 'data', 'description', 'initial_state', """
+            """'initial_state_resolution', 'name', 'packs', 'retry', 'rules', 'states', 'version'
+              WARN rules[1].giard: Unknown key: 'giard'
+                Why: without a key of the engine a rule is a note and does nothing
+                Fix: did you mean 'guard'?
+
+            Errors:
+              ERROR No 'name'
+                Fix: add "name": "order" to the config
+              ERROR states.B: Module not found: 'no_such'
+                Why: ModuleNotFoundError: No module named 'no_such'
+                Fix: check the spelling and sys.path
+              ERROR rules[0].to: Unknown state: 'C'
+                Fix: use one of 'A', 'AwaitingConfirmation', 'ErrorHandling', 'InitialState', """
+            """'ProcessingRequest'
+              ERROR rules[0].guard: Unknown operator: '=>'
+                Why: what stands under 'n' is an object, so its keys are operators
+                Fix: did you mean '>'?; to compare with an object write {"==": {...}}
+
+            Status: INVALID - 4 error(s) found"""))
+
+    def test_what_was_found_is_there_as_values_too(self):
+        found = explain({**self.M, "states": {"A": {}, "B": "flexiflow:ErrorHandling"}})
+        self.assertEqual(
+            (found.config_path, found.name, found.initial_state, found.rules_count, found.states,
+             found.builtin_states, found.packs, found.state_providers, found.pack_order,
+             found.initial_state_resolution, found.warnings, found.errors, found.is_valid), (
+                "(dict)", "m", "A", 1,
+                [ff.StateResolution("A", None, True, True, None),
+                 ff.StateResolution("B", "flexiflow:ErrorHandling", True, True, None)],
+                ["InitialState", "AwaitingConfirmation", "ProcessingRequest", "ErrorHandling"],
+                [], {}, [], ["packs", "builtin"], [], [], True))
+
+    def test_a_diagnostic_is_printed_like_an_error(self):
+        (error,) = explain({**self.M, "initial_state": "BB"}).errors
+        self.assertEqual((error.level, error.format()), ("error", textwrap.dedent("""\
+            [ERROR] initial_state: Unknown state: 'BB'
+            Fix: did you mean 'B'?
+            Context:
+              at='initial_state'""")))
+
+    def test_a_config_without_rules_is_odd_but_good(self):
+        found = explain({"name": "m"})
+        self.assertEqual(
+            (found.is_valid, found.errors, [(one.level, one.what) for one in found.warnings]),
+            (True, [], [("warning", "rules: No rules defined")]))
+
+    def test_a_file_that_cannot_be_read_is_explained_too(self):
+        found = [explain(self.path("gone.json")), explain(self.write("bad.json", "{")),
+            explain(self.write("list.json", "[]")), explain(str(self.folder))]
+        self.assertEqual([(one.is_valid, len(one.errors)) for one in found], [(False, 1)] * 4)
+
+    def test_the_first_error_and_the_others_are_those_of_loading(self):
+        configs = [{}, {"name": 5, "rules": 5, "states": 5, "retry": {"a": 1}},
+            {**self.M, "states": {"A": "x", "C": 5, "D": {"initial": "no"}}},
+            {**self.M, "rules": [{"on": ""}, {"to": "x"}, 5, {"guard": 5, "on": "x"}]}]
+        for config in configs:
+            with self.subTest(config=config):
+                whats = [error.what for error in explain(config).errors]
+                error = self.raises(FlexiFlowError, self.load, config)
+                self.assertEqual([error.what, *error.context.items.get("also", [])], whats[:6])
+
+    def test_explaining_registers_nothing(self):
+        self.module("explained", "from flexiflow import State\nclass Fresh(State): pass\n")
+        before = ff.DEFAULT_REGISTRY.names()
+        explain({**self.M, "states": {"A": {}, "B": "explained:Fresh"}})
+        self.assertEqual((ff.DEFAULT_REGISTRY.names(), self.imported("explained")),
+            (before, ["explained"]))
+
+    def test_without_imports_no_code_runs_and_what_was_not_checked_is_listed(self):
+        self.module("unrun", "raise SystemExit\n")
+        config = {**self.M, "states": {"A": {}, "B": "unrun:B"}, "packs": ["unrun:Pack"],
+            "rules": [{"from": "A", "on": "go", "guard": "unrun:guard", "action": ["unrun:do",
+                "unrun:more"], "to": "B"}]}
+        found = explain(config, imports=False)
+        self.assertEqual((found.is_valid, sorted(found.unchecked), self.imported("unrun")), (
+            True, ["unrun:B", "unrun:Pack", "unrun:do", "unrun:guard", "unrun:more"], []))
+        self.assertIn("Not checked (imports are off):", found.format())
+
+    def test_a_module_that_exits_is_an_error_in_both(self):
+        self.module("exiting", "import sys\nsys.exit(3)\n")
+        config = {**self.M, "states": {"A": {}, "B": "exiting:B"}}
+        (error, _) = explain(config).errors
+        self.assertEqual((error.format(), self.refusal(config).splitlines()[0]), (
+            textwrap.dedent("""\
+                [ERROR] states.B: Cannot import 'exiting'
+                Why: SystemExit: 3
+                Fix: mend the module
+                Context:
+                  dotted_path='exiting:B'
+                  at='states.B'"""), "states.B: Cannot import 'exiting'"))
+
+    def test_a_broken_module_shows_its_own_cause(self):
+        self.module("half", "import quarter\n")
+        config = {**self.M, "states": {"A": {}, "B": "half:B"}}
+        error = self.raises(ImportError_, self.load, config)
+        self.assertEqual((error.why, type(error.__cause__), explain(config).errors[0].why), (
+            "ModuleNotFoundError: No module named 'quarter'", ModuleNotFoundError,
+            "ModuleNotFoundError: No module named 'quarter'"))
+
+
+class Strangers(ConfigCase):
+    """Whatever is given as a config: loading and explaining agree, and only our errors come out."""
+
+    ATOMS = [None, True, False, 0, -1, 1, 1.5, 10**30, 1e300, float("nan"), float("inf"), "", "*",
+        "A", "$", "$$", "$data", "$data.x", "$message.", "A.b", "x:y", "5m", "on", "\0", "\ud800",
+        "flexiflow:ErrorHandling", "flexiflow:main", [], {}, [[]], {"": {}}, {"on": "x"},
+        {"+": [1, 2]}, {"append": ["$data.x", 1]}, {"to": "x", "type": "y"}, {"name": "e"},
+        {"all": [{"x": 1}]}, {"not": {"x": {"exists": True}}}, ["a", "b"], ["*"], (1,), b"x", 1j]
+
+    def agree(self, config):
+        """Check that loading and explaining agree; return the loaded config, if it is good."""
+        found = explain(config, allow_imports=("flexiflow",))
+        try:
+            loaded = self.load(config, allow_imports=("flexiflow",))
+        except FlexiFlowError as error:
+            self.assertEqual((found.is_valid, str(error) > ""), (False, True))
+            loaded = None
+        else:
+            self.assertEqual(found.is_valid, True, found.format())
+        found.format()
+        ff.visualize(found)
+        return loaded
+
+    def places(self, value, found):
+        """Collect (container, key) of everything within a JSON value."""
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in list(pairs):
+            found.append((value, key))
+            if isinstance(inner, (dict, list)):
+                self.places(inner, found)
+        return found
+
+    def mutate(self, chance, config):
+        """Change one thing in a config."""
+        container, key = chance.choice(self.places(config, []))
+        kind = chance.randrange(6)
+        if kind == 0:
+            del container[key]
+        elif kind == 1:
+            container[key] = chance.choice(self.ATOMS)
+        elif kind == 2:
+            other, place = chance.choice(self.places(config, []))
+            container[key] = json.loads(json.dumps(other[place], default=str))
+        elif kind == 3 and isinstance(container, list):
+            container.insert(chance.randrange(len(container) + 1), container[key])
+        elif kind == 4 and isinstance(container, list):
+            chance.shuffle(container)
+        elif isinstance(container, dict):
+            at = chance.randrange(len(key) + 1)
+            letter = chance.choice(["", "s", ".", "x", "*"])
+            container[key[:at] + letter + key[at + chance.randrange(2):]] = container.pop(key)
+
+    def test_of_mutated_configs_explain_calls_good_exactly_what_loads(self):
+        seed = random.randrange(2**32)
+        chance = random.Random(seed)
+        good = 0
+        with self.subTest(seed=seed):
+            for _ in range(400):
+                config = json.loads(json.dumps(chance.choice([self.ORDER, self.M])))
+                for _ in range(chance.choice([1, 1, 1, 2, 3])):
+                    self.mutate(chance, config)
+                with self.subTest(config=config):
+                    loaded = self.agree(config)
+                    if loaded is not None:
+                        good += 1
+                        self.run_async(self.play(loaded))
+            self.assertTrue(20 < good < 380, good)
+
+    async def play(self, config):
+        """Give a component every message that its rules name; only our own errors may come out."""
+        engine = FlexiFlowEngine(clock=Clock())
+        component = engine.create_component(config)
+        for message in ("add", "place", "pay", "cancel", "go"):
+            with contextlib.suppress(FlexiFlowError):
+                await component.handle_message({"type": message, "total": 1, "amount": 1})
+        await engine.close()
+
+    @unittest.skipUnless((SHARED / "asl_definitions.ndjson").exists(), "no ../shared/data")
+    def test_step_functions_documents_are_refused_or_taken_without_a_crash(self):
+        with open(SHARED / "asl_definitions.ndjson", encoding="utf-8") as file:
+            documents = [json.loads(line)["definition"] for line in file]
+        for document in documents:
+            self.agree(document)
+            states = document.get("States", document)
+            steps = list(states.values()) if isinstance(states, dict) else states
+            self.agree({"name": "asl", "initial_state": document.get("StartAt"), "states": states,
+                "rules": steps, "data": document})
+            self.agree({"name": "asl", "rules": [{"on": "x", "assign": {"x": document},
+                "guard": document, "send": document, "emit": document}]})
+        self.assertEqual(len(documents), 112)
+
+    @unittest.skipUnless((SHARED / "naughty_strings.json").exists(), "no ../shared/data")
+    def test_naughty_strings_break_nothing_wherever_they_stand(self):
+        strings = json.loads((SHARED / "naughty_strings.json").read_text(encoding="utf-8"))
+
+        def rule(**rule):
+            return {**self.M, "rules": [rule]}
+
+        slots = {
+            "name": lambda s: {**self.M, "name": s},
+            "state": lambda s: {"name": "m", "initial_state": s, "states": {s: {}},
+                "rules": [{"from": s, "on": "go", "to": s}]},
+            "child": lambda s: {"name": "m", "initial_state": "A", "states":
+                {"A": {"initial": "A." + s}, "A." + s: {}}, "rules": []},
+            "description": lambda s: {**self.M, "states": {"A": {"description": s}, "B": {}}},
+            "path": lambda s: {**self.M, "states": {"A": {}, "B": s}},
+            "type": lambda s: rule(on=s, to="B"),
+            "target": lambda s: rule(on="go", to=s),
+            "key of a rule": lambda s: rule(**{"on": "go", s: s}),
+            "key of a config": lambda s: {s: s, **self.M},
+            "key of data": lambda s: {**self.M, "data": {s: {s: s}}},
+            "assign": lambda s: rule(on="go", assign={s: s}),
+            "guard": lambda s: rule(on="go", guard={s: s}, to="B"),
+            "operand": lambda s: rule(on="go", guard={"n": {"==": s, "in": [s]}}, to="B"),
+            "operator": lambda s: rule(on="go", guard={"n": {s: s}}, to="B"),
+            "predicate": lambda s: rule(on="go", guard=s, to="B"),
+            "action": lambda s: rule(on="go", action=s),
+            "delay": lambda s: rule(**{"from": "A"}, after=s, to="B"),
+            "event": lambda s: rule(on="go", emit={"name": s, "with": s}),
+            "send": lambda s: rule(on="go", send={"to": s, "type": s, "with": {s: s}}),
+            "pack": lambda s: {**self.M, "packs": [s]},
+            "initial": lambda s: {**self.M, "initial_state": s},
+        }
+        broken = []
+        for slot, config_of in slots.items():
+            for number, string in enumerate(strings):
+                config = config_of(string)
+                try:
+                    is_valid = explain(config, allow_imports=()).is_valid
+                    try:
+                        self.load(config, allow_imports=())
+                        loads = True
+                    except FlexiFlowError as error:
+                        loads = ff.printable(str(error).replace("\n", " ")) != str(
+                            error).replace("\n", " ")
+                    if is_valid is not loads:
+                        broken.append((slot, number, "explain and load differ"))
+                except Exception as error:
+                    broken.append((slot, number, repr(error)))
+        self.assertEqual((broken, len(strings)), ([], 515))
+
+    @unittest.skipUnless((SHARED / "naughty_strings.json").exists(), "no ../shared/data")
+    def test_components_called_by_naughty_strings_work(self):
+        strings = json.loads((SHARED / "naughty_strings.json").read_text(encoding="utf-8"))
+        strings = [one for one in dict.fromkeys(strings) if one and one != "*"]
+
+        async def run():
+            engine = FlexiFlowEngine()
+            answers = []
+            for text in strings:
+                if "." in text or text.startswith("$"):
+                    continue
+                component = engine.create_component({
+                    "name": text, "initial_state": text, "states": {text: {}, text + "2": {}},
+                    "rules": [{"from": text, "on": text, "guard": {"==": text},
+                        "to": text + "2", "assign": {text: "$message"}}]})
+                message = {"type": text, "==": text}
+                receipt = await component.handle_message(message)
+                answers.append((receipt.component, receipt.to_state, receipt.data) == (
+                    text, text + "2", {text: message}))
+            await engine.close()
+            return answers
+
+        answers = self.run_async(run())
+        self.assertEqual((set(answers), len(answers) > 300), ({True}, True))
+
+
+class ConfigRegistries(ConfigCase):
+    """Each config has its own states; the default registry sees what is loaded, and keeps it."""
+
+    STATES = """
+        from flexiflow import State
+
+        class Waiting(State):
+            async def handle_message(self, message, component):
+                return (True, Done()) if message["type"] == "go" else (False, self)
+
+        class Done(State):
+            async def handle_message(self, message, component):
+                return False, self
+
+        class InitialState(State):
+            async def handle_message(self, message, component):
+                return True, Done()
+
+        class NotAState:
+            pass
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.module("states_of_test", self.STATES)
+        self.module("others_of_test", self.STATES)
+
+    def test_the_key_is_the_states_name_whatever_the_class_is_called(self):
+        config = {"name": "m", "initial_state": "Idle",
+            "states": {"Idle": "states_of_test:Waiting", "End": "states_of_test:Done"}}
+        self.assertEqual((explain(config).is_valid, self.talk(config, "go")),
+            (True, ["Idle", "End"]))
+
+    def test_the_default_registry_sees_what_was_loaded(self):
+        self.load({"name": "m", "initial_state": "Idle",
+            "states": {"Idle": "states_of_test:Waiting", "Flat": {}}})
+        machine = StateMachine.from_name("Idle")
+        self.assertEqual((type(machine.current_state).__name__, ff.DEFAULT_REGISTRY.get("Flat")),
+            ("Waiting", None))
+
+    def test_the_default_registry_is_never_overwritten(self):
+        config = {"name": "m", "states": {"InitialState": "states_of_test:InitialState",
+            "Done": "states_of_test:Done"}, "rules": []}
+        other = {**config, "states": {"InitialState": "others_of_test:InitialState",
+            "Done": "others_of_test:Done"}}
+        self.load(config)
+        self.load(other)
+        plain = {"name": "plain"}
+        self.assertEqual(
+            (self.talk(config, "x"), self.talk(plain, "start"),
+             ff.DEFAULT_REGISTRY.get("InitialState"), ff.DEFAULT_REGISTRY.get("Done").__module__), (
+                ["InitialState", "Done"], ["InitialState", "AwaitingConfirmation"],
+                ff.InitialState, "states_of_test"))
+
+    def test_two_configs_use_one_name_for_two_classes(self):
+        configs = [{"name": module, "initial_state": "S", "states": {"S": f"{module}:Waiting",
+            "Done": f"{module}:Done"}} for module in ("states_of_test", "others_of_test")]
+
+        async def run():
+            engine = FlexiFlowEngine()
+            components = [engine.create_component(config) for config in configs]
+            for component in components:
+                await component.handle_message({"type": "go"})
+            return [type(one.state_machine.current_state).__module__ for one in components]
+
+        self.assertEqual(self.run_async(run()), ["states_of_test", "others_of_test"])
+
+    def test_declared_states_of_one_config_are_unknown_to_another(self):
+        self.load({**self.M, "states": {"A": {}, "B": {}, "Secret": {}}})
+        other = {"name": "other", "rules": [{"on": "start", "to": "Secret"}]}
+        self.assertEqual(
+            (self.refusal(other).splitlines()[0], self.refusal(
+                {"name": "other", "initial_state": "Secret"}).splitlines()[0],
+             ff.DEFAULT_REGISTRY.get("Secret")), (
+                "rules[0].to: Unknown state: 'Secret'", "initial_state: Unknown state: 'Secret'",
+                None))
+
+    def test_classes_of_one_config_are_unknown_to_another(self):
+        other = {"name": "other", "rules": [{"on": "start", "to": "Idle"}]}
+        before = explain(other).is_valid
+        self.load({"name": "m", "initial_state": "Idle",
+            "states": {"Idle": "states_of_test:Waiting"}})
+        self.assertEqual((before, explain(other).is_valid), (False, False))
+
+    def test_a_class_that_the_program_registers_itself_may_be_named(self):
+        class Mine(State):
+            async def handle_message(self, message, component):
+                return True, self
+
+        ff.DEFAULT_REGISTRY.register("Mine", Mine)
+        config = {"name": "m", "rules": [{"on": "start", "to": "Mine"}]}
+        self.assertEqual(self.talk(config, "start", "x"), ["InitialState", "Mine", "Mine"])
+
+    def test_an_initial_state_may_be_a_dotted_path(self):
+        config = {"name": "m", "initial_state": "states_of_test:Waiting"}
+        loaded = self.load(config)
+        self.assertEqual(
+            (loaded.initial_state, explain(config).initial_state,
+             ff.DEFAULT_REGISTRY.get("Waiting").__name__, self.talk(config, "x")),
+            ("Waiting", "Waiting", "Waiting", ["Waiting", "Waiting"]))
+
+    def test_a_class_that_is_no_state_is_found_and_refused(self):
+        config = {"name": "m", "states": {"X": "states_of_test:NotAState"}}
+        found = explain(config)
+        self.assertEqual((found.states, found.errors[0].what), ([ff.StateResolution("X",
+            "states_of_test:NotAState", True, False, "states.X: Not a State class")],
+            "states.X: Not a State class"))
+
+
+class ConfigPacks(ConfigCase):
+    """Packs are loaded, and their states run."""
+
+    def setUp(self):
+        super().setUp()
+        self.module("packs_of_test", StatePacks.SESSION)
+
+    def test_a_packs_states_run(self):
+        config = {"name": "m", "packs": ["packs_of_test:SessionPack"],
+            "initial_state": "SessionIdle", "states": {"Over": {}},
+            "rules": [{"from": "SessionActive", "on": "stop", "to": "Over"}]}
+        self.assertEqual((explain(config).errors, self.talk(config, "start", "timeout", "start",
+            "stop")), ([], ["SessionIdle", "SessionActive", "SessionIdle", "SessionActive",
+                "Over"]))
+
+    def test_packs_are_explained(self):
+        config = {"name": "m", "packs": ["packs_of_test:SessionPack", "packs_of_test:Stranger"],
+            "initial_state": "SessionIdle", "rules": [{"note": 1}]}
+        found = explain(config)
+        transitions = sys.modules["packs_of_test"].ready.transitions()
+        self.assertEqual(
+            (found.packs, found.pack_order, found.state_providers), (
+                [ff.PackInfo("session", ["SessionActive", "SessionIdle"], transitions,
+                    ["ErrorHandling"]), ff.PackInfo("stranger", [], [], [])],
+                ["session", "stranger"], {"SessionIdle": "session", "SessionActive": "session"}))
+        self.assertEqual(found.format(), textwrap.dedent("""\
+            FlexiFlow Config Explanation
+            ========================================
+            Source: (dict)
+
+            Component:
+              name: m
+              initial_state: SessionIdle
+              rules: 1 rule(s)
+
+            Packs:
+              session:
+                provides: SessionActive, SessionIdle
+                transitions: 2 defined
+                depends_on: ErrorHandling
+              stranger:
+                provides: (none)
+
+            Pack order: session -> stranger
+
+            Resolution policy: packs -> builtin
+
+            States:
+              OK SessionActive (from session)
+              OK SessionIdle (from session)
+              Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest
+
+            Status: OK - config will load"""))
+
+    def test_the_policy_says_whose_initial_state_it_is(self):
+        found = {}
+        for policy in (None, ["packs", "builtin"], ["builtin", "packs"]):
+            config = {"name": "m", "packs": ["packs_of_test:StartPack",
+                "packs_of_test:SessionPack"], "initial_state": "InitialState",
+                "initial_state_resolution": policy}
+            with contextlib.suppress(FlexiFlowError):
+                found[str(policy)] = [self.talk(config, kind)[-1] for kind in ("go", "start")]
+        packs, builtin = ["SessionActive", "InitialState"], ["InitialState", "AwaitingConfirmation"]
+        self.assertEqual(found, {"None": packs, "['packs', 'builtin']": packs,
+            "['builtin', 'packs']": builtin})
+
+    def test_a_state_in_two_packs_or_in_pack_and_states_is_refused(self):
+        twice = {"name": "m", "packs": ["packs_of_test:SessionPack", "packs_of_test:ready"]}
+        both = {"name": "m", "packs": ["packs_of_test:ready"], "states": {"SessionIdle": {}}}
+        self.assertEqual(
+            [self.refusal(config).splitlines()[0] for config in (twice, both)],
+            ["packs: State 'SessionIdle' is provided twice",
+             "states.SessionIdle: State 'SessionIdle' is provided by a pack too"])
+
+    def test_a_pack_without_what_it_needs_is_odd_but_good(self):
+        self.module("needy", """
+            from flexiflow import StatePack
+
+            class Needy(StatePack):
+                name = "needy"
+
+                def depends_on(self):
+                    return {"Printer", "InitialState"}
+        """)
+        found = explain({"name": "m", "packs": ["needy:Needy"], "rules": [{"note": 1}]})
+        self.assertEqual((found.is_valid, [one.what for one in found.warnings]),
+            (True, ["packs: Pack 'needy' needs a state 'Printer'"]))
+
+    def test_packs_that_do_not_work_are_refused(self):
+        self.module("bad_packs", """
+            from flexiflow import StatePack, StateSpec
+
+            class Raising(StatePack):
+                def provides(self):
+                    raise RuntimeError("offline")
+
+            class Wrong(StatePack):
+                def provides(self):
+                    return {"X": StateSpec(dict)}
+
+            class Nothing(StatePack):
+                def provides(self):
+                    return None
+
+            class Naked(StatePack):
+                def provides(self):
+                    return {"X": dict}
+
+            class Odd(StatePack):
+                def provides(self):
+                    return {5: StateSpec(dict)}
+
+                def depends_on(self):
+                    return {1, "a"}
+        """)
+        for name in ("Raising", "Wrong", "Nothing", "Naked", "Odd", "Missing"):
+            with self.subTest(name):
+                config = {"name": "m", "packs": [f"bad_packs:{name}"]}
+                self.assertEqual((explain(config).is_valid, bool(self.refusal(config))),
+                    (False, True))
+
+
+class ConfigImports(ConfigCase):
+    """A config with code runs only what it may, and one without runs nothing."""
+
+    def test_allow_imports_holds_for_every_place_that_names_code(self):
+        self.module("evil", "raise AssertionError('imported')\n")
+        rule = {"from": "A", "on": "go", "to": "B"}
+        configs = {
+            "states.B": {**self.M, "states": {"A": {}, "B": "evil:X"}},
+            "initial_state": {**self.M, "initial_state": "evil:X"},
+            "packs[0]": {**self.M, "packs": ["evil:X"]},
+            "rules[0].guard": {**self.M, "rules": [{**rule, "guard": "evil:X"}]},
+            "rules[0].action": {**self.M, "rules": [{**rule, "action": "evil:X"}]},
+            "rules[0].action[1]": {**self.M, "rules": [{**rule, "action": ["flexiflow:main",
+                "evil:X"]}]},
+            "states.A.entry.action": {**self.M, "states": {"A": {"entry": {"action": "evil:X"}},
+                "B": {}}},
+        }
+        for allowed in ((), ("shop.",), ("flexiflow",)):
+            for place, config in configs.items():
+                with self.subTest(place, allowed=allowed):
+                    found = explain(config, allow_imports=allowed)
+                    error = self.raises(ImportError_, self.load, config, allow_imports=allowed)
+                    wanted = f"{place}: Import not allowed: 'evil:X'"
+                    self.assertEqual((found.errors[0].what, error.what), (wanted, wanted))
+        self.assertEqual(self.imported("evil"), [])
+
+    def test_what_is_allowed_is_imported(self):
+        self.module("shop.__init__")
+        self.module("shop.rules", "def gate(message, component): return message['n'] == 1\n")
+        config = {**self.M, "rules": [{"from": "A", "on": "go", "guard": "shop.rules:gate",
+            "to": "B"}]}
+        engine = FlexiFlowEngine(allow_imports=("shop.",))
+        self.assertEqual(self.talk(config, {"type": "go", "n": 2}, {"type": "go", "n": 1},
+            engine=engine), ["A", "A", "B"])
+
+    def test_an_engine_that_allows_nothing_refuses_code(self):
+        engine = FlexiFlowEngine(allow_imports=())
+        config = {**self.M, "states": {"A": {}, "B": "os:getcwd"}}
+        error = self.raises(ImportError_, engine.create_component, config)
+        self.assertEqual(error.what, "states.B: Import not allowed: 'os:getcwd'")
+
+    def test_a_pure_json_config_imports_and_evaluates_nothing(self):
+        child = self.python("-c", textwrap.dedent("""
+            import asyncio, json, sys
+            import flexiflow as ff
+
+            async def use(name):
+                config = {**json.loads(sys.argv[1]), "name": name}
+                config["states"].pop("Legacy")
+                ff.visualize(ff.explain(config))
+                engine = ff.FlexiFlowEngine()
+                engine.create_component(config)
+                for kind, total in (("add", 0), ("place", 0), ("place", 5), ("pay", 3), ("pay", 5),
+                        ("cancel", 0), ("add", 0)):
+                    await engine.handle_message(name, kind, total=total, amount=total, item="x")
+                try:
+                    await engine.handle_message(name, "plcae")
+                except ff.StateError:
+                    pass
+                await engine.close()
+
+            async def main():
+                await use("warm")
+                sys.addaudithook(lambda event, args: seen.append((event, str(args)[:99]))
+                    if event in ("import", "exec", "compile", "open") else None)
+                await use("watched")
+
+            seen = []
+            asyncio.run(main())
+            print(json.dumps(seen))
+        """), json.dumps(self.ORDER))
+        self.assertEqual((child.stdout, child.stderr), ("[]\n", ""))
+
+
+class Pictures(ConfigCase):
+    """Mermaid: what is drawn is what will be executed, and a name stays a label."""
+
+    ID = r"[A-Za-z]\w*"
+    LABEL = r'"((?:[\w .,:/+*=()\[\]>-]|#\d+;)*)"'
+    LINES = {
+        "node": rf"\s*({ID})(?:\[|\(\[|\(\()\s*{LABEL}\s*(?:\]|\]\)|\)\))(?::::unknown)?",
+        "group": rf"\s*subgraph ({ID})\[{LABEL}\]",
+        "end": r"\s*end",
+        "edge": rf"({ID}) -->\|{LABEL}\| ({ID})",
+        "start": rf"({ID})\(\( \)\) --> ({ID})",
+        "style": rf"style {ID} stroke-width:4px",
+        "rest": r"flowchart LR||classDef unknown stroke-dasharray: 5 5, stroke: #999|"
+            r"%%(?: |[\w .,:/+*=()\[\]>-]|#\d+;)*",
+    }
+    KEYWORDS = {"end", "graph", "subgraph", "flowchart", "class", "click", "style", "default"}
+
+    def read(self, picture):
+        """Return what a picture shows: labels by id, and edges; fail at a line that is odd."""
+        import re
+
+        def unescaped(label):
+            return re.sub(r"#(\d+);", lambda found: chr(int(found[1])), label)
+
+        labels, edges, depth = {}, [], 0
+        for line in picture.split("\n"):
+            kind, found = next(((kind, found) for kind, pattern in self.LINES.items()
+                for found in [re.fullmatch(pattern, line)] if found), (None, None))
+            self.assertIsNotNone(kind, f"an odd line: {line!r}")
+            depth += (kind == "group") - (kind == "end")
+            if kind in ("node", "group"):
+                name, label = found[1], unescaped(found[2])
+                self.assertNotIn(name, labels, f"one id for {label!r} and another")
+                self.assertNotIn(name.lower(), self.KEYWORDS)
+                labels[name] = label
+            elif kind == "edge":
+                edges.append((found[1], unescaped(found[2]), found[3]))
+            elif kind == "start":
+                self.assertNotIn(found[1], labels)
+                labels[found[1]] = None
+                edges.append((found[1], None, found[2]))
+        self.assertEqual(depth, 0, "groups that are not closed")
+        return labels, [(labels.get(a, a), label, labels.get(b, b)) for a, label, b in edges]
+
+    def test_an_order_is_drawn(self):
+        config = {**self.ORDER, "rules": self.ORDER["rules"][1:], "initial_state": "Draft"}
+        del config["states"]
+        config["states"] = {key: value for key, value in self.ORDER["states"].items()
+            if key != "Legacy"}
+        self.assertEqual(ff.visualize(config, active="Open.Unpaid"), textwrap.dedent("""\
+            flowchart LR
+
+            %% Edge labels: message [guard]
+            %% initial_state_resolution: [packs, builtin]
+
+            Draft["Draft"]
+            subgraph Open["Open"]
+              state_2["Open.Unpaid"]
+              state_3["Open.Reminded"]
+            end
+            Paid["Paid"]
+            Closed(["Closed"])
+
+            start_(( )) --> Draft
+            Draft -->|"place [message.total > 0]"| Open
+            state_2 -->|"after 1d"| state_3
+            Open -->|"pay [amount >= #34;#36;data.total#34;]"| Paid
+            any_(("*"))
+            any_ -->|"cancel, stop"| Closed
+            style state_2 stroke-width:4px"""))
+
+    def test_names_stay_apart_and_stay_labels(self):
+        names = ["a-b", "a_b", "a b", "end", "End", "subgraph", "click", "style", "graph",
+            'x"]\nclick x "javascript:alert(1)', "<img src=x onerror=alert(1)>", "`code`",
+            "%%{init}", "#quot;", "&lt;", "1", "_", "__proto__", "日本", "naïve", "\u202eback",
+            "tab\t", "state_0", "state_1", "start_", "any_", "pack_0", "--> b", "a|b", "{x}", "\\", "'"]
+        config = {"name": "m", "initial_state": "a-b", "states": {name: {} for name in names},
+            "rules": [{"from": name, "on": name, "guard": {"x": name}, "to": "a-b"}
+                for name in names] + [{"on": "all", "to": "a_b"}]}
+        labels, edges = self.read(ff.visualize(config))
+        self.assertEqual(
+            (sorted(label for label in labels.values() if label not in (None, "*")),
+             sorted(edge for edge in edges if edge[1] not in (None, "all"))), (sorted(names),
+             sorted((name, f"{name} [x == {json.dumps(name, ensure_ascii=False)}]", "a-b")
+                for name in names)))
+
+    def test_names_of_packs_and_their_transitions_stay_labels_too(self):
+        self.module("odd_pack", """
+            from flexiflow import InitialState, ErrorHandling, StatePack, StateSpec, TransitionSpec
+
+            class Odd(StatePack):
+                name = 'x"]\\nclick a "b'
+
+                def provides(self):
+                    return {"a-b": StateSpec(InitialState), "a_b": StateSpec(ErrorHandling)}
+
+                def transitions(self):
+                    return [TransitionSpec("a-b", 'go"|\\n', "a_b", guard="</script>"),
+                            TransitionSpec("a_b", "gone", "end")]
+        """)
+        labels, edges = self.read(ff.visualize(
+            {"name": "m", "initial_state": "a-b", "packs": ["odd_pack:Odd"]}))
+        self.assertEqual(
+            (sorted(filter(None, labels.values())), [edge for edge in edges if edge[1]][:2]), (
+                ["a-b", "a_b", "end", 'pack: x"]\nclick a "b'],
+                [("a-b", 'go"|\n [</script>]', "a_b"), ("a_b", "gone", "end")]))
+
+    def test_the_built_in_machine_is_drawn(self):
+        _, edges = self.read(ff.visualize({"name": "m"}))
+        self.assertEqual(sorted(edges[1:]), [
+            ("AwaitingConfirmation", "cancel", "InitialState"),
+            ("AwaitingConfirmation", "confirm", "ProcessingRequest"),
+            ("ErrorHandling", "acknowledge", "InitialState"),
+            ("InitialState", "start", "AwaitingConfirmation"),
+            ("ProcessingRequest", "complete", "InitialState"),
+            ("ProcessingRequest", "error", "ErrorHandling")])
+
+    def test_a_path_a_config_and_an_explanation_give_the_same_picture(self):
+        pictures = {ff.visualize(one) for one in (
+            self.M, self.write("m.json", self.M), Path(self.path("m.json")), explain(self.M))}
+        self.assertEqual(len(pictures), 1)
+
+    def test_a_bad_config_is_drawn_as_far_as_it_goes(self):
+        for config in ({}, {"name": 5, "states": {"A": 5}}, self.path("gone.json"),
+                {**self.M, "rules": [{"on": "x", "to": "C"}]}):
+            with self.subTest(config=config):
+                self.read(ff.visualize(config))
+
+    def test_another_format_is_refused(self):
+        error = self.raises(ValueError, ff.visualize, self.M, format="dot")
+        self.assertEqual((str(error), isinstance(error, FlexiFlowError)),
+            ("Unknown format: 'dot'\nFix: mermaid", True))
+
+
+# --------------------------------------------------------------------------------------------
+# 9. Snapshots: JSON file, SQLite history
+# --------------------------------------------------------------------------------------------
+
+
+class TallyState(State):
+    """A state with attributes, and a class that two names stand for in different tests."""
+
+    def __init__(self):
+        self.n, self.seen = 0, []
+
+    async def handle_message(self, message, component):
+        self.n += 1
+        self.seen.append(message["type"])
+        return True, self
+
+
+class SnapshotCase(CodeCase):
+    """Tests of snapshots of components made by hand, as 1.0.1's users make them."""
+
+    def component(self, name="order", state="InitialState", rules=None, registry=None):
+        return AsyncComponent(name, [{"rule1": "..."}] if rules is None else rules,
+            StateMachine.from_name(state, registry or ff.DEFAULT_REGISTRY))
+
+    def snapshot(self, state="InitialState", name="order", **metadata):
+        return ff.ComponentSnapshot(name, state, [{"rule1": "..."}], metadata)
+
+
+class SnapshotFiles(SnapshotCase):
+
+    def test_what_is_loaded_is_what_was_saved(self):
+        path = self.path("order.json")
+        ff.save_component(self.component(state="ErrorHandling"), path, {"order": 42})
+        self.assertEqual(ff.load_snapshot(path),
+            ff.ComponentSnapshot("order", "ErrorHandling", [{"rule1": "..."}], {"order": 42}))
+
+    def test_a_path_object_does_as_well_and_folders_are_made(self):
+        path = self.folder / "a" / "b" / "order.json"
+        ff.save_component(self.component(), path)
+        self.assertEqual((ff.load_snapshot(path).metadata, os.listdir(path.parent)),
+            ({}, ["order.json"]))
+
+    def test_a_restored_component_is_registered_and_goes_on(self):
+        path = self.path("order.json")
+
+        async def run():
+            first = FlexiFlowEngine()
+            component = self.component()
+            first.register(component)
+            await component.handle_message({"type": "start"})
+            ff.save_component(component, path)
+            second = FlexiFlowEngine()
+            restored = ff.restore_component(ff.load_snapshot(path), second)
+            await second.handle_message("order", "cancel")
+            return (component.state, restored.state, restored.rules,
+                second.get("order") is restored)
+
+        self.assertEqual(self.run_async(run()),
+            ("AwaitingConfirmation", "InitialState", [{"rule1": "..."}], True))
+
+    def test_metadata_comes_back_and_is_saved_again(self):
+        path, again = self.path("a.json"), self.path("b.json")
+        ff.save_component(self.component(), path, {"order": 42})
+        restored = ff.restore_component(ff.load_snapshot(path), FlexiFlowEngine())
+        ff.save_component(restored, again)
+        self.assertEqual((restored.metadata, ff.load_snapshot(again).metadata),
+            ({"order": 42}, {"order": 42}))
+
+    def test_attributes_of_a_state_come_back(self):
+        registry = ff.StateRegistry()
+        registry.register("Tally", TallyState)
+        component = self.component(state="Tally", registry=registry)
+        path = self.path("tally.json")
+
+        async def run():
+            for kind in ("a", "b"):
+                await component.handle_message({"type": kind})
+            ff.save_component(component, path)
+            restored = ff.restore_component(ff.load_snapshot(path), FlexiFlowEngine(), registry)
+            await restored.handle_message({"type": "c"})
+            state = restored.state_machine.current_state
+            old = component.state_machine.current_state
+            return (type(state), state.n, state.seen, old.n, old.seen)
+
+        self.assertEqual(self.run_async(run()), (TallyState, 3, ["a", "b", "c"], 2, ["a", "b"]))
+
+    def test_a_state_is_saved_under_its_key(self):
+        registry = ff.StateRegistry()
+        registry.register("Waiting", TallyState)
+        path = self.path("waiting.json")
+        ff.save_component(self.component(state="Waiting", registry=registry), path)
+        restored = ff.restore_component(ff.load_snapshot(path), FlexiFlowEngine(), registry)
+        self.assertEqual((ff.load_snapshot(path).current_state, restored.state),
+            ("Waiting", "Waiting"))
+
+    def test_data_of_a_component_with_rules_comes_back(self):
+        config = {"name": "count", "initial_state": "Up", "states": {"Up": {}}, "data": {"n": 0},
+            "rules": [{"on": "add", "assign": {"n": {"+": ["$data.n", 1]}}}]}
+        path = self.path("count.json")
+
+        async def run():
+            engine, other = FlexiFlowEngine(), FlexiFlowEngine()
+            component = engine.create_component(config)
+            await component.handle_message({"type": "add"})
+            ff.save_component(component, path)
+            restored = ff.restore_component(ff.load_snapshot(path), other,
+                component.state_machine.registry)
+            await restored.handle_message({"type": "add"})
+            return component.data, restored.data, restored.state
+
+        self.assertEqual(self.run_async(run()), ({"n": 1}, {"n": 2}, "Up"))
+
+    def test_an_unknown_state_is_refused_with_the_known_ones(self):
+        snapshot = ff.ComponentSnapshot("order", "InitalState", [], {})
+        engine = FlexiFlowEngine()
+        error = self.raises(StateError, ff.restore_component, snapshot, engine)
+        self.assertEqual((error.what, error.fix, engine.get("order")),
+            ("Unknown state: 'InitalState'", "did you mean 'InitialState'?", None))
+
+    def test_what_would_not_come_back_the_same_is_refused_and_the_old_file_stays(self):
+        import datetime
+        path = self.path("order.json")
+        ff.save_component(self.component(), path, {"n": 1})
+        before = Path(path).read_bytes()
+        table = {
+            "a date": {"when": datetime.datetime(2026, 1, 1)}, "a tuple": {"t": (1, 2)},
+            "a number as key": {1: "a"}, "not a number": {"f": float("nan")},
+            "infinity": {"f": float("-inf")}, "a surrogate": {"s": "\ud800"},
+            "a set": {"s": {1}}, "bytes": {"b": b"x"}, "an object": {"o": object()},
+        }
+        for what, odd in table.items():
+            for where in ("rules", "metadata"):
+                with self.subTest(what, where=where):
+                    component = self.component()
+                    component.rules.extend([odd] if where == "rules" else [])
+                    error = self.raises(PersistenceError, ff.save_component, component, path,
+                        odd if where == "metadata" else None)
+                    self.assertEqual((error.what, Path(path).read_bytes(), os.listdir(self.folder)),
+                        ("Cannot save snapshot of order", before, ["order.json"]))
+
+    def test_the_error_names_the_value(self):
+        error = self.raises(PersistenceError, ff.save_component, self.component(),
+            self.path("order.json"), {"pair": [{"t": (1, 2)}]})
+        self.assertEqual(str(error), textwrap.dedent("""\
+            Cannot save snapshot of order
+            Why: snapshot of order.metadata.pair[0].t is a tuple
+            Fix: keep it to JSON: text, numbers, lists, dicts with text as keys"""))
+
+    def test_a_state_with_attributes_that_are_no_json_is_refused(self):
+        component = self.component()
+        component.state_machine.current_state.lock = object()
+        error = self.raises(PersistenceError, ff.save_component, component, self.path("x.json"))
+        self.assertEqual(error.why, "snapshot of order.attributes.lock is a object")
+
+    def test_a_missing_file_is_a_file_not_found_error_too(self):
+        path = self.path("gone.json")
+        error = self.raises(FileNotFoundError, ff.load_snapshot, path)
+        self.assertEqual((str(error), isinstance(error, PersistenceError)),
+            (f"No snapshot file: {path!r}\nFix: check the path", True))
+
+    def test_files_of_1_0_1_are_read(self):
+        path = self.write("old.json", textwrap.dedent("""\
+            {
+              "name": "example_component",
+              "current_state": "AwaitingConfirmation",
+              "rules": [
+                {
+                  "rule1": "..."
+                }
+              ],
+              "metadata": {
+                "triggered_by": "state_change"
+              }
+            }"""))
+        least = self.write("least.json", '{"name": "c", "current_state": "InitialState"}')
+        self.assertEqual([ff.load_snapshot(path), ff.load_snapshot(least)], [
+            ff.ComponentSnapshot("example_component", "AwaitingConfirmation", [{"rule1": "..."}],
+                {"triggered_by": "state_change"}),
+            ff.ComponentSnapshot("c", "InitialState", [], {})])
+
+    def test_files_that_are_no_snapshots_are_refused(self):
+        good = '{"name": "c", "current_state": "InitialState"'
+        texts = ["", "{", "[]", "5", "null", "{}", '{"name": "c"}', '{"current_state": "A"}',
+            '{"name": 5, "current_state": "A"}', '{"name": "c", "current_state": null}',
+            '{"name": "", "current_state": "A"}', good + ', "rules": {}}',
+            good + ', "rules": null}', good + ', "metadata": []}', good + ', "data": []}', good + ', "attributes": 1}',
+            good + ', "name": "d"}', good + ', "metadata": {"f": NaN}}',
+            good + ', "metadata": {"s": "\\ud800"}}', good + f', "x": {"9" * 5000}' "}",
+            good + ', "x": ' + "[" * 5000 + "]" * 5000 + "}", good + ', "x": 1e999}',
+            good + ', "checksum": 1}', good + ', "checksum": "x"}']
+        for text in texts:
+            with self.subTest(text=text[:99]):
+                self.raises(PersistenceError, ff.load_snapshot, self.write("bad.json", text))
+
+    def test_what_is_no_file_is_refused(self):
+        (self.folder / "latin.json").write_bytes(b'{"name": "\xff"}')
+        for name in ("", "latin.json", "nul\0.json", "latin.json/x"):
+            with self.subTest(name=name):
+                self.raises(PersistenceError, ff.load_snapshot, self.path(name))
+            if name != "latin.json":
+                with self.subTest("saved", name=name):
+                    self.raises(PersistenceError, ff.save_component, self.component(),
+                        self.path(name))
+
+    def test_a_changed_byte_gives_the_same_snapshot_or_an_error(self):
+        path = Path(self.path("order.json"))
+        ff.save_component(self.component(), path, {"order": 42, "ratio": 0.5})
+        good, wanted = path.read_bytes(), ff.load_snapshot(path)
+        wrong = []
+        for place in range(len(good)):
+            for bit in (0, 3, 5, 7):
+                changed = bytearray(good)
+                changed[place] ^= 1 << bit
+                path.write_bytes(changed)
+                try:
+                    found = ff.load_snapshot(path)
+                except PersistenceError:
+                    continue
+                if found != wanted:
+                    wrong.append((place, bit, found))
+        self.assertEqual(wrong, [])
+
+    def test_a_cut_file_gives_an_error(self):
+        path = Path(self.path("order.json"))
+        ff.save_component(self.component(), path, {"order": 42})
+        good = path.read_bytes().rstrip()
+        for length in range(len(good)):
+            path.write_bytes(good[:length])
+            self.raises(PersistenceError, ff.load_snapshot, path)
+
+    def test_a_link_is_followed_and_permissions_stay(self):
+        if os.name == "nt":
+            self.skipTest("no links and modes here")
+        real, link = self.folder / "real.json", self.folder / "link.json"
+        ff.save_component(self.component(), real)
+        os.chmod(real, 0o640)
+        link.symlink_to(real)
+        ff.save_component(self.component(), link, {"n": 2})
+        self.assertEqual(
+            (link.is_symlink(), real.stat().st_mode & 0o777, ff.load_snapshot(real).metadata),
+            (True, 0o640, {"n": 2}))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_killed_save_leaves_the_old_file_or_the_new_one(self):
+        child = self.python("-c", textwrap.dedent("""
+            import os, random, signal, flexiflow as ff
+
+            def save(n):
+                metadata = {"n": n, "x": "y" * 200_000}
+                snapshot = ff.ComponentSnapshot("c", "InitialState", [], metadata)
+                ff.save_component(ff.restore_component(snapshot, ff.FlexiFlowEngine()), "c.json")
+
+            save(0)
+            seen = []
+            for _ in range(15):
+                before = ff.load_snapshot("c.json").metadata["n"]
+                reading, writing = os.pipe()
+                pid = os.fork()
+                if not pid:
+                    n = before
+                    while True:
+                        n += 1
+                        save(n)
+                        os.write(writing, b".")
+                for _ in range(random.randrange(1, 4)):
+                    os.read(reading, 1)
+                for _ in range(random.randrange(200_000)):  # somewhere in the middle of a save
+                    pass
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                os.close(reading)
+                os.close(writing)
+                found = ff.load_snapshot("c.json")
+                seen.append(found.metadata["n"] > before and found.metadata["x"] == "y" * 200_000)
+            print(seen)
+        """))
+        self.assertEqual((child.stdout, child.stderr), (f"{[True] * 15}\n", ""))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no resource limits here")
+    def test_a_full_disk_leaves_the_old_file(self):
+        child = self.python("-c", textwrap.dedent("""
+            import os, resource, flexiflow as ff
+            component = ff.AsyncComponent("c", [])
+            ff.save_component(component, "c.json", {"n": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            try:
+                ff.save_component(component, "c.json", {"n": 2, "x": "y" * 9000})
+            except ff.PersistenceError as error:
+                print(error)
+            print(ff.load_snapshot("c.json").metadata, os.listdir("."))
+        """))
+        self.assertEqual((child.stdout, child.stderr), (textwrap.dedent("""\
+            Cannot write 'c.json'
+            Why: [Errno 27] File too large
+            Fix: the old file is untouched
+            {'n': 1} ['c.json']
+        """), ""))
+
+    def test_what_a_crash_left_aside_is_swept_when_it_is_old(self):
+        old, young = self.folder / ".order.json.99999.tmp", self.folder / ".b.json.99998.tmp"
+        foreign = self.folder / ".profile.tmp"
+        for path in (old, young, foreign):
+            path.write_text("{")
+        for path in (old, foreign):
+            os.utime(path, (1, 1))
+        ff.save_component(self.component(), self.path("order.json"))
+        self.assertEqual(sorted(os.listdir(self.folder)),
+            [young.name, foreign.name, "order.json"])
+
+
+class SnapshotHistory(SnapshotCase):
+    """Snapshots in a database that belongs to the caller."""
+
+    OLD_TABLE = """
+        CREATE TABLE flexiflow_snapshots (id INTEGER PRIMARY KEY AUTOINCREMENT,
+            component_name TEXT NOT NULL, snapshot_json TEXT NOT NULL, created_at TEXT NOT NULL);
+        CREATE INDEX idx_flexiflow_snapshots_component_created
+            ON flexiflow_snapshots (component_name, created_at DESC);
+        INSERT INTO flexiflow_snapshots (component_name, snapshot_json, created_at) VALUES
+            ('order', '{"name": "order", "current_state": "InitialState", "rules": [],
+                "metadata": {"n": 1}}', '2026-01-01T00:00:00+00:00'),
+            ('order', '{"name": "order", "current_state": "ErrorHandling", "rules": [],
+                "metadata": {"n": 2}}', '2026-01-02T00:00:00+00:00'),
+            ('order', '{broken', '2026-01-03T00:00:00+00:00');
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.conn = self.connect()
+
+    def connect(self, path=":memory:", **settings):
+        connection = sqlite3.connect(path, **settings)
+        self.addCleanup(connection.close)
+        return connection
+
+    def save(self, *states, conn=None, at=None):
+        return [ff.save_snapshot_sqlite(conn or self.conn, self.snapshot(state), created_at=at)
+            for state in states]
+
+    def states(self, conn=None, **limits):
+        """Return the states in the history, newest first."""
+        return [row["current_state"] for row in ff.list_snapshots_sqlite(
+            conn or self.conn, "order", **limits)]
+
+    def at(self, text):
+        import datetime
+        return datetime.datetime.fromisoformat(text)
+
+    def test_the_latest_snapshot_comes_back_and_the_history_is_listed(self):
+        at = self.at("2026-01-01T10:00:00+00:00")
+        first, second = self.save("InitialState", "ErrorHandling", at=at)
+        self.assertEqual(
+            (ff.load_latest_snapshot_sqlite(self.conn, "order"),
+             ff.list_snapshots_sqlite(self.conn, "order"),
+             ff.load_latest_snapshot_sqlite(self.conn, "other"),
+             ff.list_snapshots_sqlite(self.conn, "other")), (
+                self.snapshot("ErrorHandling"),
+                [{"id": second, "created_at": at.isoformat(), "current_state": "ErrorHandling"},
+                 {"id": first, "created_at": at.isoformat(), "current_state": "InitialState"}],
+                None, []))
+
+    def test_without_a_time_it_is_now_in_utc(self):
+        self.save("InitialState")
+        (row,) = ff.list_snapshots_sqlite(self.conn, "order")
+        self.assertEqual(self.at(row["created_at"]).utcoffset().total_seconds(), 0)
+
+    def test_1_0_1s_module_has_its_own_names_for_them(self):
+        from flexiflow.extras import persist_sqlite as old
+        self.assertEqual(
+            [old.save_snapshot, old.load_latest_snapshot, old.list_snapshots, old.prune_snapshots],
+            [ff.save_snapshot_sqlite, ff.load_latest_snapshot_sqlite, ff.list_snapshots_sqlite,
+             ff.prune_snapshots_sqlite])
+
+    def test_latest_is_what_was_saved_last_whatever_the_clock_says(self):
+        table = {
+            "the clock steps back": ["2026-01-01T11:00:00+00:00", "2026-01-01T10:00:00+00:00"],
+            "one tick": ["2026-01-01T10:00:00+00:00"] * 5,
+            "other zones": ["2026-01-01T10:00:00+09:00", "2026-01-01T05:00:00+00:00",
+                "2026-01-01T01:00:00"],
+        }
+        for what, times in table.items():
+            with self.subTest(what):
+                conn = self.connect()
+                names = [f"S{number}" for number in range(len(times))]
+                for name, at in zip(names, times):
+                    self.save(name, conn=conn, at=self.at(at))
+                latest = ff.load_latest_snapshot_sqlite(conn, "order").current_state
+                self.assertEqual((latest, self.states(conn)), (names[-1], names[::-1]))
+
+    def test_pruning_keeps_what_was_saved_last(self):
+        for at, state in (("2026-02-01", "New"), ("2026-01-01", "Old"), ("2026-03-01", "Newest"),
+                ("2025-01-01", "Last")):
+            self.save(state, at=self.at(at))
+        ff.save_snapshot_sqlite(self.conn, self.snapshot(name="other"))
+        gone = [ff.prune_snapshots_sqlite(self.conn, "order", keep_last=keep) for keep in (9, 2, 2)]
+        self.assertEqual(
+            (gone, self.states(), len(ff.list_snapshots_sqlite(self.conn, "other"))),
+            ([0, 2, 0], ["Last", "Newest"], 1))
+
+    def test_pruning_to_nothing_is_refused(self):
+        self.save("InitialState")
+        for wrong in (0, -1, True, 1.5, "1", None):
+            with self.subTest(wrong=wrong):
+                error = self.raises(ValueError, ff.prune_snapshots_sqlite, self.conn, "order",
+                    keep_last=wrong)
+                self.assertEqual((str(error), isinstance(error, FlexiFlowError)),
+                    (f"keep_last is a whole number from 1: {wrong!r}", True))
+        self.assertEqual(self.states(), ["InitialState"])
+
+    def test_by_default_ten_are_listed_and_ten_are_kept(self):
+        self.save(*(f"S{number}" for number in range(13)))
+        listed = self.states()
+        gone = ff.prune_snapshots_sqlite(self.conn, "order")
+        self.assertEqual((len(listed), listed[0], gone, self.states(limit=99)),
+            (10, "S12", 3, listed))
+
+    def test_the_callers_transaction_stays_the_callers(self):
+        for isolation in ("", "IMMEDIATE", None):
+            for end, kept in (("rollback", []), ("commit", ["ErrorHandling"])):
+                with self.subTest(isolation=isolation, end=end):
+                    conn = self.connect(isolation_level=isolation)
+                    conn.execute("CREATE TABLE app (x)")
+                    conn.commit()
+                    if isolation is None:
+                        conn.execute("BEGIN")
+                    conn.execute("INSERT INTO app VALUES (1)")
+                    self.save("InitialState", "ErrorHandling", conn=conn)
+                    ff.prune_snapshots_sqlite(conn, "order", keep_last=1)
+                    still = conn.in_transaction
+                    getattr(conn, end)()
+                    rows = conn.execute("SELECT COUNT(*) FROM app").fetchone()[0]
+                    self.assertEqual((still, rows, self.states(conn)), (True, len(kept), kept))
+
+    def test_without_a_transaction_it_is_committed_at_once(self):
+        path = self.path("app.db")
+        for isolation in ("", None):
+            conn = self.connect(path, isolation_level=isolation)
+            self.save("InitialState", conn=conn)
+            self.assertIs(conn.in_transaction, False)
+        self.assertEqual(self.states(self.connect(path)), ["InitialState"] * 2)
+
+    def test_a_failed_save_undoes_its_own_and_not_the_callers(self):
+        self.save("InitialState")
+        self.conn.execute("CREATE TABLE app (x)")
+        self.conn.execute("CREATE TRIGGER full BEFORE INSERT ON flexiflow_snapshots"
+            " BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+        self.conn.commit()
+        self.raises(PersistenceError, self.save, "ErrorHandling")
+        free = self.conn.in_transaction
+        self.conn.execute("INSERT INTO app VALUES (1)")
+        error = self.raises(PersistenceError, self.save, "ErrorHandling")
+        self.conn.commit()
+        self.assertEqual(
+            (free, error.why, self.conn.execute("SELECT * FROM app").fetchall(), self.states()),
+            (False, "disk full", [(1,)], ["InitialState"]))
+
+    def test_a_closed_or_locked_database_is_a_persistence_error(self):
+        path = self.path("app.db")
+        holder, conn = self.connect(path), self.connect(path, timeout=0)
+        self.save("InitialState", conn=holder)
+        holder.execute("BEGIN IMMEDIATE")
+        self.raises(PersistenceError, self.save, "ErrorHandling", conn=conn)
+        holder.rollback()
+        conn.close()
+        for call in (lambda: self.save("ErrorHandling", conn=conn), lambda: self.states(conn),
+                lambda: ff.load_latest_snapshot_sqlite(conn, "order"),
+                lambda: ff.prune_snapshots_sqlite(conn, "order")):
+            self.raises(PersistenceError, call)
+
+    def test_two_workers_on_one_snapshot_cannot_both_save(self):
+        self.save("InitialState")
+        first = ff.load_latest_snapshot_sqlite(self.conn, "order")
+        second = ff.load_latest_snapshot_sqlite(self.conn, "order")
+        ff.save_snapshot_sqlite(self.conn, self.snapshot("AwaitingConfirmation"), expect=first.id)
+        error = self.raises(PersistenceError, ff.save_snapshot_sqlite, self.conn,
+            self.snapshot("AwaitingConfirmation"), expect=second.id)
+        self.assertEqual((str(error), self.states(), self.conn.in_transaction), (
+            textwrap.dedent(f"""\
+                A newer snapshot of 'order' exists than {second.id}
+                Why: somebody else has saved meanwhile
+                Fix: load it, and apply your change to that"""),
+            ["AwaitingConfirmation", "InitialState"], False))
+
+    def test_a_refused_save_leaves_the_callers_transaction_alone(self):
+        (first,) = self.save("InitialState")
+        self.save("ErrorHandling")
+        self.conn.execute("CREATE TABLE app (x)")
+        self.conn.execute("INSERT INTO app VALUES (1)")
+        self.raises(PersistenceError, ff.save_snapshot_sqlite, self.conn, self.snapshot(),
+            expect=first)
+        self.conn.commit()
+        self.assertEqual(self.conn.execute("SELECT * FROM app").fetchall(), [(1,)])
+
+    def test_a_snapshot_that_is_no_json_is_refused(self):
+        odd = ff.ComponentSnapshot("order", "InitialState", [], {"t": (1,)})
+        self.raises(PersistenceError, ff.save_snapshot_sqlite, self.conn, odd)
+        self.assertEqual((self.states(), self.conn.in_transaction), ([], False))
+
+    def test_damaged_rows_are_persistence_errors(self):
+        self.save("InitialState")
+        good = '{"name": "order", "current_state": "InitialState"'
+        for text in ("{}", "[]", "1", "{", "", "null", "[" * 5000, '{"name": "order"}',
+                good + ', "rules": 5}', good + ', "checksum": 5}', good + ', "x": NaN}', b"\xff"):
+            with self.subTest(text=text[:40]):
+                self.conn.execute("UPDATE flexiflow_snapshots SET snapshot_json=?", (text,))
+                self.raises(PersistenceError, ff.load_latest_snapshot_sqlite, self.conn, "order")
+                self.assertEqual(self.states(), ["InitialState"])
+
+    def test_a_read_only_database_is_read(self):
+        path = self.path("app.db")
+        self.save("InitialState", "ErrorHandling", conn=self.connect(path))
+        sqlite3.connect(self.path("empty.db")).execute("CREATE TABLE x (y)").connection.close()
+        found = []
+        for name in ("app.db", "empty.db"):
+            conn = self.connect(f"file:{self.path(name)}?mode=ro", uri=True)
+            latest = ff.load_latest_snapshot_sqlite(conn, "order")
+            found.append((latest and latest.current_state, self.states(conn)))
+        error = self.raises(PersistenceError, self.save, "InitialState", conn=conn)
+        self.assertEqual((found, error.why), (
+            [("ErrorHandling", ["ErrorHandling", "InitialState"]), (None, [])],
+            "attempt to write a readonly database"))
+
+    def test_reading_creates_nothing(self):
+        found = (ff.load_latest_snapshot_sqlite(self.conn, "order"), self.states(),
+            ff.prune_snapshots_sqlite(self.conn, "order"),
+            self.conn.execute("SELECT name FROM sqlite_master").fetchall())
+        self.assertEqual(found, (None, [], 0, []))
+
+    def test_tables_of_1_0_1_are_read_and_written(self):
+        path = self.path("old.db")
+        conn = self.connect(path)
+        conn.executescript(self.OLD_TABLE)
+        conn.close()
+        conn = self.connect(f"file:{path}?mode=ro", uri=True)
+        before = self.states(conn)
+        self.raises(PersistenceError, ff.load_latest_snapshot_sqlite, conn, "order")
+        conn = self.connect(path)
+        gone = ff.prune_snapshots_sqlite(conn, "order", keep_last=2)
+        (number,) = self.save("AwaitingConfirmation", conn=conn)
+        latest = ff.load_latest_snapshot_sqlite(conn, "order")
+        conn.execute("DELETE FROM flexiflow_snapshots WHERE id > 2")
+        conn.commit()
+        self.assertEqual(
+            (before, gone, number, latest, self.states(conn),
+             ff.load_latest_snapshot_sqlite(conn, "order")), (
+                ["invalid", "ErrorHandling", "InitialState"], 1, 4,
+                self.snapshot("AwaitingConfirmation"), ["ErrorHandling"],
+                ff.ComponentSnapshot("order", "ErrorHandling", [], {"n": 2})))
+
+    def test_an_id_is_never_used_twice(self):
+        (first,) = self.save("InitialState")
+        stale = ff.load_latest_snapshot_sqlite(self.conn, "order").id
+        self.conn.execute("DELETE FROM flexiflow_snapshots")
+        self.conn.commit()
+        (second,) = self.save("ErrorHandling")
+        self.raises(PersistenceError, ff.save_snapshot_sqlite, self.conn, self.snapshot(),
+            expect=stale)
+        self.assertEqual((first, second > first), (stale, True))
+
+    def test_a_component_restored_from_the_history_goes_on(self):
+        async def run():
+            component = self.component()
+            await component.handle_message({"type": "start"})
+            snapshot = ff.ComponentSnapshot("order", component.state, component.rules, {"n": 1})
+            ff.save_snapshot_sqlite(self.conn, snapshot)
+            restored = ff.restore_component(
+                ff.load_latest_snapshot_sqlite(self.conn, "order"), FlexiFlowEngine())
+            await restored.handle_message({"type": "cancel"})
+            return restored.state, restored.metadata
+
+        self.assertEqual(self.run_async(run()), ("InitialState", {"n": 1}))
+
+    def test_the_history_may_live_in_the_engines_own_file(self):
+        path = self.path("flow.db")
+
+        async def run():
+            async with FlexiFlowEngine(store=path) as engine:
+                engine.create_component({"name": "order"})
+                await engine.handle_message("order", "start")
+                conn = self.connect(path)
+                self.save("AwaitingConfirmation", conn=conn)
+                await engine.handle_message("order", "cancel")
+                return self.states(conn), engine.get("order").state
+
+        self.assertEqual(self.run_async(run()), (["AwaitingConfirmation"], "InitialState"))
+
+    def test_a_handler_that_cannot_save_loses_nothing_that_the_engine_keeps(self):
+        path, failures = self.path("flow.db"), []
+        self.conn.close()
+
+        async def run():
+            async with FlexiFlowEngine(store=path) as engine:
+                await engine.event_bus.subscribe("state.changed", "saver",
+                    lambda event: self.save(event["to_state"]))
+                await engine.event_bus.subscribe("event.handler.failed", "watch",
+                    lambda event: failures.append((event["event_name"], event["component_name"])))
+                engine.create_component({"name": "order"})
+                receipt = await engine.handle_message("order", "start")
+            async with FlexiFlowEngine(store=path) as engine:
+                return receipt.outcome, engine.get("order").state
+
+        self.logged()
+        self.assertEqual((self.run_async(run()), failures), (
+            ("moved", "AwaitingConfirmation"), [("state.changed", "saver")]))
+
+
+# --------------------------------------------------------------------------------------------
+# 10. Store
+# --------------------------------------------------------------------------------------------
+
+
+class EngineCase(Case, unittest.IsolatedAsyncioTestCase):
+    """Tests of engines in memory; a subclass with `stored = True` runs them again on a file."""
+
+    stored = False
+    LAMP = {
+        "name": "lamp",
+        "initial_state": "Off",
+        "data": {"n": 0},
+        "states": {"Off": {}, "On": {}, "Broken": {"final": True}},
+        "rules": [
+            {"from": "Off", "on": "press", "to": "On", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "On", "on": "press", "to": "Off"},
+            {"from": "On", "on": "dim", "guard": {"level": {">": 0}}, "assign": {"dim": True}},
+            {"on": "drop", "to": "Broken"},
+        ],
+    }
+    COUNTER = {
+        "name": "counter",
+        "initial_state": "Up",
+        "data": {"n": 0},
+        "states": {"Up": {}},
+        "rules": [{"on": "add", "assign": {"n": {"+": ["$data.n", "$message.by"]}}}],
+    }
+
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().set_debug(False)
+        quiet, log = logging.NullHandler(), logging.getLogger("flexiflow")
+        log.addHandler(quiet)  # else what is logged on purpose would be printed
+        self.addCleanup(log.removeHandler, quiet)
+        self.clock = Clock()
+        self.module = types.ModuleType("code_of_test")
+        sys.modules["code_of_test"] = self.module
+        self.addCleanup(sys.modules.pop, "code_of_test", None)
+        self.engine = self.open()
+
+    def open(self, synchronous="NORMAL"):
+        """Return an engine that is closed after the test."""
+        store = SQLiteStore(self.path(), synchronous) if self.stored else None
+        engine = FlexiFlowEngine(store, clock=self.clock)
+        self.addAsyncCleanup(engine.close)
+        return engine
+
+    async def reopen(self):
+        """Go on with another engine, as a program that is started again does."""
+        await self.engine.close()
+        self.engine = self.open()
+
+    def code(self, found):
+        """Let configs name a function or class; return its dotted path."""
+        setattr(self.module, found.__name__, found)
+        return f"code_of_test:{found.__name__}"
+
+    def machine(self, *rules, states=("A", "B"), **settings):
+        """Return a config with these rules and states, the first one initial."""
+        states = states if isinstance(states, dict) else {name: {} for name in states}
+        first = next(iter(states))
+        return {
+            "name": "m", "initial_state": first, "states": states, "rules": list(rules), **settings,
+        }
+
+    async def listen(self, *events, keys=()):
+        """Return a Recorder of bus events."""
+        recorder = Recorder(*keys)
+        for event in events:
+            await self.engine.event_bus.subscribe(event, "test", recorder)
+        return recorder
+
+    async def passes(self, count=20):
+        """Let the loop run a few times."""
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    def patch(self, name, value):
+        """Change a number of flexiflow for the rest of the test."""
+        self.addCleanup(setattr, ff, name, getattr(ff, name))
+        setattr(ff, name, value)
+
+    def rows(self, sql, *values):
+        """Return rows of the file, read by a connection of its own."""
+        with contextlib.closing(sqlite3.connect(self.path())) as db:
+            return db.execute(sql, values).fetchall()
+
+    def change(self, sql, *values):
+        """Change the file behind the engine's back."""
+        with contextlib.closing(sqlite3.connect(self.path())) as db, db:
+            db.execute(sql, values)
+
+    def picture(self):
+        """Return all that is known: every component's facts, and every row of the file."""
+        tables = ("definitions", "components", "messages", "journal") if self.stored else ()
+        found = {name: self.rows(f"SELECT * FROM flexiflow_{name} ORDER BY 1") for name in tables}
+        return self.engine.status(), found
+
+    def start(self, script, *args):
+        """Start a Python child process on a script; return it, its output as text lines."""
+        path = self.write(f"script{len(list(self.folder.iterdir()))}.py", textwrap.dedent(script))
+        child = subprocess.Popen(
+            [sys.executable, path, *args], cwd=self.folder, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)},
+        )  # fmt: skip
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.stdin.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child
+
+
+class StoreCase(EngineCase):
+    """Tests that need a file."""
+
+    stored = True
+
+
+class Wrapped:
+    """A connection whose COMMIT does something else: `commit(execute)` is called instead."""
+
+    def __init__(self, db, commit):
+        self.db, self.commit = db, commit
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+    def execute(self, sql, *values):
+        if sql == "COMMIT":
+            return self.commit(self.db.execute)
+        return self.db.execute(sql, *values)
+
+
+class StoreFile(StoreCase):
+    async def test_a_store_is_made_with_its_tables_in_wal_mode(self):
+        db = self.open("FULL").store.db
+        self.engine.store.db.execute("SELECT 1")
+        tables = db.execute(
+            "SELECT name FROM sqlite_master WHERE type='table' AND name LIKE 'flexi%' ORDER BY 1")
+        expected = ["components", "definitions", "journal", "messages"]
+        found = {name.replace("flexiflow_", "") for (name,) in tables} - {"snapshots"}
+        self.assertEqual(found, set(expected))
+        pragmas = ("user_version", "journal_mode", "synchronous")
+        values = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+        self.assertEqual(values, [ff.SCHEMA_VERSION, "wal", 2])
+
+    async def test_normal_is_a_choice_and_anything_else_an_error(self):
+        (value,) = self.engine.store.db.execute("PRAGMA synchronous").fetchone()
+        self.assertEqual(value, 1)
+        error = self.raises(ff.ArgumentError, SQLiteStore, self.path(), "OFF")
+        self.assertEqual(str(error), "Unknown synchronous: 'OFF'\nFix: FULL or NORMAL")
+
+    async def test_opening_an_engine_makes_no_file(self):
+        FlexiFlowEngine(self.path("other.db"))
+        self.assertFalse(os.path.exists(self.path("other.db")))
+
+    async def test_a_newer_schema_is_refused(self):
+        self.engine.create_component(self.LAMP)
+        await self.reopen()
+        self.change(f"PRAGMA user_version={ff.SCHEMA_VERSION + 1}")
+        error = self.raises(PersistenceError, self.engine.create_component, self.LAMP)
+        self.assertEqual(error.what, f"Store {self.path()!r} was written by a newer FlexiFlow")
+        self.assertEqual(error.fix, "use the newer flexiflow.py")
+
+    async def test_a_file_that_is_no_database_is_refused_and_left_alone(self):
+        self.write("flow.db", "name,state\n" * 1000)
+        error = self.raises(PersistenceError, self.engine.create_component, self.LAMP)
+        self.assertEqual(str(error), f"Store {self.path()!r} failed\n"
+            "Why: DatabaseError: file is not a database\n"
+            "Fix: this is no SQLite file, or a damaged one")
+        self.assertEqual(Path(self.path()).read_text(), "name,state\n" * 1000)
+
+    async def test_a_folder_that_is_missing_is_an_error_with_a_fix(self):
+        engine = FlexiFlowEngine(self.path("missing/flow.db"))
+        error = self.raises(PersistenceError, engine.create_component, self.LAMP)
+        self.assertEqual(error.fix, "check the path, and that the folder is writable")
+
+    async def test_a_store_of_a_foreign_application_keeps_its_tables(self):
+        self.change("CREATE TABLE theirs(x)")
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.assertEqual(self.rows("SELECT COUNT(*) FROM theirs"), [(0,)])
+
+    async def test_reading_does_not_make_a_store(self):
+        store = SQLiteStore(self.path("nowhere.db"), readonly=True)
+        error = self.raises(PersistenceError, store.rows, "SELECT 1")
+        self.assertEqual(error.what, f"No store: {self.path('nowhere.db')!r}")
+        self.assertFalse(os.path.exists(self.path("nowhere.db")))
+
+    async def test_a_store_opened_for_reading_reads_and_never_writes(self):
+        path = self.path("a ?#%ü.db")
+        engine = FlexiFlowEngine(path, clock=self.clock)
+        engine.create_component(self.LAMP)
+        await engine.handle_message("lamp", "press")
+        await engine.close()
+        reader = FlexiFlowEngine(SQLiteStore(path, readonly=True))
+        before = Path(path).read_bytes()
+        found = [(one["name"], one["state"], one["seq"]) for one in reader.status()]
+        with self.assertRaises(PersistenceError):
+            await reader.handle_message("lamp", "press")
+        await reader.close()
+        self.assertEqual((found, Path(path).read_bytes()), ([("lamp", "On", 1)], before))
+
+    async def test_what_is_no_store_is_not_read(self):
+        self.change("CREATE TABLE theirs(x)")
+        store = SQLiteStore(self.path(), readonly=True)
+        with self.assertRaises(PersistenceError):
+            store.rows("SELECT * FROM theirs")
+        self.assertEqual(self.rows("SELECT name FROM sqlite_master"), [("theirs",)])
+
+    async def test_a_closed_engine_opens_its_file_again(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.engine.close()
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 2))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    async def test_a_store_opened_before_a_fork_is_refused_in_the_child(self):
+        child = self.start("""
+            import asyncio, os
+            from flexiflow import FlexiFlowEngine, PersistenceError
+            async def main():
+                engine = FlexiFlowEngine("flow.db")
+                engine.create_component({"name": "a", "initial_state": "A", "states": {"A": {}}})
+                await engine.run(until_idle=True)
+                return engine
+            engine = asyncio.run(main())
+            if os.fork() == 0:
+                try:
+                    engine.status()
+                except PersistenceError as error:
+                    print(error, flush=True)
+                os._exit(0)
+            os.wait()
+            print(len(engine.status()))
+            """)
+        output, _ = child.communicate(timeout=60)
+        self.assertEqual(output, "Store 'flow.db' was opened before a fork\n"
+            "Fix: make an engine of its own in each process\n1\n")
+
+
+class StoreDamage(StoreCase):
+    """What the file says wrongly is never believed."""
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        lamp = self.machine(
+            {"on": "press", "to": "B", "assign": {"n": 1}}, {"from": "B", "on": "note"},
+            name="lamp", data={"n": 0},
+        )  # fmt: skip
+        self.engine.create_component(lamp)
+        await self.engine.handle_message("lamp", "press", id="p")
+        await self.engine.handle_message("lamp", "note", id="q")
+
+    async def damaged(self, sql, call):
+        """Return what a fresh engine says after a change of the file."""
+        await self.reopen()
+        self.change(sql)
+        with self.assertRaises(PersistenceError) as caught:
+            await call(self.engine)
+        return caught.exception.what.replace(self.path(), "PATH")
+
+    async def test_a_changed_component_row_is_damage(self):
+        async def call(engine):
+            await engine.handle_message("lamp", "note")
+
+        changes = {
+            "data": """data='{"n":2}'""", "state": "state='A'", "seq": "seq=seq+1",
+            "since": "since='{}'", "completed": "completed=1.0", "definition": "definition='x'",
+            "attributes": "attributes='[]'", "crc": "crc=crc+1",
+        }  # fmt: skip
+        before = self.rows("SELECT * FROM flexiflow_components")
+        for column, change in changes.items():
+            with self.subTest(column):
+                sql = f"UPDATE flexiflow_components SET {change}"
+                self.assertIn("is damaged", await self.damaged(sql, call))
+                await self.engine.close()
+                self.change("DELETE FROM flexiflow_components")
+                marks = ",".join("?" * len(before[0]))
+                self.change(f"INSERT INTO flexiflow_components VALUES ({marks})", *before[0])
+
+    async def test_a_changed_journal_row_is_damage(self):
+        async def call(engine):
+            engine.history("lamp")
+
+        changes = {
+            "data": """data='{"n":2}'""", "receipt": """receipt='["stayed","A","B",null]'""",
+            "message": """message='{"type":"pross"}'""", "message_id": "message_id='r'",
+            "time": "time=time+1", "prior": "prior=prior+1", "correlation_id": "correlation_id='c'",
+        }  # fmt: skip
+        for column, change in changes.items():
+            with self.subTest(column):
+                before = self.rows("SELECT * FROM flexiflow_journal WHERE seq=1")[0]
+                sql = f"UPDATE flexiflow_journal SET {change} WHERE seq=1"
+                self.assertEqual(await self.damaged(sql, call),
+                    "Store 'PATH' is damaged: journal row 2")
+                await self.engine.close()
+                self.change("DELETE FROM flexiflow_journal WHERE seq=1")
+                marks = ",".join("?" * len(before))
+                self.change(f"INSERT INTO flexiflow_journal VALUES ({marks})", *before)
+
+    async def test_a_changed_journal_row_is_not_repeated_as_a_receipt(self):
+        async def call(engine):
+            await engine.handle_message("lamp", "press", id="p")
+
+        sql = """UPDATE flexiflow_journal SET receipt='["ignored","A","A",null]' WHERE seq=1"""
+        self.assertEqual(await self.damaged(sql, call), "Store 'PATH' is damaged: journal row 2")
+
+    async def test_a_journal_row_that_vanished_from_the_middle_is_damage(self):
+        async def call(engine):
+            engine.history("lamp")
+
+        sql = "DELETE FROM flexiflow_journal WHERE seq=1"
+        self.assertIn("is damaged", await self.damaged(sql, call))
+
+    async def test_a_missing_component_row_with_history_is_damage_and_not_a_new_component(self):
+        async def call(engine):
+            engine.create_component(self.LAMP)
+
+        sql = "DELETE FROM flexiflow_components"
+        self.assertIn("is damaged", await self.damaged(sql, call))
+
+    async def test_a_journal_without_its_last_row_is_damage(self):
+        async def call(engine):
+            await engine.handle_message("lamp", "press")
+
+        sql = "DELETE FROM flexiflow_journal WHERE seq=2"
+        self.assertIn("is damaged", await self.damaged(sql, call))
+
+    async def test_a_changed_definition_is_damage(self):
+        async def call(engine):
+            await engine.handle_message("lamp", "press")
+
+        sql = "UPDATE flexiflow_definitions SET body=replace(body, 'press', 'pross')"
+        self.assertIn("is damaged: definition", await self.damaged(sql, call))
+
+    async def test_a_missing_definition_is_damage(self):
+        async def call(engine):
+            await engine.handle_message("lamp", "press")
+
+        sql = "DELETE FROM flexiflow_definitions"
+        self.assertIn("is damaged: definition", await self.damaged(sql, call))
+
+    async def test_a_changed_queue_row_is_dead_at_once_and_stops_nobody(self):
+        await self.engine.send("lamp", "note", text="first", id="s1")
+        await self.engine.send("lamp", "note", id="s2")
+        await self.reopen()
+        self.change("UPDATE flexiflow_messages SET message=replace(message, 'first', 'third')")
+        dead = await self.listen("message.dead", keys=("component", "id", "error"))
+        await self.engine.run(until_idle=True)
+        error = f"Store {self.path()!r} is damaged: message 1"
+        (found,) = dead.take()
+        self.assertEqual(found[:2], ("lamp", "s1"))
+        self.assertIn(error, found[2])
+        self.assertEqual([row["id"] for row in self.engine.history("lamp", limit=1)], ["s2"])
+        self.assertEqual(self.engine.status("lamp")[0]["dead"], 1)
+
+    async def test_a_queue_row_that_is_no_json_is_dead_at_once(self):
+        await self.engine.send("lamp", "note", id="s1")
+        self.change("UPDATE flexiflow_messages SET message='{'")
+        await self.engine.run(until_idle=True)
+        facts = self.engine.status("lamp")[0]
+        self.assertEqual((facts["waiting"], facts["dead"]), (0, 1))
+
+    async def test_a_flipped_byte_gives_the_same_answer_or_an_error(self):
+        expected = self.engine.status(), self.engine.history()
+        await self.engine.close()
+        for end in ("-wal", "-shm"):
+            self.assertFalse(os.path.exists(self.path() + end))
+        good = Path(self.path()).read_bytes()
+        chance = random.Random(7)
+        wrong = []
+        for _ in range(150):
+            place = chance.randrange(len(good))
+            bad = bytearray(good)
+            bad[place] ^= 1 << chance.randrange(8)
+            Path(self.path("bad.db")).write_bytes(bad)
+            engine = FlexiFlowEngine(self.path("bad.db"), clock=self.clock)
+            try:
+                found = engine.status(), engine.history()
+                if found != expected:
+                    wrong.append(place)
+            except PersistenceError:
+                pass
+            finally:
+                engine.store.close()
+                for end in ("", "-wal", "-shm"):
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.path("bad.db") + end)
+        self.assertEqual(wrong, [])
+
+
+class StoreWrites(StoreCase):
+    """The one write: shared, patient, and honest about what it does not know."""
+
+    async def test_turns_that_are_ready_together_share_a_commit(self):
+        names = [f"lamp{n}" for n in range(8)]
+        for name in names:
+            self.engine.create_component(self.LAMP, name=name)
+            await self.engine.handle_message(name, "press")
+        statements = []
+        self.engine.store.db.set_trace_callback(statements.append)
+        calls = [self.engine.handle_message(name, "press") for name in names]
+        receipts = await asyncio.gather(*calls)
+        self.engine.store.db.set_trace_callback(None)
+        self.assertEqual([receipt.seq for receipt in receipts], [2] * 8)
+        self.assertEqual((statements.count("BEGIN IMMEDIATE"), statements.count("COMMIT")), (1, 1))
+
+    async def test_a_write_that_fails_does_not_take_others_with_it(self):
+        def spoil(message, component):
+            component.data["bad"] = float("nan")
+
+        rule = {"on": "spoil", "action": self.code(spoil)}
+        for name in ("a", "b", "c"):
+            self.engine.create_component(self.machine(rule, {"on": "go", "to": "B"}), name=name)
+        kinds = {"a": "go", "b": "spoil", "c": "go"}
+        calls = [self.engine.handle_message(name, kind) for name, kind in kinds.items()]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        self.assertEqual([type(one).__name__ for one in found],
+            ["Receipt", "PersistenceError", "Receipt"])
+        states = [(one["name"], one["state"], one["seq"]) for one in self.engine.status()]
+        self.assertEqual(states, [("a", "B", 1), ("b", "A", 0), ("c", "B", 1)])
+
+    async def test_a_write_that_sqlite_refuses_does_not_take_others_with_it(self):
+        for name in ("a", "b", "c"):
+            self.engine.create_component(self.LAMP, name=name)
+        await self.engine.run(until_idle=True)
+        self.change("CREATE TRIGGER refuse BEFORE INSERT ON flexiflow_journal"
+            " WHEN new.component = 'b' BEGIN SELECT RAISE(ABORT, 'refused'); END")
+        calls = [self.engine.handle_message(name, "press", id="x") for name in "abc"]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        self.change("DROP TRIGGER refuse")
+        again = [await self.engine.handle_message(name, "press", id="x") for name in "abc"]
+        self.assertEqual([type(one).__name__ for one in found],
+            ["Receipt", "PersistenceError", "Receipt"])
+        self.assertIn("refused", found[1].why)
+        self.assertEqual([(one.seq, one.duplicate) for one in again],
+            [(1, True), (1, False), (1, True)])
+
+    async def test_a_file_that_is_busy_is_waited_for(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        with contextlib.closing(sqlite3.connect(self.path(), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            task = asyncio.ensure_future(self.engine.handle_message("lamp", "press"))
+            await self.passes(50)
+            waited = not task.done()
+            other.execute("COMMIT")
+        receipt = await task
+        self.assertEqual((waited, receipt.outcome, receipt.seq), (True, "moved", 2))
+
+    async def test_waiting_for_a_busy_file_has_a_limit(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.patch("BUSY_LIMIT", 0.01)
+        with contextlib.closing(sqlite3.connect(self.path(), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with self.assertRaises(PersistenceError) as caught:
+                await self.engine.handle_message("lamp", "press", id="late")
+        self.assertEqual(str(caught.exception), f"Store {self.path()!r} failed\n"
+            "Why: OperationalError: database is locked\n"
+            "Fix: another process holds the file; try again")
+        receipt = await self.engine.handle_message("lamp", "press", id="late")
+        self.assertEqual((receipt.to_state, receipt.seq, receipt.duplicate), ("Off", 2, False))
+
+    async def test_a_cancelled_write_that_waits_for_the_file_is_not_carried_out(self):
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        with contextlib.closing(sqlite3.connect(self.path(), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            task = asyncio.ensure_future(self.engine.handle_message("lamp", "press"))
+            await self.passes()
+            task.cancel()
+            await asyncio.wait([task])
+            other.execute("COMMIT")
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((task.cancelled(), receipt.seq, lamp.seq), (True, 2, 2))
+
+    def fail_commits(self, *, after):
+        """Let the next COMMIT of the engine fail, before or after it took effect."""
+        armed = [True]
+
+        def commit(execute):
+            if not armed.pop() if armed else True:
+                return execute("COMMIT")
+            if after:
+                execute("COMMIT")
+            raise sqlite3.OperationalError("disk I/O error")
+
+        self.wrap(commit)
+
+    def wrap(self, commit):
+        wrapped = Wrapped(self.engine.store.db, commit)
+        before = SQLiteStore.db
+        self.addCleanup(setattr, SQLiteStore, "db", before)
+        SQLiteStore.db = property(lambda store: wrapped)
+
+    async def test_a_failed_commit_says_that_the_outcome_is_unknown(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.fail_commits(after=False)
+        with self.assertRaises(PersistenceError) as caught:
+            await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual(str(caught.exception), f"Store {self.path()!r} failed\n"
+            "Why: OperationalError: disk I/O error\n"
+            "Fix: the outcome is unknown: repeat with the same id")
+
+    async def test_after_a_failed_commit_the_same_id_is_applied_once(self):
+        for after, duplicate in ((False, False), (True, True)):
+            with self.subTest(took_effect=after):
+                name = f"lamp{after}"
+                lamp = self.engine.create_component(self.LAMP, name=name)
+                await self.engine.handle_message(name, "press", id="first")
+                self.fail_commits(after=after)
+                with self.assertRaises(PersistenceError):
+                    await self.engine.handle_message(name, "press", id="x")
+                receipt = await self.engine.handle_message(name, "press", id="x")
+                self.assertEqual(receipt.as_dict(), {
+                    "outcome": "moved", "component": name, "id": "x", "from_state": "On",
+                    "to_state": "Off", "seq": 2, "reason": None, "data": {"n": 1},
+                    "duplicate": duplicate})
+                self.assertEqual((lamp.state, lamp.seq), ("Off", 2))
+                ids = [row["id"] for row in self.engine.history(name)]
+                self.assertEqual(ids[:2], ["x", "first"])
+
+    async def test_after_a_failed_commit_the_head_is_read_again(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.fail_commits(after=True)
+        with self.assertRaises(PersistenceError):
+            await self.engine.handle_message("lamp", "press", id="x")
+        receipt = await self.engine.handle_message("lamp", "press", id="y")
+        self.assertEqual((receipt.from_state, receipt.to_state, receipt.seq), ("Off", "On", 3))
+
+    async def test_a_slow_commit_goes_to_a_thread_and_changes_nothing(self):
+        self.patch("SLOW_COMMIT", -1.0)
+        threads = set()
+
+        def commit(execute):
+            threads.add(threading.get_ident() == threading.main_thread().ident)
+            return execute("COMMIT")
+
+        import threading
+
+        names = [f"lamp{n}" for n in range(4)]
+        self.wrap(commit)
+        for name in names:
+            self.engine.create_component(self.LAMP, name=name)
+        for _ in range(3):
+            calls = [self.engine.handle_message(name, "press") for name in names]
+            receipts = await asyncio.gather(*calls)
+        self.assertEqual([(one.to_state, one.seq) for one in receipts], [("On", 3)] * 4)
+        self.assertEqual(threads, {False})
+
+    async def test_a_commit_under_way_stands_when_its_caller_is_cancelled(self):
+        import threading
+
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.patch("SLOW_COMMIT", -1.0)
+        loop, begun, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def commit(execute):
+            loop.call_soon_threadsafe(begun.set)
+            go_on.wait(30)
+            return execute("COMMIT")
+
+        self.wrap(commit)
+        task = asyncio.ensure_future(self.engine.handle_message("lamp", "press", id="x"))
+        await asyncio.wait_for(begun.wait(), 30)
+        task.cancel()
+        await self.passes()
+        go_on.set()
+        await asyncio.wait([task])
+        receipt = await self.engine.handle_message("lamp", "press", id="y")
+        again = await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual((task.cancelled(), receipt.from_state, receipt.seq, lamp.seq),
+            (True, "Off", 3, 3))
+        self.assertEqual((again.to_state, again.seq, again.duplicate), ("Off", 2, True))
+
+    async def test_what_a_task_sends_while_its_turn_commits_is_not_lost(self):
+        import threading
+
+        answers, tasks = [], []
+        begun, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        async def later():
+            await begun.wait()
+            answers.append((await self.engine.handle_message("m", "own")).outcome)
+            go_on.set()
+
+        def spawn(message, component):
+            tasks.append(asyncio.ensure_future(later()))
+
+        self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(spawn)}, {"on": "own", "to": "B"}))
+        await self.engine.run(until_idle=True)
+        self.patch("SLOW_COMMIT", -1.0)
+
+        def commit(execute):
+            loop.call_soon_threadsafe(begun.set)
+            go_on.wait(30)
+            return execute("COMMIT")
+
+        self.wrap(commit)
+        await self.engine.handle_message("m", "go")
+        await asyncio.wait(tasks)
+        await self.engine.run(until_idle=True)
+        component = self.engine.get("m")
+        self.assertEqual((answers, component.seq, component.state), (["queued"], 2, "B"))
+
+    async def test_a_failed_commit_in_a_thread_is_said_as_well(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.patch("SLOW_COMMIT", -1.0)
+        self.fail_commits(after=True)
+        with self.assertRaises(PersistenceError) as caught:
+            await self.engine.handle_message("lamp", "press", id="x")
+        receipt = await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual(caught.exception.fix, "the outcome is unknown: repeat with the same id")
+        self.assertEqual((receipt.to_state, receipt.seq, receipt.duplicate), ("Off", 2, True))
+
+    async def test_what_cannot_be_saved_fails_the_turn_by_name(self):
+        values = {"{1: 2}": {1: 2}, "a tuple": (1,), "NaN": float("nan"), "an object": object()}
+        value = None
+
+        def spoil(message, component):
+            component.data["bad"] = value
+
+        action = self.code(spoil)
+        self.engine.create_component(self.machine({"on": "go", "to": "B", "action": action}))
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        for name, value in values.items():  # noqa: B007  (spoil reads it)
+            with self.subTest(name):
+                with self.assertRaises(PersistenceError) as caught:
+                    await self.engine.handle_message("m", "go")
+                self.assertEqual(caught.exception.what, "Cannot save data")
+                self.assertEqual(self.picture(), before)
+
+
+class StoreShared(StoreCase):
+    """Several engines and processes on one file."""
+
+    WORKER = """
+        import asyncio, sys
+        from flexiflow import FlexiFlowEngine, SQLiteStore
+        CONFIG = {
+            "name": "counter", "initial_state": "Up", "data": {"n": 0}, "states": {"Up": {}},
+            "rules": [{"on": "add", "assign": {"n": {"+": ["$data.n", "$message.by"]}}}],
+        }
+        async def main(who, count):
+            engine = FlexiFlowEngine(SQLiteStore("flow.db", "NORMAL"))
+            engine.create_component(CONFIG)
+            for n in range(int(count)):
+                receipt = await engine.handle_message("counter", "add", by=n, id=f"{who}{n}")
+                print(n, receipt.seq, flush=True)
+            await engine.close()
+        asyncio.run(main(*sys.argv[1:]))
+        """
+
+    async def test_two_engines_see_each_others_commits_before_the_next_message(self):
+        other = self.open()
+        lamps = [engine.create_component(self.LAMP) for engine in (self.engine, other)]
+        receipts = []
+        for n in range(4):
+            engine = (self.engine, other)[n % 2]
+            receipts.append(await engine.handle_message("lamp", "press"))
+        found = [(one.from_state, one.to_state, one.seq, one.data) for one in receipts]
+        self.assertEqual(found, [
+            ("Off", "On", 1, {"n": 1}), ("On", "Off", 2, {"n": 1}), ("Off", "On", 3, {"n": 2}),
+            ("On", "Off", 4, {"n": 2})])
+        self.assertEqual(lamps[1].seq, 4)
+
+    async def test_one_legal_transition_is_made_once(self):
+        config = self.machine({"from": "A", "on": "start", "to": "B"})
+        engines = [self.engine, self.open(), self.open()]
+        for engine in engines:
+            engine.create_component(config)
+            await engine.run(until_idle=True)
+        calls = [engine.handle_message("m", "start") for engine in engines]
+        receipts = await asyncio.gather(*calls)
+        found = sorted((one.seq, one.outcome) for one in receipts)
+        self.assertEqual(found, [(1, "moved"), (2, "ignored"), (3, "ignored")])
+
+    async def test_an_action_does_not_run_in_a_state_that_another_engine_has_left(self):
+        charged = []
+
+        def charge(message, component):
+            charged.append(message["id"])
+
+        rule = {"from": "A", "on": "pay", "to": "B", "action": self.code(charge)}
+        engines = [self.engine, self.open()]
+        for engine in engines:
+            engine.create_component(self.machine(rule))
+            await engine.run(until_idle=True)
+        receipts = [await engine.handle_message("m", "pay", id=f"p{n}")
+            for n, engine in enumerate(engines)]
+        self.assertEqual([one.outcome for one in receipts], ["moved", "ignored"])
+        self.assertEqual(charged, ["p0"])
+
+    async def test_a_message_that_another_engine_taught_the_component_is_known(self):
+        other = self.open()
+        for engine in (self.engine, other):
+            engine.create_component(self.LAMP)
+            await engine.run(until_idle=True)
+        await self.engine.update_rules("lamp", [{"on": "sing"}])
+        receipt = await other.handle_message("lamp", "sing")
+        self.assertEqual((receipt.outcome, receipt.seq), ("stayed", 2))
+
+    async def test_rules_added_by_two_engines_are_both_kept(self):
+        other = self.open()
+        for engine in (self.engine, other):
+            engine.create_component(self.LAMP)
+            await engine.run(until_idle=True)
+        first, second = {"on": "sing"}, {"on": "dance"}
+        await self.engine.update_rules("lamp", [first])
+        rules = await other.update_rules("lamp", [second])
+        self.assertEqual(rules, [*self.LAMP["rules"], first, second])
+
+    async def test_a_component_that_another_process_removed_is_gone(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.change("DELETE FROM flexiflow_components")
+        self.change("DELETE FROM flexiflow_journal")
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("lamp", "press")
+        self.assertEqual(caught.exception.what, "Component 'lamp' is gone")
+
+    async def test_two_engines_that_create_one_component_create_it_once(self):
+        engines = [self.engine, self.open()]
+        for engine in engines:
+            engine.create_component(self.LAMP)
+        await asyncio.gather(*[engine.run(until_idle=True) for engine in engines])
+        await asyncio.gather(*[engine.handle_message("lamp", "press") for engine in engines])
+        found = [(row["seq"], row["outcome"]) for row in self.engine.history("lamp")]
+        self.assertEqual(found, [(2, "moved"), (1, "moved"), (0, "created")])
+
+    async def test_an_id_is_applied_once_whichever_engine_takes_it(self):
+        engines = [self.engine, self.open()]
+        for engine in engines:
+            engine.create_component(self.COUNTER)
+            await engine.run(until_idle=True)
+        calls = [engine.handle_message("counter", "add", by=5, id="x") for engine in engines * 3]
+        receipts = await asyncio.gather(*calls)
+        found = [(one.outcome, one.seq, one.data) for one in receipts]
+        self.assertEqual(found, [("stayed", 1, {"n": 5})] * 6)
+        self.assertEqual(sorted(one.duplicate for one in receipts), [False] + [True] * 5)
+
+    async def test_two_processes_at_once_lose_nothing(self):
+        children = [self.start(self.WORKER, who, "200") for who in "ab"]
+        outputs = [child.communicate(timeout=120)[0].split("\n")[:-1] for child in children]
+        seqs = [int(line.split()[1]) for output in outputs for line in output]
+        rows = list(reversed(self.engine.history("counter")))
+        total = 0
+        for row in rows[1:]:
+            total += row["message"]["by"]
+            self.assertEqual(row["data"] or {"n": total}, {"n": total})
+        self.assertEqual(sorted(seqs), list(range(1, 401)))
+        self.assertEqual([row["seq"] for row in rows], list(range(401)))
+        self.assertEqual(self.engine.get("counter").data, {"n": 2 * sum(range(200))})
+
+    async def test_two_processes_in_turn_give_the_answers_of_one(self):
+        child = self.start("""
+            import asyncio, json, sys
+            from flexiflow import FlexiFlowEngine, StateError
+            async def main(config):
+                engine = FlexiFlowEngine("flow.db")
+                engine.create_component(config)
+                for line in sys.stdin:
+                    try:
+                        receipt = await engine.handle_message("lamp", json.loads(line))
+                    except StateError as error:
+                        receipt = error.receipt
+                    print(json.dumps(receipt.as_dict()), flush=True)
+            asyncio.run(main(json.loads(sys.argv[1])))
+            """, json.dumps(self.LAMP))
+        alone = FlexiFlowEngine(self.path("alone.db"))
+        self.addAsyncCleanup(alone.close)
+        for engine in (self.engine, alone):
+            engine.create_component(self.LAMP)
+        kinds = random.Random(3).choices(["press", "dim", "zoom", "press"], k=20)
+        kinds += ["drop", "press"]
+        expected, found = [], []
+        for n, kind in enumerate(kinds):
+            message = {"type": kind, "level": n % 3, "id": f"m{n}"}
+            expected.append(await self.receipt(alone, message))
+            if n % 2:
+                found.append(await self.receipt(self.engine, message))
+            else:
+                child.stdin.write(json.dumps(message) + "\n")
+                child.stdin.flush()
+                found.append(json.loads(child.stdout.readline()))
+        self.assertEqual(found, expected)
+
+    async def receipt(self, engine, message):
+        """Handle a message; return the receipt as a dict, also that of an unknown one."""
+        try:
+            receipt = await engine.handle_message("lamp", message)
+        except StateError as error:
+            receipt = error.receipt
+        return receipt.as_dict()
+
+    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "no kill -9 here")
+    async def test_a_killed_process_applies_every_message_once(self):
+        acknowledged = {}
+        for kill in range(5):
+            child = self.start(self.WORKER, "m", "300")
+            for line in child.stdout:
+                number, seq = map(int, line.split())
+                self.assertEqual(acknowledged.setdefault(number, seq), seq)
+                if number >= 50 * (kill + 1):
+                    break
+            child.kill()
+            child.wait()
+        self.engine.create_component(self.COUNTER)
+        seqs = [(await self.engine.handle_message("counter", "add", by=n, id=f"m{n}")).seq
+            for n in range(300)]
+        self.assertEqual(seqs, list(range(1, 301)))
+        self.assertEqual({n: seqs[n] for n in acknowledged}, acknowledged)
+        self.assertEqual(self.engine.get("counter").data, {"n": sum(range(300))})
+# --------------------------------------------------------------------------------------------
+# 11. Component and engine
+# --------------------------------------------------------------------------------------------
+
+
+class Turns(EngineCase):
+    """One message at a time for a component, in the order of the callers."""
+
+    def slow(self, kind="pay", **rule):
+        """Return a config whose only action waits for `self.go`, and notes who has come."""
+        self.go, self.log = asyncio.Event(), []
+
+        async def act(message, component):
+            self.log.append(message.get("n"))
+            await self.go.wait()
+
+        return self.machine({"on": kind, "action": self.code(act), **rule})
+
+    async def test_concurrent_messages_are_judged_one_after_the_other(self):
+        charged = []
+
+        async def charge(message, component):
+            await self.passes(5)
+            charged.append(message["id"])
+
+        rule = {"from": "A", "on": "pay", "to": "B", "action": self.code(charge)}
+        self.engine.create_component(self.machine(rule))
+        calls = [self.engine.handle_message("m", "pay", id=f"p{n}") for n in range(5)]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual([one.outcome for one in receipts], ["moved"] + ["ignored"] * 4)
+        self.assertEqual(charged, ["p0"])
+
+    async def test_ten_callers_are_served_in_the_order_in_which_they_came(self):
+        self.engine.create_component(self.slow())
+        calls = [self.engine.handle_message("m", "pay", n=n) for n in range(10)]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await self.passes()
+        self.go.set()
+        receipts = await asyncio.gather(*tasks)
+        self.assertEqual([one.seq for one in receipts], list(range(1, 11)))
+        self.assertEqual(self.log, list(range(10)))
+
+    async def test_components_do_not_wait_for_each_other(self):
+        config = self.slow(guard={"n": {"exists": True}})
+        for name in ("a", "b"):
+            self.engine.create_component(config, name=name)
+        tasks = [asyncio.ensure_future(self.engine.handle_message(name, "pay", n=name))
+            for name in ("a", "b")]
+        while len(self.log) < 2:
+            await asyncio.sleep(0)
+        self.go.set()
+        receipts = await asyncio.gather(*tasks)
+        self.assertEqual([(one.component, one.outcome) for one in receipts],
+            [("a", "stayed"), ("b", "stayed")])
+
+    async def test_every_caller_gets_its_own_receipt_or_exception(self):
+        async def divide(message, component):
+            await asyncio.sleep(0)
+            component.data["result"] = 60 // message["by"]
+
+        self.engine.create_component(self.machine({"on": "div", "action": self.code(divide)}))
+        calls = [self.engine.handle_message("m", "div", by=n) for n in (1, 0, 2, 0, 3)]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        shown = [one.data["result"] if isinstance(one, Receipt) else type(one).__name__
+            for one in found]
+        self.assertEqual(shown, [60, "ZeroDivisionError", 30, "ZeroDivisionError", 20])
+
+    async def test_every_message_runs_in_the_context_of_its_caller(self):
+        import contextvars
+
+        who = contextvars.ContextVar("who")
+        seen = []
+
+        async def look(message, component):
+            await asyncio.sleep(0)
+            seen.append((message["n"], who.get(), ff.get_correlation_id()))
+
+        async def call(n):
+            who.set(f"caller {n}")
+            ff.set_correlation_id(f"c{n}")
+            await self.engine.handle_message("m", "look", n=n)
+            return ff.get_correlation_id()
+
+        self.engine.create_component(self.machine({"on": "look", "action": self.code(look)}))
+        after = await asyncio.gather(*[call(n) for n in range(3)])
+        self.assertEqual(seen, [(n, f"caller {n}", f"c{n}") for n in range(3)])
+        self.assertEqual(after, ["c0", "c1", "c2"])
+
+    async def test_waiting_for_a_turn_has_a_limit_whose_error_names_the_component(self):
+        self.engine.create_component(self.slow())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "pay", n=1))
+        while not self.log:
+            await asyncio.sleep(0)
+        self.patch("TURN_LIMIT", 0.001)
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "pay", n=2)
+        self.go.set()
+        receipts = [await first, await self.engine.handle_message("m", "pay", n=3)]
+        self.assertEqual(caught.exception.what, "No turn for 0.001 seconds: 'm'")
+        self.assertEqual(caught.exception.context.items, {"component": "m"})
+        self.assertEqual(([one.seq for one in receipts], self.log), ([1, 2], [1, 3]))
+
+    async def test_who_is_cancelled_while_waiting_leaves_the_row_of_callers(self):
+        self.engine.create_component(self.slow())
+        tasks = [asyncio.ensure_future(self.engine.handle_message("m", "pay", n=n))
+            for n in range(5)]
+        while not self.log:
+            await asyncio.sleep(0)
+        tasks[1].cancel()
+        tasks[3].cancel()
+        await self.passes()
+        self.go.set()
+        await asyncio.wait(tasks)
+        seqs = [None if task.cancelled() else task.result().seq for task in tasks]
+        self.assertEqual((seqs, self.log), ([1, None, 2, None, 3], [0, 2, 4]))
+
+    async def test_who_is_cancelled_in_the_moment_of_its_turn_passes_it_on(self):
+        tasks = []
+
+        async def act(message, component):
+            await self.passes()
+            if message["n"] == 0:  # runs before the wake-up that the end of this turn plans
+                asyncio.get_running_loop().call_soon(tasks[1].cancel)
+
+        self.engine.create_component(self.machine({"on": "pay", "action": self.code(act)}))
+        calls = [self.engine.handle_message("m", "pay", n=n) for n in range(3)]
+        tasks += [asyncio.ensure_future(call) for call in calls]
+        await asyncio.wait(tasks)
+        receipt = await self.engine.handle_message("m", "pay", n=9)
+        self.assertEqual((tasks[1].cancelled(), tasks[2].result().seq, receipt.seq), (True, 2, 3))
+
+    async def test_a_component_alone_takes_its_turns_as_well(self):
+        component = AsyncComponent("c", [], StateMachine.from_name("InitialState"))
+        calls = [component.handle_message({"type": "start"}) for _ in range(3)]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual([one.outcome for one in receipts], ["moved", "ignored", "ignored"])
+        self.assertEqual(component.state, "AwaitingConfirmation")
+
+    async def test_what_is_no_message_is_refused_before_the_turn(self):
+        self.engine.create_component(self.LAMP)
+        table = {
+            "None": None, "a number": 5, "a list": [], "no type": {}, "an empty type": {"type": ""},
+            "type 5": {"type": 5}, "id 5": {"type": "press", "id": 5},
+            "empty id": {"type": "press", "id": ""},
+        }  # fmt: skip
+        for name, message in table.items():
+            with self.subTest(name), self.assertRaises(ff.ArgumentError):
+                await self.engine.handle_message("lamp", message)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual(receipt.seq, 1)
+
+    async def test_an_unknown_component_is_named_with_a_close_match(self):
+        self.engine.create_component(self.LAMP)
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("lapm", "press")
+        self.assertEqual(caught.exception.what, "Unknown component: 'lapm'")
+        self.assertIn("'lamp'", caught.exception.fix)
+
+
+class TurnsStored(Turns):
+    stored = True
+
+
+class Reentrance(EngineCase):
+    """What a turn sends to its own component waits until the turn is over."""
+
+    async def test_an_action_that_sends_to_its_own_component_is_answered_queued(self):
+        answers, order = [], []
+
+        async def act(message, component):
+            order.append(message["type"])
+            if message["type"] == "first":
+                answers.append(await self.engine.handle_message("m", "own", id="o"))
+                answers.append(await component.handle_message({"type": "own", "id": "p"}))
+                await self.passes()
+
+        rule = {"on": ["first", "own", "other"], "action": self.code(act)}
+        self.engine.create_component(self.machine(rule))
+        calls = [self.engine.handle_message("m", kind) for kind in ("first", "other")]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual(order, ["first", "own", "own", "other"])
+        self.assertEqual([one.as_dict() for one in answers], [{
+            "outcome": "queued", "component": "m", "id": id, "from_state": None, "to_state": None,
+            "seq": None, "reason": None, "data": None, "duplicate": False} for id in "op"])
+        self.assertEqual([one.seq for one in receipts], [1, 4])
+
+    async def test_a_handler_that_sends_to_the_component_it_hears_of_is_answered_queued(self):
+        answers = []
+
+        async def press_again(data):
+            if len(answers) < 2:
+                answers.append(await self.engine.handle_message("lamp", "press"))
+
+        self.engine.create_component(self.LAMP)
+        await self.engine.event_bus.subscribe("state.changed", "test", press_again)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual([one.outcome for one in answers], ["queued", "queued"])
+        self.assertEqual((receipt.seq, receipt.to_state), (1, "On"))
+        self.assertEqual((self.engine.get("lamp").seq, self.engine.get("lamp").state), (3, "On"))
+
+    async def test_what_a_handler_sends_to_the_component_it_hears_of_is_delivered(self):
+        async def tell(data):
+            if data["component"] == "lamp" and data["seq"] == 1:
+                await self.engine.send("lamp", "press", id="s")
+                await self.engine.send("lamp", "drop", id="later", delay=60)
+                await self.engine.send("other", "press", id="o")
+
+        for name in ("lamp", "other"):
+            self.engine.create_component(self.LAMP, name=name)
+        await self.engine.event_bus.subscribe("state.changed", "test", tell)
+        await self.engine.handle_message("lamp", "press")
+        await self.engine.run(until_idle=True)
+        facts = [(one["name"], one["state"], one["seq"], one["waiting"])
+            for one in self.engine.status()]
+        self.assertEqual(facts, [("lamp", "Off", 2, 1), ("other", "On", 1, 0)])
+
+    async def test_a_message_that_comes_back_round_a_circle_is_queued(self):
+        answers = []
+
+        async def pass_on(message, component):
+            other = {"a": "b", "b": "c", "c": "a"}[component.name]
+            if message["type"] == "go":
+                kind = "back" if other == "a" else "go"
+                answers.append((other, (await self.engine.handle_message(other, kind)).outcome))
+
+        config = self.machine({"on": ["go", "back"], "action": self.code(pass_on)})
+        for name in "abc":
+            self.engine.create_component(config, name=name)
+        await self.engine.handle_message("a", "go")
+        self.assertEqual(answers, [("a", "queued"), ("c", "stayed"), ("b", "stayed")])
+        seqs = [one["seq"] for one in self.engine.status()]
+        self.assertEqual(seqs, [2, 1, 1])
+
+    async def test_a_rule_that_sends_to_its_own_component_runs_before_the_next_stranger(self):
+        self.engine.create_component(self.machine(
+            {"from": "A", "on": "go", "to": "B", "send": {"to": "$component", "type": "step"}},
+            {"from": "B", "on": "step", "to": "C"}, {"on": "other", "assign": {"x": "$state"}},
+            states="ABC",
+        ))  # fmt: skip
+        calls = [self.engine.handle_message("m", kind) for kind in ("go", "other")]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual([(one.seq, one.data) for one in receipts], [(1, {}), (3, {"x": "C"})])
+
+    async def test_a_thousand_messages_of_its_own_are_the_limit_of_a_turn(self):
+        lines = self.logged()
+        dead = await self.listen("message.dead", keys=("component", "message"))
+        self.engine.create_component(self.machine(
+            {"on": "again", "assign": {"n": {"+": ["$data.n", 1]}},
+             "send": {"to": "$component", "type": "again"}}, data={"n": 0},
+        ))  # fmt: skip
+        receipt = await self.engine.handle_message("m", "again")
+        facts = self.engine.status("m")[0]
+        self.assertEqual((receipt.seq, facts["seq"], facts["data"]), (1, 1001, {"n": 1001}))
+        self.assertEqual((facts["waiting"], facts["dead"]), (0, 1))
+        self.assertEqual(dead.take(), [("m", {"type": "again"})])
+        self.assertTrue(any("more than 1000 messages in one turn" in line for line in lines))
+
+    async def test_a_task_that_outlives_its_turn_is_an_ordinary_sender(self):
+        over, tasks = asyncio.Event(), []
+
+        async def later():
+            await over.wait()
+            return await self.engine.handle_message("m", "go")
+
+        def spawn(message, component):
+            if not tasks:
+                tasks.append(asyncio.ensure_future(later()))
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(spawn)}))
+        await self.engine.handle_message("m", "go")
+        over.set()
+        receipt = await tasks[0]
+        self.assertEqual((receipt.outcome, receipt.seq), ("stayed", 2))
+
+    async def test_a_task_that_its_turn_waits_for_is_part_of_it(self):
+        answers = []
+
+        async def spawn(message, component):
+            if message["type"] == "go":
+                call = self.engine.handle_message("m", "own")
+                answers.append(await asyncio.ensure_future(call))
+
+        rule = {"on": ["go", "own"], "action": self.code(spawn)}
+        self.engine.create_component(self.machine(rule))
+        await self.engine.handle_message("m", "go")
+        self.assertEqual((answers[0].outcome, self.engine.get("m").seq), ("queued", 2))
+
+    async def test_delivering_from_within_a_turn_comes_to_an_end(self):
+        async def act(message, component):
+            if message["type"] == "go":
+                await self.engine.run(until_idle=True)
+
+        rule = {"on": ["go", "own"], "action": self.code(act)}
+        component = self.engine.create_component(self.machine(rule))
+        await self.engine.send("m", "own")
+        with contextlib.suppress(StateError):  # to refuse it is an answer, too
+            await asyncio.wait_for(self.engine.handle_message("m", "go"), 2)
+        await self.engine.run(until_idle=True)
+        self.assertIn(component.seq, (1, 2))
+
+    async def test_two_components_that_wait_for_each_other_are_parted_by_the_limit(self):
+        begun = []
+
+        async def ask(message, component):
+            begun.append(component.name)
+            while len(begun) < 2:
+                await asyncio.sleep(0)
+            await self.engine.handle_message({"a": "b", "b": "a"}[component.name], "other")
+
+        self.patch("TURN_LIMIT", 0.05)
+        config = self.machine({"on": "go", "action": self.code(ask)}, {"on": "other", "to": "B"})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        calls = [self.engine.handle_message(name, "go") for name in "ab"]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [one.what for one in found if isinstance(one, StateError)]
+        after = [await self.engine.handle_message(name, "other") for name in "ab"]
+        self.assertTrue(errors and {*errors} <= {f"No turn for 0.05 seconds: {n!r}" for n in "ab"})
+        self.assertEqual([one.to_state for one in after], ["B", "B"])
+
+    async def test_a_component_made_by_an_action_can_be_used_in_it(self):
+        receipts = []
+
+        async def act(message, component):
+            self.engine.create_component(self.LAMP)
+            receipts.append(await self.engine.handle_message("lamp", "press"))
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        await self.engine.handle_message("m", "go")
+        self.assertEqual((receipts[0].outcome, receipts[0].seq), ("moved", 1))
+
+    async def test_own_messages_of_a_turn_that_fails_are_never_sent(self):
+        async def act(message, component):
+            if message["type"] == "go":
+                await self.engine.handle_message("m", "own")
+                await self.engine.send("m", "own")
+                raise ValueError("no")
+
+        self.engine.create_component(
+            self.machine({"on": ["go", "own"], "action": self.code(act)}))
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        with self.assertRaises(ValueError):
+            await self.engine.handle_message("m", "go")
+        await self.engine.run(until_idle=True)
+        self.assertEqual(self.picture(), before)
+
+    async def test_an_own_message_that_fails_is_its_own_failure(self):
+        async def act(message, component):
+            if message["type"] == "bad":
+                raise ValueError("bad")
+
+        self.engine.create_component(self.machine(
+            {"on": "go", "to": "B", "send": [{"to": "m", "type": one} for one in ("bad", "ok")]},
+            {"on": ["bad", "ok"], "action": self.code(act), "assign": {"last": "$message.type"}},
+        ))  # fmt: skip
+        receipt = await self.engine.handle_message("m", "go")
+        facts = self.engine.status("m")[0]
+        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 1))
+        self.assertEqual((facts["seq"], facts["data"], facts["waiting"], facts["dead"]),
+            (2, {"last": "ok"}, 1, 0))
+
+    async def test_an_own_message_that_nobody_knows_is_dead_at_once(self):
+        self.engine.create_component(
+            self.machine({"on": "go", "send": {"to": "m", "type": "nonsense"}}))
+        receipt = await self.engine.handle_message("m", "go")
+        facts = self.engine.status("m")[0]
+        self.assertEqual((receipt.outcome, facts["seq"], facts["waiting"], facts["dead"]),
+            ("stayed", 1, 0, 1))
+
+
+class ReentranceStored(Reentrance):
+    stored = True
+
+
+class Outcomes(EngineCase):
+    """The receipt, whole, of every outcome."""
+
+    def receipt(self, outcome, before, after, seq, reason=None, data=None, **more):
+        return {"outcome": outcome, "component": "lamp", "id": "x", "from_state": before,
+            "to_state": after, "seq": seq, "reason": reason,
+            "data": {"n": 1} if data is None else data, "duplicate": False, **more}
+
+    async def test_the_receipt_of_each_outcome(self):
+        table = [
+            ([], "press", self.receipt("moved", "Off", "On", 1)),
+            ([], "dim", self.receipt(
+                "ignored", "Off", "Off", 1, "Off does not take 'dim'", {"n": 0})),
+            (["press"], "dim", self.receipt("stayed", "On", "On", 2, data={"n": 1, "dim": True})),
+            (["press", "drop"], "press", self.receipt(
+                "ignored", "Broken", "Broken", 3, "completed in Broken")),
+        ]  # fmt: skip
+        for number, (before, kind, expected) in enumerate(table):
+            with self.subTest(kind, before=before):
+                name = f"lamp{number}"
+                self.engine.create_component(self.LAMP, name=name)
+                for one in before:
+                    await self.engine.handle_message(name, one)
+                receipt = await self.engine.handle_message(name, kind, level=3, id="x")
+                self.assertEqual(receipt.as_dict(), {**expected, "component": name})
+                self.assertEqual(bool(receipt), expected["outcome"] in ("moved", "stayed"))
+
+    async def test_a_blocked_message_says_what_its_guards_saw(self):
+        self.engine.create_component(self.machine(
+            {"on": "pay", "to": "B", "guard": {"amount": {">=": "$data.total"}}},
+            {"on": "pay", "guard": {"all": [{"data.vip": True}, {"amount": {"exists": True}}]}},
+            name="lamp", data={"total": 10},
+        ))  # fmt: skip
+        receipt = await self.engine.handle_message("lamp", "pay", amount=5, id="x")
+        reason = ("rules[0] wants amount >= \"$data.total\" = 10 (saw 5); "
+            "rules[1] wants data.vip == true (saw nothing)")
+        self.assertEqual(receipt.as_dict(), self.receipt("blocked", "A", "A", 1, reason,
+            {"total": 10}))
+        self.assertFalse(receipt)
+
+    async def test_an_unknown_message_raises_with_a_close_match_and_its_receipt(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("lamp", "pres", id="x")
+        error = caught.exception
+        self.assertEqual(str(error), "Unknown message: 'pres'\n"
+            "Why: no rule of 'lamp' takes it in any state\n"
+            "Fix: did you mean 'press'?\n"
+            "Context:\n  component='lamp'\n  state='On'")
+        outcome = error.receipt
+        self.assertEqual((outcome.outcome, outcome.component, outcome.from_state, outcome.seq),
+            ("unknown", "lamp", "On", None))
+        self.assertFalse(outcome)
+
+    async def test_an_unknown_message_writes_nothing_and_takes_no_id(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        before = self.picture()
+        with self.assertRaises(StateError):
+            await self.engine.handle_message("lamp", "pres", id="x")
+        after = self.picture()
+        receipt = await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual((after, receipt.seq, receipt.duplicate), (before, 2, False))
+
+    async def test_where_a_star_or_a_class_takes_messages_none_is_unknown(self):
+        class Talker(State):
+            async def handle_message(self, message, component):
+                return False, self
+
+        star = self.machine({"from": "B", "on": "*", "to": "A"}, name="star")
+        talker = self.machine({"on": "go", "to": "T"}, name="talker",
+            states={"A": {}, "T": self.code(Talker)})
+        for config in (star, talker):
+            self.engine.create_component(config)
+            receipt = await self.engine.handle_message(config["name"], "nonsense")
+            self.assertEqual(receipt.outcome, "ignored")
+
+    async def test_a_class_moves_stays_or_ignores(self):
+        class Open(State):
+            async def handle_message(self, message, component):
+                answers = {"next": (True, Shut()), "stay": (True, self)}
+                return answers.get(message["type"], (False, self))
+
+        class Shut(State):
+            async def handle_message(self, message, component):
+                return False, self
+
+        states = {"Open": self.code(Open), "Shut": self.code(Shut)}
+        self.engine.create_component(self.machine(states=states))
+        receipts = [await self.engine.handle_message("m", kind) for kind in ("stay", "x", "next")]
+        found = [(one.outcome, one.from_state, one.to_state, one.seq) for one in receipts]
+        self.assertEqual(found, [("stayed", "Open", "Open", 1), ("ignored", "Open", "Open", 2),
+            ("moved", "Open", "Shut", 3)])
+
+    async def test_a_class_may_lead_to_a_state_outside_the_config_only_in_memory(self):
+        class Open(State):
+            async def handle_message(self, message, component):
+                return True, Elsewhere()
+
+        class Elsewhere(State):
+            async def handle_message(self, message, component):
+                return True, Open()
+
+        self.engine.create_component(self.machine(states={"Open": self.code(Open)}))
+        if self.stored:
+            with self.assertRaises(StateError) as caught:
+                await self.engine.handle_message("m", "go")
+            self.assertEqual(caught.exception.what, "State 'Elsewhere' is not in the config of 'm'")
+        else:
+            receipts = [await self.engine.handle_message("m", "go") for _ in range(2)]
+            self.assertEqual([one.to_state for one in receipts], ["Elsewhere", "Open"])
+
+    async def test_a_class_that_answers_nonsense_fails_the_message(self):
+        answers = {"None": None, "one value": True, "no state": (True, None), "text": (True, "B")}
+        answer = None
+
+        class Odd(State):
+            async def handle_message(self, message, component):
+                return answer
+
+        self.engine.create_component(self.machine(states={"Odd": self.code(Odd)}))
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        for name, answer in answers.items():  # noqa: B007  (Odd returns it)
+            with self.subTest(name):
+                with self.assertRaises(StateError):
+                    await self.engine.handle_message("m", "go")
+                self.assertEqual(self.picture(), before)
+
+    async def test_the_data_of_a_receipt_is_a_copy(self):
+        self.engine.create_component(self.LAMP)
+        receipt = await self.engine.handle_message("lamp", "press")
+        receipt.data["n"] = 99
+        self.assertEqual((receipt.data, self.engine.get("lamp").data), ({"n": 1}, {"n": 1}))
+
+    async def test_a_message_without_an_id_can_be_sent_twice(self):
+        self.engine.create_component(self.LAMP)
+        receipts = [await self.engine.handle_message("lamp", {"type": "press"}) for _ in range(2)]
+        self.assertEqual([(one.to_state, one.seq) for one in receipts], [("On", 1), ("Off", 2)])
+
+    async def test_a_message_is_a_dict_or_a_type_with_fields(self):
+        self.engine.create_component(self.machine({"on": "go", "assign": {"seen": "$message.x"}}))
+        await self.engine.handle_message("m", {"type": "go", "x": 1})
+        await self.engine.handle_message("m", "go", x=2)
+        receipt = await self.engine.handle_message("m", {"type": "go", "x": 1}, x=3)
+        self.assertEqual((receipt.data, receipt.seq), ({"seen": 3}, 3))
+
+    async def test_accepts_lists_what_a_component_takes_now(self):
+        self.engine.create_component(self.LAMP)
+        found = [self.engine.accepts("lamp")]
+        for kind in ("press", "drop"):
+            await self.engine.handle_message("lamp", kind)
+            found.append(self.engine.accepts("lamp"))
+        self.assertEqual(found, [["press", "drop"], ["press", "dim", "drop"], []])
+
+
+class OutcomesStored(Outcomes):
+    stored = True
+
+
+class Duplicates(StoreCase):
+    """An id is applied to a component once."""
+
+    async def test_a_duplicate_repeats_the_first_receipt_with_its_data(self):
+        self.engine.create_component(self.LAMP)
+        first = await self.engine.handle_message("lamp", "press", id="x")
+        await self.engine.handle_message("lamp", "press")
+        await self.engine.handle_message("lamp", "press")
+        again = await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual(again.as_dict(), {**first.as_dict(), "duplicate": True})
+        self.assertEqual((again.data, bool(again)), ({"n": 1}, True))
+        self.assertEqual(self.engine.get("lamp").seq, 3)
+
+    async def test_a_duplicate_of_a_step_that_left_the_data_alone_has_the_data_of_then(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        first = await self.engine.handle_message("lamp", "press", id="x")
+        await self.engine.handle_message("lamp", "press")
+        again = await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual((first.data, again.data, again.seq), ({"n": 1}, {"n": 1}, 2))
+
+    async def test_refusals_are_remembered_too(self):
+        self.engine.create_component(self.LAMP)
+        ignored = await self.engine.handle_message("lamp", "dim", id="i")
+        await self.engine.handle_message("lamp", "press")
+        blocked = await self.engine.handle_message("lamp", "dim", id="b")
+        again = [await self.engine.handle_message("lamp", "dim", id=id) for id in "ib"]
+        self.assertEqual([one.as_dict() for one in again],
+            [{**one.as_dict(), "duplicate": True} for one in (ignored, blocked)])
+        self.assertEqual([one.outcome for one in again], ["ignored", "blocked"])
+
+    async def test_a_duplicate_survives_a_restart_and_runs_no_action(self):
+        ran = []
+
+        def act(message, component):
+            ran.append(message["id"])
+
+        config = self.machine({"on": "go", "to": "B", "action": self.code(act)})
+        self.engine.create_component(config)
+        first = await self.engine.handle_message("m", "go", id="x")
+        await self.reopen()
+        again = await self.engine.handle_message("m", "go", id="x")
+        self.assertEqual(again.as_dict(), {**first.as_dict(), "duplicate": True})
+        self.assertEqual(ran, ["x"])
+
+    async def test_the_same_id_with_another_payload_or_type_is_an_error(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press", hard=True, id="x")
+        for message in ({"type": "press", "hard": False}, {"type": "press"}, {"type": "drop"}):
+            with self.subTest(message), self.assertRaises(StateError) as caught:
+                await self.engine.handle_message("lamp", {**message, "id": "x"})
+            self.assertEqual(str(caught.exception),
+                "The id 'x' was used for another message to 'lamp'\n"
+                "Why: an id stands for one message, its type and payload included\n"
+                "Fix: send the new message under a new id\nContext:\n  first='press'")
+        self.assertEqual(self.engine.get("lamp").seq, 1)
+
+    async def test_another_correlation_id_or_order_of_keys_makes_no_other_message(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", {
+            "type": "press", "a": 1, "b": 2, "id": "x", "correlation_id": "one"})
+        again = await self.engine.handle_message("lamp", {
+            "b": 2, "a": 1, "type": "press", "correlation_id": "two", "id": "x"})
+        self.assertEqual((again.seq, again.duplicate), (1, True))
+
+    async def test_an_id_belongs_to_one_component(self):
+        for name in "ab":
+            self.engine.create_component(self.LAMP, name=name)
+        receipts = [await self.engine.handle_message(name, "press", id="x") for name in "ab"]
+        self.assertEqual([(one.seq, one.duplicate) for one in receipts], [(1, False)] * 2)
+
+    async def test_a_duplicate_is_not_announced_again(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press", id="x")
+        heard = await self.listen("*")
+        await self.engine.handle_message("lamp", "press", id="x")
+        self.assertEqual(heard.take(), [])
+
+    async def test_a_queued_message_whose_id_was_handled_is_dropped(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press", id="x", delay=60)
+        await self.engine.handle_message("lamp", "press", id="x")
+        self.clock.now += 60
+        await self.engine.run(until_idle=True)
+        facts = self.engine.status("lamp")[0]
+        self.assertEqual((facts["seq"], facts["waiting"], facts["dead"]), (1, 0, 0))
+
+    async def test_sending_an_id_twice_queues_it_once(self):
+        self.engine.create_component(self.LAMP)
+        answers = [await self.engine.send("lamp", "press", id="x") for _ in range(2)]
+        await self.engine.run(until_idle=True)
+        answers.append(await self.engine.send("lamp", "press", id="x"))
+        await self.engine.run(until_idle=True)
+        self.assertEqual([(one.outcome, one.duplicate) for one in answers],
+            [("queued", False), ("queued", True), ("queued", True)])
+        self.assertEqual(self.engine.status("lamp")[0]["seq"], 1)
+
+    async def test_sending_an_id_with_another_payload_is_an_error(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press", id="x")
+        with self.assertRaises(StateError) as caught:
+            await self.engine.send("lamp", "press", hard=True, id="x")
+        self.assertEqual(str(caught.exception),
+            "The id 'x' was used for another message to 'lamp'\n"
+            "Fix: send the new message under a new id")
+
+
+class AllOrNothing(EngineCase):
+    """What fails before the commit has never happened."""
+
+    def failing(self):
+        """Return a config with a message for each way to fail; B has a timer and data."""
+        def spoil(message, component):
+            component.data["n"] = 99
+            component.data["list"].append("spoilt")
+            raise RuntimeError("action")
+
+        def refuse(message, component):
+            raise RuntimeError("guard")
+
+        async def leave(message, component):
+            component.data["n"] = 98
+            await asyncio.sleep(0)
+            raise RuntimeError("entry")
+
+        more = {"to": "C", "assign": {"n": 7}, "send": {"to": "x", "type": "hello"}, "emit": "said"}
+        return self.machine(
+            {"on": "open", "to": "B"},
+            {"from": "B", "after": 60, "to": "A"},
+            {"on": "action", "action": self.code(spoil), **more},
+            {"on": "guard", "guard": self.code(refuse), **more},
+            {"on": "guard", **more},
+            {"on": "entry", **more, "to": "D"},
+            {"on": "missing", **more, "assign": {"n": "$data.nowhere.at.all"}},
+            {"on": "delay", **more, "send": {"to": "x", "type": "t", "after": "$message.after"}},
+            states={"A": {}, "B": {}, "C": {}, "D": {"entry": {"action": self.code(leave)}}},
+            data={"n": 1, "list": []},
+        )  # fmt: skip
+
+    async def test_a_message_that_fails_leaves_everything_as_it_was(self):
+        self.engine.create_component(self.failing())
+        heard = await self.listen("said", "state.changed")
+        await self.engine.handle_message("m", "open")
+        await self.engine.send("m", "open", delay=3600)
+        heard.take()
+        before = self.picture()
+        errors = {
+            "action": RuntimeError, "guard": RuntimeError, "entry": RuntimeError,
+            "missing": StateError, "delay": StateError,
+        }  # fmt: skip
+        for kind, error in errors.items():
+            with self.subTest(kind):
+                with self.assertRaises(error):
+                    await self.engine.handle_message("m", kind, id="x", after="soon")
+                component = self.engine.get("m")
+                self.assertEqual((component.state, component.seq), ("B", 1))
+                self.assertEqual(component.data, {"n": 1, "list": []})
+                self.assertEqual(self.picture(), before)
+                self.assertEqual(heard.take(), [])
+        receipt = await self.engine.handle_message("m", "open", id="x")
+        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 2))
+
+    async def test_a_missing_path_is_named(self):
+        self.engine.create_component(self.failing())
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "missing")
+        self.assertIn("data.nowhere.at.all", str(caught.exception))
+
+    async def test_attributes_of_a_class_based_state_are_put_back(self):
+        class Counting(State):
+            def __init__(self):
+                self.n, self.seen = 0, []
+
+            async def handle_message(self, message, component):
+                self.n += 1
+                self.seen.append(message["type"])
+                component.data["n"] = self.n
+                if message["type"] == "fail":
+                    raise RuntimeError("no")
+                return True, self
+
+        config = self.machine(states={"Counting": self.code(Counting)})
+        component = self.engine.create_component(config)
+        await self.engine.handle_message("m", "one")
+        before = self.picture()
+        with self.assertRaises(RuntimeError):
+            await self.engine.handle_message("m", "fail")
+        after = self.picture()
+        await self.engine.handle_message("m", "two")
+        state = component.state_machine.current_state
+        self.assertEqual(after, before)
+        self.assertEqual((state.n, state.seen, component.data), (2, ["one", "two"], {"n": 2}))
+
+    async def test_a_failed_message_was_received_but_changed_nothing(self):
+        self.engine.create_component(self.failing())
+        heard = await self.listen("*")
+        with self.assertRaises(RuntimeError):
+            await self.engine.handle_message("m", "action")
+        events = [one["message"]["type"] for one in heard.take() if "message" in one]
+        self.assertEqual(events, ["action"])
+
+    async def test_data_that_is_no_dict_fails_the_message(self):
+        def spoil(message, component):
+            component.data = 5
+
+        component = self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(spoil)}, data={"n": 1}))
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(caught.exception.what, "Data of 'm' is not a dict: 5")
+        self.assertEqual((component.data, component.seq), ({"n": 1}, 0))
+
+    async def test_an_action_that_ends_in_system_exit_undoes_the_turn(self):
+        def leave(message, component):
+            component.data["n"] = 5
+            raise SystemExit(3)
+
+        self.engine.create_component(
+            self.machine({"on": "go", "to": "B", "action": self.code(leave)}))
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        try:
+            with self.assertRaises(SystemExit):
+                await self.engine.handle_message("m", "go")
+        finally:
+            self.assertEqual(self.picture(), before)
+
+
+class AllOrNothingStored(AllOrNothing):
+    stored = True
+
+
+class Cancellation(EngineCase):
+    """A message that is cancelled is committed or has never come; never half."""
+
+    async def test_a_cancellation_at_any_point_commits_all_or_nothing(self):
+        async def act(message, component):
+            component.data["n"] += 1
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+        config = self.machine(
+            {"from": "A", "on": "go", "to": "B", "action": self.code(act),
+             "send": {"to": "elsewhere", "type": "hello", "after": 60}}, data={"n": 0})
+        found = set()
+        for steps in range(200):
+            name = f"m{steps}"
+            component = self.engine.create_component(config, name=name)
+            task = asyncio.ensure_future(self.engine.handle_message(name, "go", id="x"))
+            await self.passes(steps)
+            task.cancel()
+            await asyncio.wait([task])
+            now = (component.state, component.seq, component.data["n"])
+            found.add(now)
+            self.assertIn(now, [("A", 0, 0), ("B", 1, 1)])
+            self.assertIn(task.cancelled(), (True,) if now[0] == "A" else (True, False))
+            if self.stored:
+                ids = [row["id"] for row in self.engine.history(name) if row["seq"]]
+                self.assertEqual(ids, ["x"] * now[1])
+            receipt = await self.engine.handle_message(name, "go", id="y")
+            expected = ("moved", 1) if now[0] == "A" else ("ignored", 2)
+            self.assertEqual((receipt.outcome, receipt.seq, component.data["n"]), (*expected, 1))
+            if not task.cancelled():
+                break
+        self.assertEqual((found, task.cancelled()), ({("A", 0, 0), ("B", 1, 1)}, False))
+
+    async def test_a_cancellation_while_events_go_out_does_not_undo(self):
+        heard = asyncio.Event()
+
+        async def hang(data):
+            heard.set()
+            await asyncio.Event().wait()
+
+        lamp = self.engine.create_component(self.LAMP)
+        handle = await self.engine.event_bus.subscribe("state.changed", "test", hang)
+        task = asyncio.ensure_future(self.engine.handle_message("lamp", "press"))
+        await heard.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        self.engine.event_bus.unsubscribe(handle)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((task.cancelled(), receipt.from_state, receipt.seq, lamp.seq),
+            (True, "On", 2, 2))
+
+    async def test_own_messages_left_by_a_cancelled_caller_run_with_the_next(self):
+        hang, begun, ran = asyncio.Event(), asyncio.Event(), []
+
+        async def act(message, component):
+            ran.append(message["type"])
+            if message["type"] == "own" and len(ran) == 2:
+                begun.set()
+                await hang.wait()
+
+        self.engine.create_component(self.machine(
+            {"on": "go", "send": {"to": "m", "type": "own"}, "action": self.code(act)},
+            {"on": ["own", "last"], "action": "code_of_test:act"},
+        ))  # fmt: skip
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        await self.engine.handle_message("m", "last")
+        facts = self.engine.status("m")[0]
+        self.assertEqual((task.cancelled(), ran), (True, ["go", "own", "own", "last"]))
+        self.assertEqual((facts["seq"], facts["waiting"], facts["dead"]), (3, 0, 0))
+
+    async def test_attributes_are_put_back_when_a_class_is_cancelled(self):
+        begun = asyncio.Event()
+
+        class Slow(State):
+            def __init__(self):
+                self.n = 0
+
+            async def handle_message(self, message, component):
+                self.n += 1
+                begun.set()
+                await asyncio.sleep(0 if message["type"] == "quick" else 3600)
+                return True, self
+
+        component = self.engine.create_component(self.machine(states={"Slow": self.code(Slow)}))
+        task = asyncio.ensure_future(self.engine.handle_message("m", "slow"))
+        await begun.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        undone = component.state_machine.current_state.n
+        receipt = await self.engine.handle_message("m", "quick")
+        self.assertEqual((undone, receipt.seq, component.state_machine.current_state.n), (0, 1, 1))
+
+
+    async def test_what_a_handler_sent_is_not_lost_when_its_caller_is_cancelled(self):
+        hanging = asyncio.Event()
+
+        async def tell(data):
+            if data["seq"] == 1:
+                await self.engine.handle_message("lamp", "press")
+
+        async def hang(data):
+            if data["seq"] == 1:
+                hanging.set()
+                await asyncio.Event().wait()
+
+        lamp = self.engine.create_component(self.LAMP)
+        for handler in (tell, hang):
+            await self.engine.event_bus.subscribe("state.changed", "test", handler)
+        task = asyncio.ensure_future(self.engine.handle_message("lamp", "press"))
+        await hanging.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        receipt = await self.engine.handle_message("lamp", "dim", level=1)
+        await self.engine.run(until_idle=True)
+        self.assertEqual((task.cancelled(), receipt.outcome, lamp.seq, lamp.state),
+            (True, "ignored", 3, "Off"))
+
+
+class CancellationStored(Cancellation):
+    stored = True
+
+    async def test_a_cancellation_while_commits_go_to_a_thread_commits_all_or_nothing(self):
+        self.patch("SLOW_COMMIT", -1.0)
+        config = self.machine(
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "B", "on": "go"}, data={"n": 0})
+        for steps in range(60):
+            name = f"m{steps}"
+            component = self.engine.create_component(config, name=name)
+            task = asyncio.ensure_future(self.engine.handle_message(name, "go", id="x"))
+            await self.passes(steps)
+            task.cancel()
+            await asyncio.wait([task])
+            receipts = [await self.engine.handle_message(name, "go", id=id) for id in "yx"]
+            rows = [(row["id"], row["seq"]) for row in reversed(self.engine.history(name))]
+            came = receipts[1].duplicate
+            self.assertEqual(rows[1:], [("x", 1), ("y", 2)] if came else [("y", 1), ("x", 2)])
+            self.assertEqual((component.state, component.seq, component.data), ("B", 2, {"n": 1}))
+            self.assertTrue(came or task.cancelled())
+
+
+class Visibility(EngineCase):
+    """Within a turn the component shows what will be; everybody else sees what is."""
+
+    async def test_an_action_sees_the_new_state_and_data_and_others_the_old(self):
+        seen, begun, go = [], asyncio.Event(), asyncio.Event()
+
+        async def look(message, component):
+            await asyncio.sleep(0)
+            seen.append((component.state, component.data))
+            begun.set()
+            await go.wait()
+
+        rule = {"from": "A", "on": "go", "to": "B", "assign": {"n": 1}, "action": self.code(look)}
+        component = self.engine.create_component(self.machine(rule, data={"n": 0}))
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        outside = (component.state, component.data, component.seq)
+        go.set()
+        await task
+        after = (component.state, component.data, component.seq)
+        self.assertEqual(seen, [("B", {"n": 1})])
+        self.assertEqual((outside, after), (("A", {"n": 0}, 0), ("B", {"n": 1}, 1)))
+
+    async def test_what_an_action_does_to_the_data_is_the_last_word(self):
+        def change(message, component):
+            component.data["n"] += 10
+            component.data["list"].append("x")
+
+        def swap(message, component):
+            component.data = {"swapped": component.data["n"]}
+
+        self.engine.create_component(self.machine(
+            {"on": "change", "assign": {"n": 5}, "action": self.code(change)},
+            {"on": "swap", "action": self.code(swap)}, data={"n": 0, "list": []},
+        ))  # fmt: skip
+        receipts = [await self.engine.handle_message("m", kind) for kind in ("change", "swap")]
+        self.assertEqual([one.data for one in receipts],
+            [{"n": 15, "list": ["x"]}, {"swapped": 15}])
+
+    async def test_data_taken_outside_a_turn_is_a_copy(self):
+        component = self.engine.create_component(self.LAMP, data={"list": [1]})
+        component.data["list"].append(2)
+        component.data["n"] = 7
+        self.assertEqual(component.data, {"n": 0, "list": [1]})
+
+    async def test_data_kept_from_a_turn_changes_nothing_later(self):
+        kept = []
+
+        def keep(message, component):
+            kept.append(component.data)
+
+        component = self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(keep)}, data={"list": [1]}))
+        await self.engine.handle_message("m", "go")
+        kept[0]["list"].append(2)
+        self.assertEqual(component.data, {"list": [1]})
+
+    async def test_setting_data_outside_a_turn_is_refused(self):
+        component = self.engine.create_component(self.LAMP)
+        with self.assertRaises(StateError) as caught:
+            component.data = {"n": 5}
+        self.assertEqual(caught.exception.what, "Data of 'lamp' set outside a turn")
+
+    async def test_two_actions_see_each_others_changes(self):
+        seen = []
+
+        def one(message, component):
+            component.data["n"] = 1
+
+        def two(message, component):
+            seen.append(component.data["n"])
+
+        self.engine.create_component(
+            self.machine({"on": "go", "action": [self.code(one), self.code(two)]}))
+        await self.engine.handle_message("m", "go")
+        self.assertEqual(seen, [1])
+
+    async def test_handlers_of_the_turn_see_what_is_committed(self):
+        component = self.engine.create_component(self.LAMP)
+        seen = []
+
+        def look(data):
+            seen.append((component.state, component.data, component.seq))
+
+        await self.engine.event_bus.subscribe("state.changed", "test", look)
+        await self.engine.handle_message("lamp", "press")
+        self.assertEqual(seen, [("On", {"n": 1}, 1)])
+
+
+class VisibilityStored(Visibility):
+    stored = True
+
+
+class EngineEvents(EngineCase):
+    """What the engine says on the bus, after the commit and in order."""
+
+    async def test_a_component_is_announced_exactly_once_however_it_comes(self):
+        heard = await self.listen("engine.component.registered", keys=("component",))
+        by_hand = [AsyncComponent(name, [], StateMachine.from_name("InitialState"))
+            for name in ("register", "register_async")]
+        self.engine.register(by_hand[0])
+        await self.engine.register_async(by_hand[1])
+        self.engine.create_component(self.LAMP)
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.passes()
+        self.assertEqual(heard.take(), [("register",), ("register_async",), ("lamp",)])
+
+    async def test_registering_the_same_object_again_is_harmless(self):
+        heard = await self.listen("engine.component.registered", keys=("component",))
+        component = AsyncComponent("c", [], StateMachine.from_name("InitialState"))
+        for _ in range(2):
+            self.engine.register(component)
+            await self.engine.register_async(component)
+        self.assertEqual(heard.take(), [("c",)])
+
+    async def test_an_announcement_is_not_lost_when_the_engine_is_closed_at_once(self):
+        heard = await self.listen("engine.component.registered", keys=("component", "seq"))
+        self.engine.create_component(self.LAMP)
+        await self.engine.close()
+        self.assertEqual(heard.take(), [("lamp", 0)])
+
+    def test_what_is_registered_without_a_loop_is_announced_by_the_first_call_that_awaits(self):
+        heard = Recorder("component")
+        engine = FlexiFlowEngine(self.path() if self.stored else None)
+        engine.register(AsyncComponent("c", [], StateMachine.from_name("InitialState")))
+
+        async def main():
+            await engine.event_bus.subscribe("engine.component.registered", "test", heard)
+            await engine.handle_message("c", "start")
+            await engine.close()
+
+        self.run_async(main())
+        self.assertEqual(heard.take(), [("c",)])
+
+    async def test_an_announcement_under_way_is_not_collected(self):
+        import gc
+
+        go, begun, done = asyncio.Event(), asyncio.Event(), []
+
+        async def slow(data):
+            begun.set()
+            await go.wait()
+            done.append(data["component"])
+
+        handle = await self.engine.event_bus.subscribe("engine.component.registered", "t", slow)
+        self.engine.register(AsyncComponent("c", [], StateMachine.from_name("InitialState")))
+        await begun.wait()
+        self.engine.event_bus.unsubscribe(handle)
+        gc.collect()
+        go.set()
+        await self.engine.close()
+        self.assertEqual(done, ["c"])
+
+    async def test_a_message_is_announced_with_its_payload_in_order(self):
+        self.engine.create_component(self.LAMP)
+        heard = Recorder()
+        for event in ("component.message.received", "state.changed", "component.completed"):
+            await self.engine.event_bus.subscribe(
+                event, "test", lambda data, event=event: heard((event, data)))
+        message = {"type": "drop", "id": "d", "correlation_id": "c", "far": True}
+        await self.engine.handle_message("lamp", message)
+        common = {"component": "lamp", "seq": 1, "correlation_id": "c"}
+        (received, changed, completed) = heard.take()
+        self.assertEqual(received, ("component.message.received", {**common, "message": message}))
+        self.assertEqual(changed[0], "state.changed")
+        self.assertEqual({**common, "from_state": "Off", "to_state": "Broken"}.items()
+            - changed[1].items(), set())
+        self.assertEqual((completed[0], common.items() - completed[1].items()),
+            ("component.completed", set()))
+
+    async def test_only_what_moves_changes_a_state(self):
+        heard = await self.listen("state.changed", keys=("from_state", "to_state", "seq"))
+        self.engine.create_component(self.LAMP)
+        for kind in ("dim", "press", "dim", "press"):
+            await self.engine.handle_message("lamp", kind, level=1)
+        self.assertEqual(heard.take(), [("Off", "On", 2), ("On", "Off", 4)])
+
+    async def test_events_of_concurrent_callers_come_in_the_order_of_seq(self):
+        heard = await self.listen("state.changed", keys=("seq",))
+
+        async def slow_for_odd(data):
+            await self.passes(data["seq"] % 2 * 10)
+
+        await self.engine.event_bus.subscribe("state.changed", "slow", slow_for_odd, priority=1)
+        self.engine.create_component(self.LAMP)
+        calls = [self.engine.handle_message("lamp", "press") for _ in range(6)]
+        await asyncio.gather(*calls)
+        self.assertEqual(heard.take(), [(n,) for n in range(1, 7)])
+
+    async def test_handle_message_returns_when_its_handlers_are_done(self):
+        done = []
+
+        async def slow(data):
+            await self.passes()
+            done.append(data["seq"])
+
+        await self.engine.event_bus.subscribe("state.changed", "test", slow)
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        self.assertEqual(done, [1])
+
+    async def test_a_handler_that_fails_never_changes_the_outcome(self):
+        def fail(data):
+            raise RuntimeError("handler")
+
+        heard = await self.listen("event.handler.failed", keys=("event_name", "exception", "seq"))
+        for event in ("component.message.received", "state.changed", "rang"):
+            await self.engine.event_bus.subscribe(event, "test", fail)
+        lamp = self.engine.create_component(
+            self.machine({"from": "A", "on": "ring", "to": "B", "emit": "rang"}))
+        receipt = await self.engine.handle_message("m", "ring")
+        self.assertEqual((receipt.outcome, receipt.seq, lamp.state), ("moved", 1, "B"))
+        self.assertEqual(sorted(heard.take()), [
+            (event, "RuntimeError('handler')", 1)
+            for event in ("component.message.received", "rang", "state.changed")])
+
+    async def test_a_filter_that_fails_never_loses_the_message(self):
+        def fail(event, data):
+            raise KeyError("filter")
+
+        await self.engine.event_bus.subscribe(
+            "component.message.received", "test", print, filter_fn=fail)
+        self.engine.create_component(self.LAMP)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((receipt.outcome, receipt.to_state), ("moved", "On"))
+
+    async def test_a_handler_cannot_change_what_the_next_one_or_the_component_sees(self):
+        seen = []
+
+        def change(data):
+            data["message"]["x"].append("changed")
+
+        await self.engine.event_bus.subscribe("component.message.received", "a", change)
+        self.engine.create_component(self.machine({"on": "go", "assign": {"x": "$message.x"}}))
+        message = {"type": "go", "x": []}
+        await self.engine.handle_message("m", message)
+        seen.append((message, self.engine.get("m").data))
+        self.assertEqual(seen, [({"type": "go", "x": []}, {"x": []})])
+
+    async def test_emitted_events_carry_the_default_payload_or_their_own(self):
+        heard = await self.listen("plain", "full")
+        self.engine.create_component(self.machine({
+            "on": "go", "to": "B", "assign": {"n": 1},
+            "emit": ["plain", {"name": "full", "with": {"n": "$data.n"}}]}, data={"n": 0}))
+        message = {"type": "go", "id": "x", "correlation_id": "c"}
+        await self.engine.handle_message("m", message)
+        self.assertEqual(heard.take(), [
+            {"component": "m", "message": message, "state": "B", "seq": 1, "correlation_id": "c"},
+            {"n": 1}])
+
+    async def test_a_handler_that_sends_elsewhere_gets_an_answer(self):
+        outcomes = []
+
+        async def tell(data):
+            outcomes.append((await self.engine.handle_message("b", "press")).outcome)
+
+        for name in "ab":
+            self.engine.create_component(self.LAMP, name=name)
+        await self.engine.event_bus.subscribe(
+            "state.changed", "test", tell, filter_fn=lambda event, data: data["component"] == "a")
+        await self.engine.handle_message("a", "press")
+        self.assertEqual(outcomes, ["moved"])
+
+    async def test_log_records_of_a_message_are_at_debug_and_carry_its_correlation_id(self):
+        lines = self.logged()
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", {"type": "press", "correlation_id": "c-1"})
+        self.assertEqual([line for line in lines if not line.startswith("DEBUG")], [])
+
+    async def test_code_of_a_message_sees_its_correlation_id_and_the_caller_keeps_its_own(self):
+        seen = []
+
+        def look(message, component):
+            seen.append(ff.get_correlation_id())
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(look)}))
+        ff.set_correlation_id("mine")
+        await self.engine.handle_message("m", {"type": "go", "correlation_id": "its"})
+        await self.engine.handle_message("m", {"type": "go"})
+        self.assertEqual((seen, ff.get_correlation_id()), (["its", "mine"], "mine"))
+
+
+class EngineEventsStored(EngineEvents):
+    stored = True
+
+
+class Registering(EngineCase):
+    """Names, and the objects that have them."""
+
+    async def test_a_name_that_another_object_has_is_refused(self):
+        first, second = (AsyncComponent("c", [], StateMachine.from_name("InitialState"))
+            for _ in range(2))
+        self.engine.register(first)
+        error = self.raises(StateError, self.engine.register, second)
+        self.assertEqual(error.what, "Component 'c' is registered already")
+        self.assertIs(self.engine.components["c"], first)
+
+    async def test_create_component_is_get_or_create(self):
+        first = self.engine.create_component(self.LAMP, data={"vip": True})
+        again = self.engine.create_component(dict(self.LAMP), data={"vip": False})
+        other = self.engine.create_component(self.LAMP, name="other")
+        self.assertIs(first, again)
+        self.assertIs(self.engine.get("lamp"), first)
+        self.assertIsNone(self.engine.get("nobody"))
+        found = [(one.name, one.state, one.data, one.seq) for one in (first, other)]
+        self.assertEqual(found, [("lamp", "Off", {"n": 0, "vip": True}, 0),
+            ("other", "Off", {"n": 0}, 0)])
+
+    async def test_components_of_one_config_share_no_data(self):
+        config = self.machine({"on": "add", "assign": {"x": {"append": ["$data.x", 1]}}},
+            data={"x": []})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        await self.engine.handle_message("a", "add")
+        data = [self.engine.get(name).data for name in "ab"]
+        self.assertEqual(data, [{"x": [1]}, {"x": []}])
+
+    async def test_status_shows_a_component_that_is_not_written_yet(self):
+        self.engine.create_component(self.LAMP)
+        (facts,) = self.engine.status("lamp")
+        found = [facts[key] for key in ("name", "state", "seq", "data", "waiting", "dead")]
+        self.assertEqual(found, ["lamp", "Off", 0, {"n": 0}, 0, 0])
+        self.assertEqual(self.engine.status(), [facts])
+
+    async def test_a_config_may_be_a_path_a_dict_or_a_loaded_config(self):
+        path = self.write("lamp.json", self.LAMP)
+        loaded = ConfigLoader.load_component_config(path)
+        for name, config in (("a", path), ("b", self.LAMP), ("c", loaded)):
+            self.engine.create_component(config, name=name)
+            await self.engine.handle_message(name, "press")
+        found = [(one["name"], one["state"]) for one in self.engine.status()]
+        self.assertEqual(found, [("a", "On"), ("b", "On"), ("c", "On")])
+
+    async def test_birth_runs_the_entry_effects_and_initial_children(self):
+        entered = []
+
+        def enter(message, component):
+            entered.append(component.state)
+            component.data["entered"] = True
+
+        states = {
+            "A": {"initial": "A.x", "entry": {"assign": {"n": 1}, "action": self.code(enter)}},
+            "A.x": {"entry": {"assign": {"m": "$state"}}},
+        }  # fmt: skip
+        component = self.engine.create_component(self.machine(
+            {"on": "go"}, states=states, data={"n": 0}))
+        await self.engine.register_async(component)
+        self.assertEqual((component.state, component.seq, entered), ("A.x", 0, ["A.x"]))
+        self.assertEqual(component.data, {"n": 1, "m": "A.x", "entered": True})
+
+    async def test_components_by_hand_follow_rules_that_execute_and_keep_notes(self):
+        rules = [{"when": "a note"}, {"from": "InitialState", "on": "skip", "to": "ErrorHandling"}]
+        component = AsyncComponent("c", rules, StateMachine.from_name("InitialState"))
+        self.engine.register(component)
+        receipts = [await component.handle_message({"type": kind})
+            for kind in ("skip", "acknowledge", "start")]
+        self.assertEqual([(one.outcome, one.to_state) for one in receipts],
+            [("moved", "ErrorHandling"), ("moved", "InitialState"),
+             ("moved", "AwaitingConfirmation")])
+        self.assertEqual(component.rules, rules)
+
+
+    async def test_a_component_without_an_engine_sends_to_itself_and_to_nobody_else(self):
+        rules = [{"from": "InitialState", "on": "one", "send": {"to": "x", "type": "hello"}}]
+        component = AsyncComponent("c", rules, StateMachine.from_name("InitialState"))
+        with self.assertRaises(StateError) as caught:
+            await component.handle_message({"type": "one"})
+        self.assertEqual(caught.exception.fix, "engine.register(it)")
+        self.assertEqual(component.seq, 0)
+
+    async def test_a_name_is_text(self):
+        for name in ("", None, 5):
+            with self.subTest(name=name), self.assertRaises(ff.ArgumentError):
+                AsyncComponent(name, [])
+
+    async def test_a_snapshot_brings_back_state_attributes_rules_and_metadata(self):
+        class Counter(State):
+            def __init__(self):
+                self.n = 0
+
+            async def handle_message(self, message, component):
+                self.n += 1
+                return True, self
+
+        registry = ff.StateRegistry(ff.DEFAULT_REGISTRY)
+        registry.register("Waiting", Counter)
+        component = AsyncComponent("c", [{"when": "note"}],
+            StateMachine.from_name("Waiting", registry))
+        for _ in range(5):
+            await component.handle_message({"type": "count"})
+        ff.save_component(component, self.path("c.json"), {"order": 42})
+        restored = ff.restore_component(
+            ff.load_snapshot(self.path("c.json")), self.engine, registry)
+        found = (restored.state, restored.state_machine.current_state.n, restored.rules)
+        self.assertEqual(found, ("Waiting", 5, [{"when": "note"}]))
+        self.assertEqual((restored.metadata, self.engine.get("c")), ({"order": 42}, restored))
+
+    async def test_async_with_lets_an_exception_through(self):
+        with self.assertRaises(ZeroDivisionError):
+            async with self.open() as engine:
+                engine.create_component(self.LAMP)
+                await engine.handle_message("lamp", "press")
+                raise ZeroDivisionError
+        self.assertEqual(engine.components["lamp"].state, "On")
+
+    def test_an_engine_outlives_its_loop(self):
+        engine = FlexiFlowEngine(self.path() if self.stored else None)
+        engine.create_component(self.LAMP)
+
+        async def main():
+            await engine.send("lamp", "press")
+            await engine.run(until_idle=True)
+            return (await engine.handle_message("lamp", "press")).seq
+
+        self.assertEqual([self.run_async(main()), self.run_async(main())], [2, 4])
+        self.run_async(engine.close())
+
+
+class RegisteringStored(Registering):
+    stored = True
+
+
+class Restart(StoreCase):
+    """A program that is started again finds its components as it left them."""
+
+    async def test_a_component_goes_on_where_it_stopped(self):
+        self.engine.create_component(self.LAMP, data={"owner": "Ada"})
+        await self.engine.handle_message("lamp", "press")
+        await self.reopen()
+        lamp = self.engine.create_component(self.LAMP, data={"owner": "Bob"})
+        found = (lamp.state, lamp.data, lamp.seq)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual(found, ("On", {"n": 1, "owner": "Ada"}, 1))
+        self.assertEqual((receipt.from_state, receipt.to_state, receipt.seq), ("On", "Off", 2))
+
+    async def test_a_component_is_found_without_its_config(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.reopen()
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((receipt.to_state, self.engine.get("lamp").rules), ("Off",
+            self.LAMP["rules"]))
+
+    async def test_a_component_keeps_its_definition_and_says_once_that_the_config_differs(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.reopen()
+        lines = self.logged()
+        other = {**self.LAMP, "rules": self.LAMP["rules"][:1]}
+        for _ in range(3):
+            lamp = self.engine.create_component(other)
+        warnings = [line for line in lines if line.startswith("WARNING")]
+        self.assertEqual(len(warnings), 1)
+        self.assertIn("'lamp'", warnings[0])
+        self.assertEqual(lamp.rules, self.LAMP["rules"])
+
+    async def test_an_equal_config_is_no_reason_for_a_warning(self):
+        self.engine.create_component(self.LAMP)
+        await self.reopen()
+        lines = self.logged()
+        text = json.dumps(self.LAMP, indent=4)
+        self.engine.create_component(self.write("lamp.json", text))
+        self.assertEqual([line for line in lines if line.startswith("WARNING")], [])
+
+    async def test_update_adopts_a_differing_config(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.reopen()
+        rules = [*self.LAMP["rules"], {"on": "sing"}]
+        lamp = self.engine.create_component({**self.LAMP, "rules": rules}, update=True)
+        receipt = await self.engine.handle_message("lamp", "sing")
+        self.assertEqual((receipt.outcome, lamp.state, lamp.rules), ("stayed", "On", rules))
+
+    async def test_a_config_without_the_current_state_is_not_adopted(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await self.reopen()
+        before = self.picture()
+        other = self.machine({"from": "A", "on": "go", "to": "B"}, name="lamp")
+        with self.assertRaises(FlexiFlowError) as caught:
+            self.engine.create_component(other, update=True)
+            await self.engine.handle_message("lamp", "go")
+        self.assertIn("'On'", str(caught.exception))
+        self.assertIn("'lamp'", str(caught.exception))
+        self.assertEqual(self.picture(), before)
+
+    async def test_creation_is_turn_zero_of_the_journal(self):
+        self.engine.create_component(self.LAMP, data={"vip": True})
+        await self.engine.handle_message("lamp", "press", id="p")
+        keys = ("component", "seq", "outcome", "to_state", "data", "time")
+        rows = [tuple(row[key] for key in keys) for row in self.engine.history("lamp")]
+        self.assertEqual(rows, [
+            ("lamp", 1, "moved", "On", {"n": 1, "vip": True}, self.clock.now),
+            ("lamp", 0, "created", "Off", {"n": 0, "vip": True}, self.clock.now)])
+
+    async def test_creation_is_written_by_whichever_call_comes_first(self):
+        async def register_async():
+            await self.engine.register_async(self.engine.get("lamp"))
+
+        async def message():
+            await self.engine.handle_message("lamp", "press")
+
+        calls = {
+            "message": message, "register_async": register_async,
+            "run": lambda: self.engine.run(until_idle=True), "close": lambda: self.engine.close(),
+        }  # fmt: skip
+        for name, call in calls.items():
+            with self.subTest(name):
+                self.engine.create_component(self.LAMP)
+                written = os.path.exists(self.path()) and self.rows(
+                    "SELECT COUNT(*) FROM flexiflow_components")[0][0]
+                await call()
+                after = self.rows("SELECT COUNT(*) FROM flexiflow_components")
+                self.assertEqual((written or 0, after), (0, [(1,)]))
+                await self.engine.close()
+                for end in ("", "-wal", "-shm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.path() + end)
+                self.engine = self.open()
+
+    async def test_attributes_of_a_class_based_state_are_kept(self):
+        class Counting(State):
+            def __init__(self):
+                self.n = 0
+
+            async def handle_message(self, message, component):
+                self.n += 1
+                return True, self
+
+        config = self.machine(states={"Waiting": self.code(Counting)})
+        self.engine.create_component(config)
+        for _ in range(5):
+            await self.engine.handle_message("m", "count")
+        await self.reopen()
+        component = self.engine.create_component(config)
+        found = (component.state, component.state_machine.current_state.n)
+        await self.engine.handle_message("m", "count")
+        self.assertEqual(found, ("Waiting", 5))
+        self.assertEqual(component.state_machine.current_state.n, 6)
+
+    async def test_a_component_by_hand_takes_the_stored_state(self):
+        def by_hand():
+            return AsyncComponent("c", [], StateMachine.from_name("InitialState"))
+
+        await self.engine.register_async(by_hand())
+        await self.engine.handle_message("c", "start")
+        await self.reopen()
+        component = by_hand()
+        self.engine.register(component)
+        receipt = await self.engine.handle_message("c", "confirm", content="confirmed")
+        self.assertEqual((receipt.from_state, receipt.to_state, receipt.seq),
+            ("AwaitingConfirmation", "ProcessingRequest", 2))
+        self.assertIs(self.engine.get("c"), component)
+
+    async def test_restoring_runs_no_entry_action(self):
+        entered = []
+
+        def enter(message, component):
+            entered.append(message["type"])
+
+        states = {"A": {}, "B": {"entry": {"action": self.code(enter)}}}
+        config = self.machine({"on": "go", "to": "B"}, states=states)
+        self.engine.create_component(config)
+        await self.engine.handle_message("m", "go")
+        await self.reopen()
+        self.engine.create_component(config)
+        await self.engine.run(until_idle=True)
+        self.assertEqual(entered, ["go"])
+
+    async def test_a_definition_is_stored_once_for_all_its_components(self):
+        for name in "abc":
+            self.engine.create_component(self.LAMP, name=name, data={"name": name})
+        self.engine.create_component(self.COUNTER)
+        await self.engine.run(until_idle=True)
+        self.assertEqual(self.rows("SELECT COUNT(*) FROM flexiflow_definitions"), [(2,)])
+
+    async def test_a_correlation_id_is_kept_in_the_journal(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", {"type": "press", "correlation_id": "c-9"})
+        self.assertEqual(self.engine.history("lamp", limit=1)[0]["correlation_id"], "c-9")
+
+
+    async def test_a_store_gives_the_answers_of_memory_whenever_it_is_closed(self):
+        config = self.machine(
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}},
+             "send": {"to": "$component", "type": "note"}},
+            {"from": "B.x", "on": "go", "to": "B.y"}, {"from": "B", "on": "back", "to": "A"},
+            {"from": "B", "after": 30, "to": "A", "send": {"to": "m", "type": "late", "after": 5}},
+            {"on": "late", "guard": {"data.n": {">": 2}}, "assign": {"late": "$now"}},
+            {"on": "note", "assign": {"notes": {"append": ["$data.notes", "$state"]}}},
+            states={"A": {}, "B": {"initial": "B.x"}, "B.x": {}, "B.y": {}},
+            data={"n": 0, "notes": []},
+        )  # fmt: skip
+        memory = FlexiFlowEngine(clock=self.clock)
+        self.addAsyncCleanup(memory.close)
+        memory.create_component(config)
+        chance = random.Random(11)
+        for step in range(120):
+            if chance.random() < 0.1:
+                await self.reopen()
+            await self.engine.register_async(self.engine.create_component(config))
+            kind, answers = chance.choice(["go", "back", "late", "note"]), []
+            self.clock.now += chance.randrange(20)
+            for engine in (memory, self.engine):
+                await engine.run(until_idle=True)
+                receipt = await engine.handle_message("m", kind, id=f"s{step}")
+                answers.append((receipt.as_dict(), engine.status()))
+            self.assertEqual(answers[1], answers[0])
+        self.assertGreater(self.engine.get("m").data["n"], 10)
+
+
+class Timers(EngineCase):
+    """`after` rules: due once, never early, as long as their state is active."""
+
+    OVEN = {
+        "name": "oven", "initial_state": "Cold", "data": {"rings": 0},
+        "states": {"Cold": {}, "Hot": {}, "Burnt": {}},
+        "rules": [
+            {"from": "Cold", "on": "heat", "to": "Hot"},
+            {"from": "Hot", "on": "heat", "to": "Hot"},
+            {"from": "Hot", "on": "turn"},
+            {"from": "Hot", "on": "open", "to": "Cold"},
+            {"from": "Hot", "after": "10m", "to": "Burnt",
+             "assign": {"rings": {"+": ["$data.rings", 1]}}},
+        ],
+    }  # fmt: skip
+
+    async def later(self, seconds):
+        """Move the clock, deliver what is due, and return the component's state and seq."""
+        self.clock.now += seconds
+        await self.engine.run(until_idle=True)
+        facts = self.engine.status()[0]
+        return facts["state"], facts["seq"]
+
+    async def hot(self, **settings):
+        self.engine.create_component({**self.OVEN, **settings})
+        await self.engine.handle_message("oven", "heat")
+
+    async def test_a_timer_fires_once_and_never_early(self):
+        await self.hot()
+        found = [await self.later(seconds) for seconds in (0, 599, 1, 0, 3600)]
+        self.assertEqual(found, [("Hot", 1), ("Hot", 1), ("Burnt", 2), ("Burnt", 2), ("Burnt", 2)])
+        self.assertEqual(self.engine.get("oven").data, {"rings": 1})
+
+    async def test_a_timer_is_shown_with_its_due_time(self):
+        await self.hot()
+        timers = self.engine.status("oven")[0]["timers"]
+        self.assertEqual([timer["due"] for timer in timers], [self.clock.now + 600])
+
+    async def test_leaving_the_state_removes_its_timer(self):
+        await self.hot()
+        await self.engine.handle_message("oven", "open")
+        timers = self.engine.status("oven")[0]["timers"]
+        self.assertEqual((timers, await self.later(3600)), ([], ("Cold", 2)))
+
+    async def test_entering_the_state_again_starts_its_timer_again(self):
+        await self.hot()
+        self.clock.now += 500
+        await self.engine.handle_message("oven", "heat")
+        self.assertEqual([await self.later(599), await self.later(1)], [("Hot", 2), ("Burnt", 3)])
+
+    async def test_a_rule_without_to_lets_the_timer_run_on(self):
+        await self.hot()
+        self.clock.now += 500
+        await self.engine.handle_message("oven", "turn")
+        self.assertEqual([await self.later(99), await self.later(1)], [("Hot", 2), ("Burnt", 3)])
+
+    async def test_a_timer_whose_guard_is_false_is_used_up(self):
+        rules = [*self.OVEN["rules"][:4],
+            {"from": "Hot", "after": 60, "guard": {"data.rings": 5}, "to": "Burnt"}]
+        await self.hot(rules=rules)
+        state, _ = await self.later(60)
+        self.assertEqual((state, self.engine.status("oven")[0]["timers"]), ("Hot", []))
+        self.assertEqual((await self.later(3600))[0], "Hot")
+
+    async def test_a_delay_may_come_from_the_data(self):
+        rules = [{"from": "Cold", "on": "heat", "to": "Hot", "assign": {"wait": "$message.wait"}},
+            {"from": "Hot", "after": "$data.wait", "to": "Burnt"}]
+        self.engine.create_component({**self.OVEN, "rules": rules})
+        await self.engine.handle_message("oven", "heat", wait="2m")
+        self.assertEqual([await self.later(119), await self.later(1)], [("Hot", 1), ("Burnt", 2)])
+
+    async def test_a_timer_of_the_first_state_starts_with_the_component(self):
+        rules = [{"from": "Cold", "after": 30, "to": "Hot"}]
+        self.engine.create_component({**self.OVEN, "rules": rules})
+        self.assertEqual([await self.later(0), await self.later(29), await self.later(1)],
+            [("Cold", 0), ("Cold", 0), ("Hot", 1)])
+
+    async def test_a_timer_on_a_parent_runs_while_its_children_change(self):
+        states = {"P": {"initial": "P.a"}, "P.a": {}, "P.b": {}, "End": {}}
+        self.engine.create_component(self.machine(
+            {"from": "P", "after": 60, "to": "End"}, {"from": "P.a", "on": "go", "to": "P.b"},
+            {"from": "P.a", "after": 10, "to": "End"}, states=states,
+        ))  # fmt: skip
+        await self.engine.handle_message("m", "go")
+        self.assertEqual([await self.later(59), await self.later(1)], [("P.b", 1), ("End", 2)])
+
+    async def test_timers_fire_in_the_order_in_which_they_are_due(self):
+        heard = await self.listen("state.changed", keys=("component",))
+        for name, seconds in (("c", 30), ("a", 10), ("b", 20)):
+            rules = [{"from": "Cold", "after": seconds, "to": "Hot"}]
+            self.engine.create_component({**self.OVEN, "rules": rules}, name=name)
+        await self.later(3600)
+        self.assertEqual(heard.take(), [("a",), ("b",), ("c",)])
+
+    async def test_a_completed_component_has_no_timers(self):
+        rules = [{"on": "stop", "to": "Burnt"}, {"after": 60, "to": "Hot"}]
+        states = {**self.OVEN["states"], "Burnt": {"final": True}}
+        self.engine.create_component({**self.OVEN, "states": states, "rules": rules})
+        await self.engine.handle_message("oven", "stop")
+        timers = self.engine.status("oven")[0]["timers"]
+        self.assertEqual((timers, await self.later(60)), ([], ("Burnt", 1)))
+
+    async def test_async_with_fires_timers_by_itself(self):
+        changed = asyncio.Event()
+        async with FlexiFlowEngine(self.path() if self.stored else None) as engine:
+            rules = [*self.OVEN["rules"][:4], {"from": "Hot", "after": 0.01, "to": "Burnt"}]
+            oven = engine.create_component({**self.OVEN, "rules": rules})
+            await engine.event_bus.subscribe("state.changed", "test", lambda data:
+                data["to_state"] == "Burnt" and changed.set())
+            await engine.handle_message("oven", "heat")
+            await asyncio.wait_for(changed.wait(), 30)
+            self.assertEqual((oven.state, oven.seq), ("Burnt", 2))
+
+
+class TimersStored(Timers):
+    stored = True
+
+    async def test_an_overdue_timer_fires_once_after_a_restart(self):
+        await self.hot()
+        await self.engine.close()
+        self.clock.now += 86400
+        self.engine = self.open()
+        self.assertEqual([await self.later(0), await self.later(0)], [("Burnt", 2), ("Burnt", 2)])
+
+    async def test_a_timer_keeps_its_due_time_over_a_restart(self):
+        await self.hot()
+        self.clock.now += 300
+        await self.reopen()
+        self.assertEqual([await self.later(299), await self.later(1)], [("Hot", 1), ("Burnt", 2)])
+
+    async def test_whoever_opens_the_file_first_fires_it_and_nobody_again(self):
+        await self.hot()
+        self.clock.now += 600
+        engines = [self.engine, self.open()]
+        await asyncio.gather(*[engine.run(until_idle=True) for engine in engines])
+        self.assertEqual(await self.later(0), ("Burnt", 2))
+
+
+class Queue(EngineCase):
+    """Messages that are sent: durable, in order, tried again, and given up in the end."""
+
+    def flaky(self, failures, **settings):
+        """Return a config whose action fails so many times, and logs when it ran."""
+        self.ran = []
+
+        def act(message, component):
+            self.ran.append((message.get("n"), self.clock.now))
+            if message["type"] == "go" and len(self.ran) <= failures:
+                raise RuntimeError("not yet")
+
+        return self.machine({"on": ["go", "other"], "action": self.code(act)}, **settings)
+
+    async def deliver(self, seconds=0):
+        self.clock.now += seconds
+        await self.engine.run(until_idle=True)
+
+    def facts(self, name="m"):
+        facts = self.engine.status(name)[0]
+        return facts["seq"], facts["waiting"], facts["dead"]
+
+    async def test_run_until_idle_delivers_what_was_sent(self):
+        await self.engine.register_async(self.engine.create_component(self.LAMP))
+        answer = await self.engine.send("lamp", "press", id="x")
+        before = self.facts("lamp")
+        delivered = await self.engine.run(until_idle=True)
+        self.assertEqual(answer.as_dict(), {
+            "outcome": "queued", "component": "lamp", "id": "x", "from_state": None,
+            "to_state": None, "seq": None, "reason": None, "data": None, "duplicate": False})
+        self.assertEqual((bool(answer), before, delivered, self.facts("lamp")),
+            (False, (0, 1, 0), 1, (1, 0, 0)))
+
+    async def test_async_with_delivers_what_was_sent(self):
+        done = asyncio.Event()
+        async with FlexiFlowEngine(self.path() if self.stored else None) as engine:
+            lamp = engine.create_component(self.LAMP)
+            await engine.event_bus.subscribe("state.changed", "test", lambda data: done.set())
+            await engine.send("lamp", "press")
+            await asyncio.wait_for(done.wait(), 30)
+        self.assertEqual((lamp.state, lamp.seq), ("On", 1))
+
+    async def test_messages_of_a_component_are_delivered_in_order(self):
+        self.engine.create_component(self.flaky(0))
+        for n in range(20):
+            await self.engine.send("m", "go", n=n)
+        await self.deliver()
+        self.assertEqual([n for n, _ in self.ran], list(range(20)))
+
+    async def test_a_delayed_message_comes_when_it_is_due(self):
+        self.engine.create_component(self.flaky(0))
+        start = self.clock.now
+        await self.engine.send("m", "go", n=1, delay="2m")
+        await self.engine.send("m", "go", n=2, delay=60)
+        await self.engine.send("m", "go", n=3)
+        for seconds in (0, 59, 1, 59, 1):
+            await self.deliver(seconds)
+        self.assertEqual(self.ran, [(3, start), (2, start + 60), (1, start + 120)])
+
+    async def test_messages_that_came_due_meanwhile_run_in_due_order(self):
+        self.engine.create_component(self.flaky(0))
+        for n in (3, 1, 2):
+            await self.engine.send("m", "go", n=n, delay=n)
+        await self.deliver(3600)
+        self.assertEqual([n for n, _ in self.ran], [1, 2, 3])
+
+    async def test_what_a_turn_sends_leaves_with_its_commit(self):
+        async def act(message, component):
+            await self.engine.send("lamp", "press", id="one")
+            waiting.append(self.engine.status("lamp")[0]["waiting"])
+            if message["type"] == "fail":
+                raise RuntimeError("no")
+
+        waiting = []
+        for config in (self.LAMP, self.machine({"on": ["go", "fail"], "action": self.code(act)})):
+            self.engine.create_component(config)
+        await self.engine.run(until_idle=True)
+        with self.assertRaises(RuntimeError):
+            await self.engine.handle_message("m", "fail")
+        await self.deliver()
+        waiting.append(self.facts("lamp"))
+        await self.engine.handle_message("m", "go")
+        waiting.append(self.facts("lamp"))
+        await self.deliver()
+        self.assertEqual(waiting, [0, (0, 0, 0), 0, (0, 1, 0)])
+        self.assertEqual(self.facts("lamp"), (1, 0, 0))
+
+    async def test_a_rule_sends_its_payload_after_its_delay(self):
+        self.engine.create_component(self.flaky(0))
+        self.engine.create_component(self.machine({"on": "start", "assign": {"n": 5}, "send": {
+            "to": "m", "type": "go", "after": "1m", "with": {"n": "$data.n"}}}, name="sender"))
+        await self.engine.handle_message("sender", "start")
+        start = self.clock.now
+        for seconds in (59, 1):
+            await self.deliver(seconds)
+        self.assertEqual(self.ran, [(5, start + 60)])
+
+    async def test_a_failing_message_is_tried_again_with_back_off_and_then_dead(self):
+        dead = await self.listen("message.dead", keys=("component", "id", "message", "error"))
+        retry = {"max_attempts": 4, "base_delay": 10, "max_delay": 30, "backoff": 2}
+        self.engine.create_component(self.flaky(9, retry=retry))
+        start = self.clock.now
+        await self.engine.send("m", "go", id="x", n=1)
+        for _ in range(100):
+            await self.deliver(1)
+        self.assertEqual([at - start for _, at in self.ran], [1, 11, 31, 61])
+        self.assertEqual(self.facts(), (0, 0, 1))
+        self.assertEqual(dead.take(), [("m", "x", {"type": "go", "n": 1}, "not yet")])
+
+    async def test_without_retry_in_the_config_there_are_five_attempts(self):
+        self.engine.create_component(self.flaky(9))
+        await self.engine.send("m", "go")
+        for _ in range(10):
+            await self.deliver(60)
+        self.assertEqual((len(self.ran), self.facts()), (5, (0, 0, 1)))
+
+    async def test_a_message_that_succeeds_at_last_is_handled_once(self):
+        self.engine.create_component(self.flaky(2))
+        await self.engine.send("m", "go", id="x")
+        for _ in range(10):
+            await self.deliver(60)
+        self.assertEqual((len(self.ran), self.facts()), (3, (1, 0, 0)))
+
+    async def test_a_failing_message_does_not_stop_others(self):
+        self.engine.create_component(self.flaky(99))
+        for kind, n in (("go", 1), ("other", 2), ("go", 3), ("other", 4)):
+            await self.engine.send("m", kind, n=n)
+        await self.deliver()
+        self.assertEqual(([n for n, _ in self.ran], self.facts()), ([1, 2, 3, 4], (2, 2, 0)))
+
+    async def test_code_that_ends_in_cancelled_error_is_a_failed_attempt(self):
+        ran = []
+
+        async def give_up(message, component):
+            ran.append(message["type"])
+            raise asyncio.CancelledError
+
+        retry = {"max_attempts": 2, "base_delay": 1}
+        self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(give_up)}, retry=retry))
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("m", "go")
+        await self.engine.send("lamp", "press")
+        for _ in range(5):
+            await asyncio.wait([asyncio.ensure_future(self.deliver(10))])
+        self.assertEqual((ran, self.facts(), self.facts("lamp")),
+            (["go", "go"], (0, 0, 1), (1, 0, 0)))
+
+    async def test_a_worker_that_is_cancelled_gives_the_attempt_back(self):
+        begun, ran = asyncio.Event(), []
+
+        async def act(message, component):
+            ran.append(message["type"])
+            if len(ran) == 1:
+                begun.set()
+                await asyncio.Event().wait()
+
+        retry = {"max_attempts": 1}
+        self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(act)}, retry=retry))
+        await self.engine.send("m", "go")
+        worker = asyncio.ensure_future(self.deliver())
+        await begun.wait()
+        worker.cancel()
+        await asyncio.wait([worker])
+        await self.deliver()
+        self.assertEqual((worker.cancelled(), ran, self.facts()), (True, ["go"] * 2, (1, 0, 0)))
+
+    async def test_a_component_that_cannot_be_born_does_not_stop_others(self):
+        fail = [True]
+
+        def enter(message, component):
+            if fail:
+                raise RuntimeError("birth")
+
+        states = {"A": {"entry": {"action": self.code(enter), "assign": {"born": True}}}}
+        bad = self.engine.create_component(self.machine({"on": "go"}, states=states))
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press")
+        with contextlib.suppress(RuntimeError):
+            await self.deliver()
+        found = self.engine.get("lamp").state
+        fail.clear()
+        receipt = await self.engine.handle_message("m", "go")
+        self.assertEqual((found, receipt.seq, bad.data), ("On", 1, {"born": True}))
+
+    async def test_an_unknown_message_is_dead_at_once(self):
+        dead = await self.listen("message.dead", keys=("component", "message"))
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "nonsense")
+        await self.deliver()
+        self.assertEqual((dead.take(), self.facts("lamp")),
+            ([("lamp", {"type": "nonsense"})], (0, 0, 1)))
+
+    async def test_a_message_to_a_component_that_is_not_there_waits_for_it(self):
+        await self.engine.send("m", "go", n=1)
+        await self.deliver()
+        await self.deliver(3000)
+        self.engine.create_component(self.flaky(0))
+        await self.deliver(120)
+        self.assertEqual(([n for n, _ in self.ran], self.facts()), ([1], (1, 0, 0)))
+
+    async def test_a_message_to_nobody_is_dead_after_an_hour(self):
+        dead = await self.listen("message.dead", keys=("component",))
+        await self.engine.send("m", "go")
+        for _ in range(58):
+            await self.deliver(60)
+        before = dead.take()
+        for _ in range(5):
+            await self.deliver(60)
+        self.assertEqual((before, dead.take()), ([], [("m",)]))
+
+    async def test_a_message_is_judged_when_it_runs(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press", delay=10)
+        await self.engine.handle_message("lamp", "drop")
+        await self.deliver(10)
+        self.assertEqual(self.facts("lamp"), (2, 0, 0))
+
+    async def test_a_correlation_id_travels_with_what_is_sent(self):
+        heard = await self.listen("state.changed", keys=("component", "correlation_id"))
+        self.engine.create_component(self.LAMP)
+        self.engine.create_component(
+            self.machine({"on": "go", "to": "B", "send": {"to": "lamp", "type": "press"}}))
+        await self.engine.handle_message("m", {"type": "go", "correlation_id": "c-7"})
+        await self.deliver()
+        self.assertEqual(heard.take(), [("m", "c-7"), ("lamp", "c-7")])
+
+    async def test_what_is_no_delay_or_message_is_refused(self):
+        for delay in (-1, "soon", float("nan"), None, True):
+            with self.subTest(delay=delay), self.assertRaises(FlexiFlowError):
+                await self.engine.send("m", "go", delay=delay)
+        with self.assertRaises(PersistenceError):
+            await self.engine.send("m", "go", what=object())
+
+    async def test_two_workers_deliver_a_message_once(self):
+        self.engine.create_component(self.flaky(0))
+        for n in range(6):
+            await self.engine.send("m", "go", n=n)
+        await asyncio.gather(self.deliver(), self.deliver())
+        self.assertEqual(([n for n, _ in self.ran], self.facts()), (list(range(6)), (6, 0, 0)))
+
+    async def test_own_messages_are_handled_once_beside_a_worker(self):
+        begun, go, ran = asyncio.Event(), asyncio.Event(), []
+
+        async def act(message, component):
+            ran.append(message["type"])
+            begun.set()
+            await go.wait()
+
+        self.engine.create_component(self.machine(
+            {"on": "go", "send": {"to": "m", "type": "own"}},
+            {"on": "own", "action": self.code(act)},
+        ))  # fmt: skip
+        caller = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        worker = asyncio.ensure_future(self.deliver())
+        await self.passes()
+        go.set()
+        await asyncio.gather(caller, worker)
+        self.assertEqual((ran, self.facts()), (["own"], (2, 0, 0)))
+
+    async def test_ten_components_are_delivered_at_once(self):
+        together, most = [0], [0]
+
+        async def act(message, component):
+            together[0] += 1
+            most[0] = max(most[0], together[0])
+            await self.passes(5)
+            together[0] -= 1
+
+        config = self.machine({"on": "go", "action": self.code(act)})
+        for n in range(10):
+            self.engine.create_component(config, name=f"m{n}")
+            await self.engine.send(f"m{n}", "go")
+        await self.deliver()
+        self.assertEqual((most[0], [one["seq"] for one in self.engine.status()]), (10, [1] * 10))
+
+
+class QueueStored(Queue):
+    stored = True
+
+    async def test_what_was_sent_survives_a_restart(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press")
+        await self.reopen()
+        await self.deliver()
+        self.assertEqual(self.facts("lamp"), (1, 0, 0))
+
+    async def test_code_that_exits_is_a_failed_attempt(self):
+        child = self.start("""
+            import asyncio, logging, sys, types
+            from flexiflow import FlexiFlowEngine
+            logging.getLogger("flexiflow").addHandler(logging.NullHandler())
+            code = sys.modules["code"] = types.ModuleType("code")
+            code.leave = lambda message, component: sys.exit(7)
+            config = {"name": "m", "initial_state": "A", "states": {"A": {}},
+                "rules": [{"on": "go", "action": "code:leave"}, {"on": "next"}]}
+            async def main():
+                engine = FlexiFlowEngine("flow.db")
+                engine.create_component(config)
+                await engine.send("m", "go")
+                await engine.send("m", "next")
+                await engine.run(until_idle=True)
+                (facts,) = engine.status()
+                print(facts["seq"], facts["waiting"], facts["dead"])
+            asyncio.run(main())
+            """)
+        output, _ = child.communicate(timeout=60)
+        self.assertEqual((output, child.returncode), ("1 1 0\n", 0))
+
+    async def test_two_engines_deliver_a_message_once(self):
+        self.engine.create_component(self.COUNTER)
+        for _ in range(10):
+            await self.engine.send("counter", "add", by=1)
+        engines = [self.engine, self.open()]
+        await asyncio.gather(*[engine.run(until_idle=True) for engine in engines])
+        self.assertEqual(self.engine.status("counter")[0]["data"], {"n": 10})
+        self.assertEqual(self.facts("counter"), (10, 0, 0))
+
+
+class ChangedRules(EngineCase):
+    """update_rules: checked completely, then swapped between two messages."""
+
+    async def test_rules_are_appended_and_take_effect_with_the_next_message(self):
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        rule = {"from": "On", "on": "flash", "to": "Broken"}
+        rules = await self.engine.update_rules("lamp", [rule])
+        receipt = await self.engine.handle_message("lamp", "flash")
+        self.assertEqual((rules, lamp.rules), ([*self.LAMP["rules"], rule],) * 2)
+        self.assertEqual((receipt.outcome, receipt.from_state), ("moved", "On"))
+
+    async def test_an_equal_rule_is_skipped(self):
+        lamp = self.engine.create_component(self.LAMP)
+        rule = {"from": "On", "on": "flash", "to": "Broken"}
+        for _ in range(2):
+            await lamp.update_rules([rule, dict(rule)])
+        await lamp.add_rule(rule)
+        self.assertEqual(lamp.rules, [*self.LAMP["rules"], rule])
+
+    async def test_a_shadowed_rule_is_refused_with_a_fix(self):
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        with self.assertRaises(ConfigError) as caught:
+            await lamp.update_rules([{"from": "Off", "on": "press", "to": "Broken"}])
+        self.assertIn("replace=True", caught.exception.fix)
+        self.assertIn("--replace", caught.exception.fix)
+        self.assertEqual((lamp.rules, self.picture()), (self.LAMP["rules"], before))
+
+    async def test_replace_swaps_all_rules(self):
+        lamp = self.engine.create_component(self.LAMP)
+        rules = [{"from": "Off", "on": "press", "to": "Broken"}]
+        answer = await self.engine.update_rules("lamp", rules, replace=True)
+        receipt = await self.engine.handle_message("lamp", "press")
+        self.assertEqual((answer, lamp.rules, receipt.to_state), (rules, rules, "Broken"))
+
+    async def test_bad_rules_change_nothing(self):
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        before = self.picture()
+        table = {
+            "an unknown state": [{"on": "x", "to": "Nowhere"}],
+            "an unknown operator": [{"on": "x", "guard": {"n": {"~": 1}}}],
+            "on and after": [{"on": "x", "after": 1}],
+            "no object": ["rule"],
+            "no list": {"on": "x"},
+            "good and bad": [{"on": "good"}, {"on": "bad", "to": "Nowhere"}],
+            "no JSON": [{"on": "x", "assign": {"x": object()}}],
+        }  # fmt: skip
+        for name, rules in table.items():
+            with self.subTest(name):
+                with self.assertRaises(FlexiFlowError):
+                    await lamp.update_rules(rules)
+                self.assertEqual((lamp.rules, self.picture()), (self.LAMP["rules"], before))
+
+    async def test_a_component_keeps_its_state_data_and_class(self):
+        lamp = self.engine.create_component(self.LAMP)
+        await self.engine.handle_message("lamp", "press")
+        await lamp.update_rules([{"on": "sing"}])
+        self.assertEqual((lamp.state, lamp.data, lamp.seq), ("On", {"n": 1}, 2))
+        name = type(lamp.state_machine.current_state).__name__
+        self.assertEqual(name, "On")
+
+    async def test_the_swap_waits_for_the_message_that_runs(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        component = self.engine.create_component(
+            self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)}))
+        message = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        swap = asyncio.ensure_future(component.update_rules([{"on": "x"}], replace=True))
+        await self.passes()
+        waited = not swap.done()
+        go.set()
+        receipt = await message
+        await swap
+        self.assertEqual((waited, receipt.seq, component.seq, component.state), (True, 1, 2, "B"))
+
+    async def test_a_swap_is_announced(self):
+        heard = await self.listen("rules.updated", keys=("component", "seq"))
+        self.engine.create_component(self.LAMP)
+        await self.engine.update_rules("lamp", [{"on": "sing"}])
+        self.assertEqual(heard.take(), [("lamp", 1)])
+
+    async def test_timers_of_kept_rules_run_on_of_vanished_rules_go_and_new_ones_count(self):
+        kept, gone, new = (
+            {"from": "B", "after": seconds, "assign": {name: True}}
+            for name, seconds in (("kept", 100), ("gone", 90), ("new", 80)))
+        first = {"from": "A", "on": "go", "to": "B"}
+        component = self.engine.create_component(self.machine(first, gone, kept))
+        await self.engine.handle_message("m", "go")
+        entered = self.clock.now
+        self.clock.now += 50
+        await component.update_rules([first, new, kept], replace=True)
+        due = [timer["due"] - entered for timer in self.engine.status("m")[0]["timers"]]
+        found = []
+        for seconds in (80, 90, 100):
+            self.clock.now = entered + seconds
+            await self.engine.run(until_idle=True)
+            found.append(component.data)
+        self.assertEqual(due, [80, 100])
+        self.assertEqual(found, [{"new": True}, {"new": True}, {"new": True, "kept": True}])
+
+    async def test_a_component_of_its_own_keeps_notes(self):
+        component = AsyncComponent("c", [], StateMachine.from_name("InitialState"))
+        self.engine.register(component)
+        for _ in range(3):
+            await component.update_rules([{"when": "x", "then": "y"}])
+        receipt = await component.handle_message({"type": "start"})
+        self.assertEqual(component.rules, [{"when": "x", "then": "y"}])
+        self.assertEqual(receipt.outcome, "moved")
+
+    async def test_within_a_turn_rules_are_not_changed(self):
+        async def act(message, component):
+            await component.update_rules([{"on": "x"}])
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        with self.assertRaises(StateError):
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(self.engine.get("m").seq, 0)
+
+
+class ChangedRulesStored(ChangedRules):
+    stored = True
+
+    async def test_a_swap_is_a_journal_row_and_survives_a_restart(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.update_rules("lamp", [{"from": "Off", "on": "sing", "to": "Broken"}])
+        await self.reopen()
+        row = self.engine.history("lamp")[0]
+        receipt = await self.engine.handle_message("lamp", "sing")
+        self.assertEqual((row["seq"], row["from_state"], row["to_state"]), (1, "Off", "Off"))
+        self.assertEqual((receipt.to_state, receipt.seq), ("Broken", 2))
+
+    async def test_another_engine_sees_the_swap_before_its_next_message(self):
+        other = self.open()
+        for engine in (self.engine, other):
+            engine.create_component(self.LAMP)
+            await engine.run(until_idle=True)
+        await self.engine.update_rules("lamp", [{"from": "Off", "on": "sing", "to": "Broken"}])
+        receipt = await other.handle_message("lamp", "sing")
+        self.assertEqual((receipt.outcome, receipt.seq, len(other.get("lamp").rules)),
+            ("moved", 2, 5))
+
+    async def test_another_engine_does_not_follow_rules_that_are_gone(self):
+        other = self.open()
+        for engine in (self.engine, other):
+            engine.create_component(self.LAMP)
+            await engine.run(until_idle=True)
+        rules = [{"from": "Off", "on": "press", "guard": {"hard": True}, "to": "On"}]
+        await self.engine.update_rules("lamp", rules, replace=True)
+        receipt = await other.handle_message("lamp", "press")
+        self.assertEqual((receipt.outcome, receipt.seq), ("blocked", 2))
+
+    async def test_other_components_of_the_config_keep_their_rules(self):
+        for name in "ab":
+            self.engine.create_component(self.LAMP, name=name)
+        await self.engine.update_rules("a", [{"on": "sing"}])
+        await self.reopen()
+        self.assertEqual([len(self.engine.get(name).rules) for name in "ab"], [5, 4])
+
+
+# ---- 13. Command line, in child processes
+
+
+EXAMPLES = HERE / "examples"
+LAMP = {
+    "name": "lamp", "initial_state": "Off", "states": {"Off": {}, "On": {}, "Broken": {"final": True}},
+    "rules": [
+        {"from": "Off", "on": "press", "guard": {"not": {"power": "none"}}, "to": "On"},
+        {"from": "On", "on": "press", "to": "Off"},
+        {"from": "*", "on": "drop", "to": "Broken"},
+    ],
+}
+
+
+def plain(text: str) -> str:
+    """Return output with times, ages, made ids and widths of columns made equal."""
+    import re
+
+    for pattern, name in (
+        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?", "TIME"), (r"\b[0-9a-f]{12}-\d+", "ID"),
+        (r"\b\d+s\b", "0s"), (r"\d{9,}\.\d+", "0.0"), (r" {2,}", "  "), (r" +\n", "\n"),
+    ):
+        text = re.sub(pattern, name, text)
+    return text
+
+
+class Shell(Case):
+    """A test that types commands and compares what they show."""
+
+    def shown(self, *args: str, **settings):
+        """Run a command; return its exit code, stdout and stderr."""
+        done = self.flexiflow(*args, **settings)
+        return done.returncode, plain(done.stdout), plain(done.stderr)
+
+    def lines(self, *messages) -> str:
+        """Return messages as NDJSON; text stays as it is."""
+        return "".join(
+            (one if isinstance(one, str) else json.dumps(one)) + "\n" for one in messages
+        )
+
+
+class CommandSession(Shell):
+    """A normal session: every command's whole output and exit code."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+        self.lamp = ("--config", "lamp.json")
+
+    def test_register_makes_a_component_once(self):
+        first = self.shown("register", *self.lamp)
+        self.assertEqual(
+            (first, self.shown("register", *self.lamp)),
+            (
+                (0, "lamp registered in flexiflow.db: 3 states, 3 rules, 0 timers\n", ""),
+                (0, "lamp is registered already, in Off\n", ""),
+            ),
+        )
+
+    def test_register_start_starts_only_what_has_not_begun(self):
+        config = ("--config", str(EXAMPLES / "config.json"), "--start")
+        first = self.shown("register", *config)
+        self.assertEqual(
+            (first, self.shown("register", *config)),
+            (
+                (0, "warehouse registered in flexiflow.db: 4 states, 3 rules, 0 timers\n"
+                    "start: InitialState -> AwaitingConfirmation\n", ""),
+                (0, "warehouse is registered already, in AwaitingConfirmation\n", ""),
+            ),
+        )
+
+    def test_handle_creates_the_component_and_remembers_it(self):
+        self.assertEqual(
+            [self.shown("handle", *self.lamp, "press") for _ in range(2)],
+            [(0, "press: Off -> On\n", ""), (0, "press: On -> Off\n", "")],
+        )
+
+    def test_handle_says_why_a_message_is_not_accepted(self):
+        self.assertEqual(
+            [
+                self.shown("handle", *self.lamp, "press", "--data", '{"power": "none"}'),
+                self.shown("handle", *self.lamp, "pres"),
+                self.shown("handle", *self.lamp, "drop"),
+                self.shown("handle", *self.lamp, "drop"),
+            ],
+            [
+                (3, 'press: blocked in Off: rules[0] wants not (power == "none" (saw "none"))\n',
+                    ""),
+                (3, "pres: not accepted in Off (accepts: press, drop);"
+                    ' did you mean "press"?\n', ""),
+                (0, "drop: Off -> Broken\n", ""),
+                (3, "drop: not accepted in Broken (accepts: nothing)\n", ""),
+            ],
+        )
+
+    def test_handle_with_an_id_answers_again_and_does_nothing_twice(self):
+        first = self.shown("handle", *self.lamp, "press", "--id", "k-1")
+        again = self.shown("handle", *self.lamp, "press", "--id", "k-1")
+        self.assertEqual(
+            (first, again, self.shown("handle", *self.lamp, "drop", "--id", "k-1")[0]),
+            ((0, "press: Off -> On\n", ""), (0, "press: Off -> On   (handled before)\n".replace(
+                "   ", "  "), ""), 1),
+        )
+
+    def test_an_id_repeats_the_exit_code_of_a_refusal(self):
+        given = ("press", "--data", '{"power": "none"}', "--id", "k-2", "--json")
+        first, again = (self.flexiflow("handle", *self.lamp, *given) for _ in range(2))
+        self.assertEqual(
+            (first.returncode, again.returncode, json.loads(again.stdout)),
+            (3, 3, {**json.loads(first.stdout), "duplicate": True}),
+        )
+
+    def test_handle_json_is_the_receipt(self):
+        done = self.flexiflow("handle", *self.lamp, "press", "--id", "k-1", "--json")
+        self.assertEqual(json.loads(done.stdout), {
+            "outcome": "moved", "component": "lamp", "id": "k-1", "from_state": "Off",
+            "to_state": "On", "seq": 1, "reason": None, "data": {}, "duplicate": False,
+        })
+
+    def test_handle_delivers_what_its_message_caused(self):
+        order, warehouse = (("--config", str(EXAMPLES / name), "--name", one)
+            for name, one in (("order.json", "order-17"), ("config.json", "warehouse")))
+        self.shown("register", *warehouse)
+        self.shown("handle", *order, "place", "--data", '{"total": 12}')
+        self.shown("handle", *order, "pay", "--data", '{"amount": 12}')
+        self.assertEqual(self.shown("status"), (
+            0,
+            "COMPONENT  STATE  SINCE  V  WAITING  NEXT TIMER  DEAD\n"
+            "order-17  Paid  0s  2  0  -  -\n"
+            "warehouse  AwaitingConfirmation  0s  1  0  -  -\n"
+            "2 components, 0 messages waiting, 0 dead letters\n",
+            "",
+        ))
+
+    def test_update_rules_shows_what_is_new_and_adds_nothing_twice(self):
+        rules = self.write("new.json", [{"from": "Off", "on": "kick", "to": "Broken"}])
+        first = self.shown("update_rules", *self.lamp, rules)
+        again = self.shown("update-rules", "--name", "lamp", rules)
+        self.assertEqual(
+            (first, again, self.shown("handle", "--name", "lamp", "kick")),
+            (
+                (0, "lamp: rules 3 -> 4\n  + Off --kick--> Broken\n", ""),
+                (0, "lamp: rules 4 -> 4\n", ""),
+                (0, "kick: Off -> Broken\n", ""),
+            ),
+        )
+
+    def test_update_rules_replace_puts_the_rules_in_place_of_the_old(self):
+        self.shown("handle", *self.lamp, "press")
+        rules = self.write("new.json", {"rules": [{"from": "On", "on": "press", "to": "Broken"}]})
+        self.assertEqual(
+            (self.shown("update_rules", *self.lamp, rules, "--replace", "--json"),
+                self.shown("handle", "--name", "lamp", "press")),
+            (
+                (0, '{"component": "lamp", "before": 3, "after": 1}\n', ""),
+                (0, "press: On -> Broken\n", ""),
+            ),
+        )
+
+    def test_bad_rules_change_nothing(self):
+        self.shown("handle", *self.lamp, "press")
+        rules = self.write("new.json", [{"from": "On", "on": "kick", "to": "Brocken"}])
+        done = self.shown("update_rules", *self.lamp, rules)
+        self.assertEqual(
+            (done[0], "did you mean 'Broken'?" in done[2],
+                self.shown("handle", "--name", "lamp", "press")),
+            (1, True, (0, "press: On -> Off\n", "")),
+        )
+
+    def test_status_shows_all_about_one(self):
+        self.shown("handle", "--config", str(EXAMPLES / "order.json"), "place", "--data",
+            '{"total": 12}')
+        self.assertEqual(self.shown("status", "order"), (
+            0,
+            "state  Open.Unpaid, version 1, since TIME (0s)\n"
+            "accepts  pay, cancel\n"
+            "timer  after 1d, in 24h\n"
+            'data  {"basket": [], "reminders": 0, "total": 12}\n'
+            "queue  0 waiting, 0 dead\n",
+            "",
+        ))
+
+    def test_status_json_is_one_object_a_line(self):
+        self.shown("register", *self.lamp)
+        self.shown("register", *self.lamp, "--name", "lamp-2")
+        found = [json.loads(line) for line in self.flexiflow("status", "--json").stdout.split("\n")
+            if line]
+        self.assertEqual(
+            [{**one, "since": 0.0} for one in found],
+            [
+                {"name": name, "state": "Off", "seq": 0, "since": 0.0, "data": {},
+                    "completed": None, "waiting": 0, "dead": 0, "timers": []}
+                for name in ("lamp", "lamp-2")
+            ],
+        )
+
+    def test_history_shows_every_step_the_newest_last(self):
+        self.shown("handle", *self.lamp, "press", "--id", "k-1")
+        self.shown("handle", *self.lamp, "press", "--id", "k-2")
+        self.assertEqual(self.shown("history", "lamp", "--limit", "2"), (
+            0,
+            "V  WHEN  COMPONENT  MESSAGE  FROM  TO  OUTCOME  ID\n"
+            "1  TIME  lamp  press  Off  On  moved  k-1\n"
+            "2  TIME  lamp  press  On  Off  moved  k-2\n",
+            "",
+        ))
+
+    def test_history_json_is_one_object_a_line(self):
+        self.shown("handle", *self.lamp, "press", "--id", "k-1")
+        step = json.loads(self.flexiflow("history", "lamp", "--json", "--limit", "1").stdout)
+        self.assertEqual(
+            {key: step[key] for key in ("component", "seq", "id", "message", "outcome",
+                "from_state", "to_state", "reason")},
+            {"component": "lamp", "seq": 1, "id": "k-1", "message": {"type": "press"},
+                "outcome": "moved", "from_state": "Off", "to_state": "On", "reason": None},
+        )
+
+    def test_explain_prints_what_a_config_means(self):
+        self.assertEqual(self.shown("explain", "lamp.json"), (
+            0,
+            "FlexiFlow Config Explanation\n"
+            "========================================\n"
+            "Source: lamp.json\n\n"
+            "Component:\n  name: lamp\n  initial_state: Off\n  rules: 3 rule(s)\n\n"
+            "Resolution policy: packs -> builtin\n\n"
+            "States:\n  OK Broken\n  OK Off\n  OK On\n"
+            "  Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest\n\n"
+            "Status: OK - config will load\n",
+            "",
+        ))
+
+    def test_explain_exits_1_for_a_bad_config_and_says_what_to_write(self):
+        self.write("bad.json", {**LAMP, "initial_state": "Of", "inital_state": "Off"})
+        text = self.flexiflow("explain", "bad.json")
+        found = json.loads(self.flexiflow("explain", "bad.json", "--json").stdout)
+        self.assertEqual(
+            (text.returncode, found["valid"], "did you mean 'Off'?" in text.stdout,
+                "did you mean 'initial_state'?" in text.stdout),
+            (1, False, True, True),
+        )
+
+    def test_explain_no_imports_runs_no_code(self):
+        self.write("loud.py", "print('imported')\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": "loud:A"},
+            "rules": [{"note": 1}]})
+        done = self.flexiflow("explain", "c.json", "--no-imports")
+        self.assertEqual((done.returncode, "imported" in done.stdout), (0, False))
+
+    def test_visualize_prints_mermaid(self):
+        done = self.flexiflow("visualize", "lamp.json")
+        wrote = self.flexiflow("visualize", "lamp.json", "-o", "lamp.mmd")
+        self.assertEqual(
+            (done.returncode, done.stdout.startswith("flowchart LR\n"),
+                'On -->|"press"| Off' in done.stdout, wrote.stdout,
+                (self.folder / "lamp.mmd").read_text(encoding="utf-8")),
+            (0, True, True, "", done.stdout),
+        )
+
+    def test_diagnose_checks_python_file_and_store(self):
+        self.shown("register", *self.lamp)
+        text = self.flexiflow("diagnose")
+        found = json.loads(self.flexiflow("diagnose", "--json").stdout)
+        self.assertEqual(
+            (text.returncode, text.stdout.startswith("FlexiFlow environment: OK\n"), found["ok"],
+                [one["check"] for one in found["checks"]]),
+            (0, True, True, ["flexiflow", "python", "platform", "sqlite", "store", "journal",
+                "components"]),
+        )
+
+    def test_memory_forgets(self):
+        done = [self.shown("handle", *self.lamp, "press", "--db", ":memory:") for _ in range(2)]
+        self.assertEqual(
+            (done, sorted(os.listdir(self.folder))),
+            ([(0, "press: Off -> On\n", "")] * 2, ["lamp.json"]),
+        )
+
+    def test_the_reading_commands_make_no_file(self):
+        codes = [self.shown(*words)[0] for words in (
+            ("status",), ("history",), ("diagnose",), ("explain", "lamp.json"),
+            ("visualize", "lamp.json"))]
+        self.assertEqual((codes, os.listdir(self.folder)), ([1, 1, 0, 0, 0], ["lamp.json"]))
+
+    def test_version_is_the_files(self):
+        text = f"flexiflow {ff.__version__}\n"
+        self.assertEqual([self.shown("--version"), self.shown("-V")], [(0, text, "")] * 2)
+
+
+class QuickStart(Shell):
+    """1.0.1's quick start, as its README has it, on JSON files; its state is kept now."""
+
+    def test_it_goes_from_start_to_complete_in_separate_commands(self):
+        config = ("--config", str(EXAMPLES / "config.json"))
+        steps = [
+            self.shown("register", *config, "--start"),
+            self.shown("handle", *config, "confirm", "--content", "confirmed"),
+            self.shown("handle", *config, "complete"),
+            self.shown("update_rules", *config, str(EXAMPLES / "new_rules.json")),
+        ]
+        self.assertEqual(steps, [
+            (0, "warehouse registered in flexiflow.db: 4 states, 3 rules, 0 timers\n"
+                "start: InitialState -> AwaitingConfirmation\n", ""),
+            (0, "confirm: AwaitingConfirmation -> ProcessingRequest\n", ""),
+            (0, "complete: ProcessingRequest -> InitialState\n", ""),
+            (0, "warehouse: rules 3 -> 5\n  + AwaitingConfirmation --after 15m--> InitialState\n"
+                "  + ProcessingRequest --cancel--> InitialState\n", ""),
+        ])
+
+    def test_the_config_may_come_from_the_environment(self):
+        env = {"FLEXIFLOW_CONFIG": str(EXAMPLES / "config.json")}
+        self.assertEqual(
+            [self.shown("register", "--start", env=env), self.shown("handle", "cancel", env=env)],
+            [
+                (0, "warehouse registered in flexiflow.db: 4 states, 3 rules, 0 timers\n"
+                    "start: InitialState -> AwaitingConfirmation\n", ""),
+                (0, "cancel: AwaitingConfirmation -> InitialState\n", ""),
+            ],
+        )
+
+    def test_the_embedded_app_goes_on_where_it_stopped(self):
+        shutil.copytree(EXAMPLES / "embedded_app", self.folder / "app",
+            ignore=shutil.ignore_patterns("*.db", "__pycache__"))
+        first, second = (self.python("-X", "dev", "-W", "error", "app/app.py") for _ in range(2))
+        self.assertEqual(
+            (first.stderr, first.stdout, second.stderr, second.stdout),
+            (
+                "",
+                "Nothing saved yet: starting in Idle\n"
+                "start_job\n  Idle -> Processing\nprogress\nfail\n  Processing -> Failed\n"
+                "retry\n  Failed -> Processing\n"
+                "Stopping in Processing, 0 done; saved:\n"
+                "  4: Processing\n  3: Failed\n  2: Processing\n",
+                "",
+                "Saved as number 4: going on in Processing\n"
+                "complete\n  Processing -> Complete\nreset\n  Complete -> Idle\n"
+                "start_job\n  Idle -> Processing\nprogress\n"
+                "Stopping in Processing, 1 done; saved:\n"
+                "  8: Processing\n  7: Processing\n  6: Idle\n",
+            ),
+        )
+
+    def test_the_examples_are_good_configs_without_a_warning(self):
+        for name in ("config.json", "order.json", "sepsis.json", "embedded_app/config.json"):
+            with self.subTest(name):
+                done = self.flexiflow("explain", "--json", str(EXAMPLES / name))
+                found = json.loads(done.stdout)
+                self.assertEqual((found["valid"], found["errors"], found["warnings"]),
+                    (True, [], []))
+
+
+class UsageErrors(Shell):
+    """What goes wrong is said in one breath: what, why, how to mend it."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+
+    def failing(self, *args: str, **settings):
+        code, out, err = self.shown(*args, **settings)
+        return code, out, err.rstrip("\n").split("\n")[-1]
+
+    def test_wrong_usage_is_exit_2(self):
+        for args, last in (
+            ((), "flexiflow: error: the following arguments are required: COMMAND"),
+            (("hanlde",), "flexiflow: error: no command 'hanlde'; did you mean 'handle'?"),
+            (("handle",), "flexiflow handle: error: the following arguments are required: TYPE"),
+            (("status", "--dbb"), "flexiflow: error: unrecognized arguments: --dbb"),
+            (("history", "--limit", "x"),
+                "flexiflow history: error: argument --limit: invalid int value: 'x'"),
+        ):
+            with self.subTest(args):
+                self.assertEqual(self.failing(*args), (2, "", last))
+
+    def test_failures_are_exit_1_with_what_and_fix(self):
+        self.shown("register", "--config", "lamp.json", "--name", "lamp-1")
+        for args, err in (
+            (("status", "--db", "no.db"),
+                "error: No store: 'no.db'\nFix: register a component first, or check the path\n"),
+            (("status", "lamp-2"),
+                "error: Unknown component: 'lamp-2'\nFix: did you mean 'lamp-1'?\n"),
+            (("history", "lamp-2"),
+                "error: Unknown component: 'lamp-2'\nFix: did you mean 'lamp-1'?\n"),
+            (("handle", "--name", "lamp-2", "press"),
+                "error: Unknown component: 'lamp-2'\nFix: did you mean 'lamp-1'?\n"),
+            (("handle", "--config", "no.json", "press"),
+                "error: No config file: 'no.json'\nFix: check the path\n"),
+            (("handle", "press"),
+                "error: No config and no name given\n"
+                "Fix: use --config FILE, --name, or set FLEXIFLOW_CONFIG\n"),
+        ):
+            with self.subTest(args):
+                self.assertEqual(self.shown(*args, env={"FLEXIFLOW_CONFIG": None}), (1, "", err))
+
+    def test_bad_data_is_refused(self):
+        for data in ("{", "[1]", '{"a": NaN}', '{"a": 1, "a": 2}'):
+            with self.subTest(data):
+                code, out, err = self.shown(
+                    "handle", "--config", "lamp.json", "press", "--data", data)
+                self.assertEqual((code, out, err.startswith("error: ")), (1, "", True))
+
+    def test_a_bad_config_names_every_problem(self):
+        self.write("bad.json", {**LAMP, "rules": [{"from": "Of", "on": "press", "to": "On"}]})
+        code, out, err = self.shown("register", "--config", "bad.json")
+        self.assertEqual((code, out, "'Of'" in err, "did you mean 'Off'?" in err, "Trace" in err),
+            (1, "", True, True, False))
+
+    def test_a_traceback_is_shown_on_demand(self):
+        done = self.shown("status", "--db", "no.db", env={"FLEXIFLOW_DEBUG": "1"})
+        self.assertEqual((done[0], "Traceback (most recent call last)" in done[2]), (1, True))
+
+    def test_the_error_of_an_action_leaves_everything_as_it_was(self):
+        self.write("shop.py", "def ship(message, component):\n    raise OSError('no van')\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"from": "A", "on": "go", "to": "B", "action": "shop:ship"}]})
+        code, out, err = self.shown("handle", "--config", "c.json", "go")
+        self.assertEqual(
+            (code, out, "error: OSError: no van" in err, "Traceback" in err,
+                json.loads(self.flexiflow("status", "c", "--json").stdout)["state"]),
+            (1, "", True, False, "A"),
+        )
+
+    def test_allow_import_restricts_what_a_config_may_run(self):
+        self.write("shop.py", "def ship(message, component):\n    pass\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}},
+            "rules": [{"on": "go", "action": "shop:ship"}]})
+        codes = [self.shown("handle", "--config", "c.json", "go", "--allow-import", one)[0]
+            for one in ("shop", "other.", "")]
+        self.assertEqual(codes, [0, 1, 1])
+
+
+class Intake(Shell):
+    """`handle -`: a message a line."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+
+    def take(self, text: str, *args: str, **settings):
+        return self.shown("handle", "-", "--config", "lamp.json", *args, input=text, **settings)
+
+    def test_components_are_made_when_first_named_and_summed_up(self):
+        text = self.lines(
+            {"component": "a", "type": "press"}, {"component": "b", "type": "press"},
+            {"component": "a", "type": "press"}, {"component": "a", "type": "zoom"},
+            {"component": "b", "type": "press", "power": "none"},
+            {"type": "press"}, "",
+        )
+        self.assertEqual(self.take(text), (
+            0,
+            "6 messages to 3 components: 5 moved, 1 unknown\n"
+            "STATE  COMPONENTS\nOff  2\nOn  1\n",
+            "",
+        ))
+
+    def test_json_is_one_receipt_a_line_in_the_lines_order(self):
+        text = self.lines(*({"component": name, "type": kind, "id": f"{name}{kind}"}
+            for kind in ("press", "zoom", "drop") for name in "abc"))
+        code, out, err = self.take(text, "--json")
+        found = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(
+            (code, [(one["component"], one["outcome"]) for one in found], err.split("\n")[0]),
+            (
+                0,
+                [(name, outcome) for outcome in ("moved", "unknown", "moved") for name in "abc"],
+                "9 messages to 3 components: 6 moved, 3 unknown",
+            ),
+        )
+
+    def test_a_bad_line_is_named_by_its_number_and_the_rest_goes_on(self):
+        text = self.lines(
+            {"component": "a", "type": "press"}, "{nope", {"component": "a"},
+            {"component": 7, "type": "press"}, "[]", {"component": "a", "type": "press"},
+        )
+        code, out, err = self.take(text)
+        self.assertEqual(
+            (code, out, [line.split(":")[0] for line in err.splitlines()]),
+            (1, "2 messages to 1 component: 2 moved, 4 failed\nSTATE  COMPONENTS\nOff  1\n",
+                ["line 2", "line 3", "line 4", "line 5"]),
+        )
+
+    def test_lines_without_a_newline_at_the_end_and_with_windows_ends_count(self):
+        text = '{"component": "a", "type": "press"}\r\n\r\n{"component": "a", "type": "press"}'
+        self.assertEqual(self.take(text)[1].split("\n")[0],
+            "2 messages to 1 component: 2 moved")
+
+    def test_ignored_lines_are_no_failure(self):
+        self.write("two.json", {**LAMP, "rules": [{"from": "On", "on": "press", "to": "Off"}]})
+        done = self.flexiflow("handle", "-", "--config", "two.json",
+            input=self.lines({"component": "a", "type": "press"}))
+        self.assertEqual((done.returncode, done.stdout.split("\n")[0]),
+            (0, "1 message to 1 component: 1 ignored"))
+
+    def test_the_same_input_again_changes_nothing(self):
+        text = self.lines(*({"component": "a", "type": "press", "id": f"k-{n}"} for n in range(3)))
+        first, again = self.take(text), self.take(text)
+        self.assertEqual(
+            (first[1].split("\n")[0], again[1].split("\n")[0], again[1].split("\n")[1:]),
+            ("3 messages to 1 component: 3 moved",
+                "3 messages to 1 component: 3 moved, 3 handled before", first[1].split("\n")[1:]),
+        )
+
+    def test_a_failing_action_is_named_by_its_line_and_stops_nobody(self):
+        self.write("shop.py",
+            "def ship(message, component):\n    if message['n'] == 2:\n        raise OSError('no')\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}},
+            "data": {"sum": 0}, "rules": [{"on": "go", "action": "shop:ship",
+            "assign": {"sum": {"+": ["$data.sum", "$message.n"]}}}]})
+        done = self.flexiflow("handle", "-", "--config", "c.json",
+            input=self.lines(*({"type": "go", "n": n} for n in (1, 2, 4))))
+        status = json.loads(self.flexiflow("status", "c", "--json").stdout)
+        self.assertEqual((done.returncode, done.stderr, status["data"]),
+            (1, "line 2: OSError: no\n", {"sum": 5}))
+
+    def test_no_input_is_no_failure(self):
+        self.assertEqual(self.take(""), (0, "0 messages to 0 components\n", ""))
+
+    def test_a_line_without_a_component_goes_to_the_named_one(self):
+        done = self.take(self.lines({"type": "press"}), "--name", "lamp-7")
+        self.assertEqual((done, self.shown("status", "lamp-7")[0]), (
+            (0, "1 message to 1 component: 1 moved\nSTATE  COMPONENTS\nOn  1\n", ""), 0))
+
+
+class Interruptions(Shell):
+    """Ctrl-C, a reader that goes away, kill -9."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+
+    def start(self, *args: str, **settings):
+        """Start a command that talks through pipes."""
+        child = subprocess.Popen(
+            [sys.executable, "-m", "flexiflow", *args], cwd=self.folder, text=True, bufsize=1,
+            env={**os.environ, "PYTHONPATH": str(HERE)}, encoding="utf-8",
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                **settings},
+        )
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                self.addCleanup(pipe.close)
+        self.addCleanup(child.kill)
+        return child
+
+    def feed(self, child, *messages):
+        """Send lines to a `handle - --json`; return as many receipts."""
+        child.stdin.write(self.lines(*messages))
+        child.stdin.flush()
+        return [json.loads(child.stdout.readline()) for _ in messages]
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGINT for another process")
+    def test_ctrl_c_says_one_word_and_keeps_what_was_answered(self):
+        child = self.start("handle", "-", "--config", "lamp.json", "--json")
+        receipts = self.feed(child, {"type": "press"}, {"type": "press"}, {"type": "press"})
+        child.send_signal(signal.SIGINT)
+        child.wait(30)
+        self.assertEqual(
+            ([one["outcome"] for one in receipts], child.returncode, child.stderr.read(),
+                self.shown("handle", "--config", "lamp.json", "press")),
+            (["moved"] * 3, 130, "interrupted\n", (0, "press: On -> Off\n", "")),
+        )
+
+    def test_kill_9_keeps_what_was_answered(self):
+        child = self.start("handle", "-", "--config", "lamp.json", "--json")
+        self.feed(child, {"type": "press", "id": "k-1"}, {"type": "press", "id": "k-2"},
+            {"type": "press", "id": "k-3"})
+        child.kill()
+        child.wait(30)
+        again = self.flexiflow("handle", "-", "--config", "lamp.json", input=self.lines(
+            *({"type": "press", "id": f"k-{n}"} for n in range(1, 6))))
+        self.assertEqual(again.stdout.split("\n")[:3],
+            ["5 messages to 1 component: 5 moved, 3 handled before", "STATE  COMPONENTS",
+                "On     1"])
+
+    def test_a_reader_that_went_away_is_exit_141_without_a_traceback(self):
+        self.shown("handle", "-", "--config", "lamp.json",
+            input=self.lines(*({"type": "press"} for _ in range(300))))
+        for words in (("history", "--limit", "300"), ("history", "--json"), ("status",),
+                ("diagnose",), ("explain", "lamp.json")):
+            with self.subTest(words):
+                read, write = os.pipe()
+                os.close(read)
+                done = self.start(*words, stdout=write, stdin=subprocess.DEVNULL)
+                os.close(write)
+                self.assertEqual((done.wait(30), done.stderr.read()), (141, ""))
+
+    def test_a_reader_that_went_away_does_not_lose_a_message(self):
+        read, write = os.pipe()
+        os.close(read)
+        child = self.start("handle", "-", "--config", "lamp.json", "--json", stdout=write)
+        os.close(write)
+        child.stdin.write(self.lines({"type": "press"}))
+        child.stdin.close()
+        self.assertEqual((child.wait(30), child.stderr.read(), self.shown("status", "lamp")[0]),
+            (141, "", 0))
+
+
+class MainJob(Shell):
+    """A hospital's messages from examples/sepsis.ndjson."""
+
+    COMMAND = ("handle", "-", "--config", str(EXAMPLES / "sepsis.json"))
+    SUMMARY = (
+        "15,214 messages to 1,050 components: 445 ignored, 14,658 moved, 111 unknown{}\n"
+        "STATE  COMPONENTS\nRelease A  389\nReturn ER  273\nCRP  96\nIV Antibiotics  87\n"
+        "Leucocytes  84\nAdmission NC  39\nER Sepsis Triage  39\nLacticAcid  32\nIV Liquid  11\n"
+    )
+
+    def input(self):
+        """Return the messages as text, and how many each component gets."""
+        text = (EXAMPLES / "sepsis.ndjson").read_text(encoding="utf-8")
+        sent = {}
+        for line in text.splitlines():
+            name = json.loads(line)["component"]
+            sent[name] = sent.get(name, 0) + 1
+        return text, sent
+
+    def found(self, sent):
+        """Return final state and unhandled messages of each component, read from the store."""
+        store = SQLiteStore(self.path("flexiflow.db"), readonly=True)
+        with contextlib.closing(store):
+            states = {name: state for name, state in store.rows(
+                "SELECT name, state FROM flexiflow_components")}
+            unhandled = dict(sent)
+            for step in store.journal():
+                unhandled[step["component"]] -= step["outcome"] in ("moved", "stayed")
+        return {name: (states[name], unhandled[name]) for name in sent}
+
+    def expected(self):
+        """Return what a plain loop without any engine counts."""
+        if not SHARED.is_dir():
+            self.skipTest("../shared/data is not here")
+        with open(SHARED / "expect_sepsis.json", encoding="utf-8") as file:
+            cases = json.load(file)["expected_per_case"]
+        return {name: (state, unhandled) for name, state, unhandled, _ in cases}
+
+    def test_the_whole_log_is_summed_up(self):
+        text, sent = self.input()
+        done = self.shown(*self.COMMAND, "--json", input=text)
+        receipts = [json.loads(line) for line in done[1].splitlines()]
+        refused = dict.fromkeys(sent, 0)
+        for one in receipts:
+            refused[one["component"]] += one["outcome"] not in ("moved", "stayed")
+        self.assertEqual((done[0], len(receipts), sum(refused.values()), done[2]),
+            (0, 15_214, 556, self.SUMMARY.format("")))
+        expected = self.expected()
+        self.assertEqual(
+            (self.found(sent), {name: refused[name] for name in sent}),
+            (expected, {name: unhandled for name, (_, unhandled) in expected.items()}),
+        )
+
+    def test_killed_and_started_again_it_ends_at_the_same_result(self):
+        text, sent = self.input()
+        with open(EXAMPLES / "sepsis.ndjson", "rb") as messages, subprocess.Popen(
+            [sys.executable, "-m", "flexiflow", *self.COMMAND, "--json"], cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(HERE)}, stdin=messages, stdout=subprocess.PIPE,
+        ) as child:
+            for _ in range(5000):
+                child.stdout.readline()
+            child.kill()
+        code, out, err = self.shown(*self.COMMAND, input=text)
+        self.assertEqual((code, plain(out.split(", ")[0]), out.split("\n")[1:], err), (
+            0, self.SUMMARY.split(", ")[0], self.SUMMARY.split("\n")[1:], ""))
+        self.assertEqual(self.found(sent), self.expected())
+
+
+# ---- 13. One file: 1.0.1's import paths, one identity, everywhere
+
+
+class OldPaths(Case):
+    """Everything of 1.0.1 is found where its users import it."""
+
+    PATHS = {
+        "engine": "FlexiFlowEngine",
+        "component": "AsyncComponent",
+        "state_machine": "State StateMachine StateRegistry DEFAULT_REGISTRY InitialState"
+            " AwaitingConfirmation ProcessingRequest ErrorHandling",
+        "config_loader": "ConfigLoader ComponentConfig",
+        "statepack": "StatePack StateSpec TransitionSpec MappingPack",
+        "pack_loader": "load_packs collect_provided_keys",
+        "errors": "FlexiFlowError ConfigError StateError PersistenceError ImportError_"
+            " ErrorContext",
+        "explain": "explain ConfigExplanation Diagnostic PackInfo StateResolution",
+        "visualize": "visualize",
+        "event_manager": "AsyncEventManager Subscription SubscriptionHandle",
+        "imports": "load_symbol",
+        "logger": "get_logger set_correlation_id CorrelationIdFilter",
+        "cli": "main",
+        "api": "",
+        "reload": "",
+        "extras": "retry_async RetryConfig save_component load_snapshot restore_component"
+            " ComponentSnapshot save_snapshot_sqlite load_latest_snapshot_sqlite"
+            " list_snapshots_sqlite prune_snapshots_sqlite",
+        "extras.retry": "retry_async RetryConfig",
+        "extras.persist_json": "save_component load_snapshot restore_component ComponentSnapshot",
+        "extras.persist_sqlite": "save_snapshot load_latest_snapshot list_snapshots"
+            " prune_snapshots",
+    }
+
+    def test_every_path_and_name_is_this_very_module(self):
+        import importlib
+
+        for path, names in self.PATHS.items():
+            for name in names.split():
+                with self.subTest(f"{path}.{name}"):
+                    module = importlib.import_module(f"flexiflow.{path}")
+                    self.assertIs(getattr(module, name), getattr(ff, name))
+
+    def test_every_name_is_at_the_top_too(self):
+        names = " ".join(self.PATHS.values()).split()
+        self.assertEqual([name for name in names if not hasattr(ff, name)], [])
+        self.assertEqual([name for name in ff.__all__ if not hasattr(ff, name)], [])
+
+    def test_paths_are_found_in_a_fresh_process_whatever_comes_first(self):
+        code = (
+            "import flexiflow.extras.retry as r, flexiflow.engine\n"
+            "from flexiflow import engine\n"
+            "from flexiflow.extras.persist_sqlite import save_snapshot\n"
+            "import flexiflow\n"
+            "print(r is engine is flexiflow.engine, r.retry_async is flexiflow.retry_async)"
+        )
+        self.assertEqual(self.python("-c", code).stdout, "True True\n")
+
+    def test_functions_named_like_an_old_module_stay_functions(self):
+        from flexiflow.explain import explain as by_path
+        from flexiflow.visualize import visualize as drawn
+
+        self.assertEqual((ff.explain, ff.visualize), (by_path, drawn))
+
+    def test_a_wrong_path_is_not_found(self):
+        done = self.python("-c", "import flexiflow.enigne")
+        self.assertEqual(done.stderr.rstrip().split("\n")[-1].split(":")[0], "ModuleNotFoundError")
+
+    def test_pickles_of_1_0_1_paths_are_read(self):
+        for path, name in (("errors", "StateError"), ("extras.persist_json", "ComponentSnapshot"),
+                ("state_machine", "InitialState"), ("config_loader", "ComponentConfig")):
+            with self.subTest(path):
+                found = pickle.loads(f"cflexiflow.{path}\n{name}\n.".encode())
+                self.assertIs(found, getattr(ff, name))
+
+    def test_records_survive_pickling(self):
+        async def receipt():
+            async with FlexiFlowEngine() as engine:
+                engine.create_component(LAMP)
+                return await engine.handle_message("lamp", "press", id="k-1")
+
+        config = ConfigLoader.load_component_config(self.write("lamp.json", LAMP))
+        error = self.raises(StateError, StateMachine.from_name, "Nope")
+        again = pickle.loads(pickle.dumps(error))
+        self.assertEqual((type(again), str(again), again.what), (StateError, str(error), error.what))
+        for record in (
+            self.run_async(receipt()), config,
+            ff.ComponentSnapshot("c", "InitialState", [{"note": 1}], {"by": "test"}),
+            ff.RetryConfig(max_attempts=2),
+        ):
+            with self.subTest(type(record).__name__):
+                self.assertEqual(pickle.loads(pickle.dumps(record)), record)
+
+
+class OneIdentity(Case):
+    """However the file is started, named or carried, `State` is one class."""
+
+    STATES = (
+        "from {module} import State\n\n\n"
+        "class Idle(State):\n"
+        "    async def handle_message(self, message, component):\n"
+        "        return (True, Busy()) if message['type'] == 'go' else (False, self)\n\n\n"
+        "class Busy(State):\n"
+        "    pass\n"
+    )
+    CONFIG = {
+        "name": "job", "initial_state": "Idle", "rules": [{"note": "none"}],
+        "states": {"Idle": "jobstates:Idle", "Busy": "jobstates:Busy"},
+    }
+    EXPECTED = (0, "go: Idle -> Busy\n", "")
+
+    def job(self, module: str = "flexiflow"):
+        """Write states that import `State` from a module, and a config that names them."""
+        self.write("jobstates.py", self.STATES.format(module=module))
+        return ("handle", "--config", self.write("job.json", self.CONFIG), "go")
+
+    def ran(self, *args: str, **settings):
+        done = self.python(*args, **settings)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_as_a_module(self):
+        self.assertEqual(self.ran("-m", "flexiflow", *self.job()), self.EXPECTED)
+
+    def test_as_a_script(self):
+        script = str(HERE / "flexiflow.py")
+        self.assertEqual(self.ran(script, *self.job(), env={"PYTHONPATH": None}), self.EXPECTED)
+
+    def test_under_a_profiler(self):
+        for how in (("-m", "cProfile"), ("-m", "trace", "--count", "-C", self.path("counts"))):
+            with self.subTest(how[1]):
+                done = self.ran(*how, str(HERE / "flexiflow.py"), *self.job(), "--db",
+                    self.path(how[1] + ".db"))
+                self.assertEqual((done[0], "go: Idle -> Busy\n" in done[1]), (0, True))
+
+    def test_vendored(self):
+        (self.folder / "shop" / "_vendor").mkdir(parents=True)
+        for package in ("shop", "shop/_vendor"):
+            self.write(f"{package}/__init__.py", "")
+        shutil.copy(HERE / "flexiflow.py", self.folder / "shop" / "_vendor")
+        env = {"PYTHONPATH": str(self.folder)}
+        args = self.job("shop._vendor.flexiflow.state_machine")
+        code = (
+            "from shop._vendor.flexiflow.engine import FlexiFlowEngine as A\n"
+            "from shop._vendor.flexiflow import FlexiFlowEngine as B, load_symbol\n"
+            "print(A is B, A.__module__, load_symbol('flexiflow.engine:FlexiFlowEngine') is A)"
+        )
+        self.assertEqual(
+            (self.ran("-m", "shop._vendor.flexiflow", *args, env=env),
+                self.ran("-c", code, env=env)),
+            (self.EXPECTED, (0, "True shop._vendor.flexiflow True\n", "")),
+        )
+
+    def test_renamed(self):
+        shutil.copy(HERE / "flexiflow.py", self.folder / "flow2.py")
+        env = {"PYTHONPATH": str(self.folder)}
+        self.assertEqual(
+            [self.ran(*how, *self.job("flow2.engine"), "--db", self.path(f"{len(how)}.db"), env=env)
+                for how in (("-m", "flow2"), ("flow2.py",))],
+            [self.EXPECTED] * 2,
+        )
+
+    def test_zipped(self):
+        import zipfile
+
+        with zipfile.ZipFile(self.path("app.zip"), "w") as archive:
+            archive.write(HERE / "flexiflow.py", "flexiflow.py")
+            archive.writestr("__main__.py", "import sys, flexiflow\nsys.exit(flexiflow.main())\n")
+        env = {"PYTHONPATH": self.path("app.zip")}
+        self.assertEqual(
+            [self.ran(*how, *self.job(), "--db", self.path(f"{len(how)}.db"), env=env)
+                for how in (("-m", "flexiflow"), (self.path("app.zip"),))],
+            [self.EXPECTED] * 2,
+        )
+
+    def test_loaded_by_path(self):
+        code = (
+            "import importlib.util, sys\n"
+            f"spec = importlib.util.spec_from_file_location('mine', {str(HERE / 'flexiflow.py')!r})\n"
+            "sys.modules['mine'] = module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+            "from mine.engine import FlexiFlowEngine\n"
+            "print(FlexiFlowEngine is module.FlexiFlowEngine)"
+        )
+        self.assertEqual(self.ran("-c", code, env={"PYTHONPATH": None}), (0, "True\n", ""))
+
+    def test_a_process_that_is_spawned_finds_what_it_is_sent(self):
+        self.write("spawn.py", (
+            "import multiprocessing\n"
+            "from flexiflow.errors import StateError\n\n\n"
+            "def work(error):\n"
+            "    return error.what + '!'\n\n\n"
+            "if __name__ == '__main__':\n"
+            "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+            "        print(pool.apply(work, (StateError('sent'),)))\n"
+        ))
+        self.assertEqual(self.ran("spawn.py"), (0, "sent!\n", ""))
+
+
+class Portability(Shell):
+    """Odd interpreters, odd environments."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+
+    def test_odd_switches_change_nothing(self):
+        switches = [["-I", "-S"], ["-O"], ["-OO"], ["-bb", "-X", "dev", "-W", "error"], ["-B", "-E"]]
+        if sys.version_info >= (3, 10):
+            switches.append(["-X", "warn_default_encoding", "-W", "error"])
+        for number, switch in enumerate(switches):
+            with self.subTest(" ".join(switch)):
+                done = self.python(*switch, str(HERE / "flexiflow.py"), "handle", "--config",
+                    "lamp.json", "press", "--db", f"{number}.db")
+                self.assertEqual((done.returncode, done.stdout, done.stderr),
+                    (0, "press: Off -> On\n", ""))
+
+    def test_help_is_there_without_docstrings(self):
+        done = self.python("-OO", "-m", "flexiflow", "--help")
+        self.assertEqual((done.returncode, "handle" in done.stdout, done.stderr), (0, True, ""))
+
+    def test_importing_prints_and_opens_nothing(self):
+        done = self.python("-X", "dev", "-W", "error", "-c", "import flexiflow, sys; print(sorted("
+            "m for m in ('sqlite3', 'asyncio', 'argparse', 'yaml', 'ssl') if m in sys.modules))")
+        self.assertEqual((done.stdout, done.stderr, os.listdir(self.folder)),
+            ("[]\n", "", ["lamp.json"]))
+
+    def test_an_ascii_stdout_escapes_what_it_cannot_show(self):
+        self.write("\u00fc.json", {**LAMP, "name": "l\u00e4mp\u2192", "description": "\u2603"})
+        env = {"PYTHONIOENCODING": "ascii"}
+        steps = [
+            self.shown("register", "--config", "\u00fc.json", env=env),
+            self.shown("handle", "--config", "\u00fc.json", "\u00e9t\u00e9", env=env),
+            self.shown("status", env=env)[:1],
+            self.shown("explain", "\u00fc.json", env=env)[:1],
+            self.shown("visualize", "\u00fc.json", env=env)[:1],
+        ]
+        self.assertEqual(steps, [
+            (0, "l\\xe4mp\\u2192 registered in flexiflow.db: 3 states, 3 rules, 0 timers\n", ""),
+            (3, "\\xe9t\\xe9: not accepted in Off (accepts: press, drop)\n", ""),
+            (0,), (0,), (0,),
+        ])
+
+    def test_control_and_bidi_characters_are_never_printed_raw(self):
+        evil = "a\x1b[31m\u202eb\nc"
+        steps = [
+            self.shown("register", "--config", "lamp.json", "--name", evil),
+            self.shown("handle", "--name", evil, evil),
+            self.shown("status"), self.shown("history"), self.shown("status", evil + "x"),
+        ]
+        text = "".join(out + err for _, out, err in steps)
+        self.assertEqual(
+            ([code for code, _, _ in steps], [c for c in "\x1b\u202e" if c in text],
+                "a\\x1b[31m\\u202eb\\nc" in text),
+            ([0, 3, 0, 0, 1], [], True),
+        )
+
+    def test_no_home_and_an_empty_environment(self):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "flexiflow.py"), "handle", "--config", "lamp.json",
+                "press"], cwd=self.folder, env={}, capture_output=True, encoding="utf-8",
+        )
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+            (0, "press: Off -> On\n", ""))
+
+    def test_flags_come_before_the_environment(self):
+        self.write("other.json", {**LAMP, "name": "other"})
+        env = {"FLEXIFLOW_CONFIG": "lamp.json", "FLEXIFLOW_DB": "env.db"}
+        steps = [
+            self.shown("register", env=env),
+            self.shown("register", "--config", "other.json", "--db", "flag.db", env=env),
+        ]
+        self.assertEqual((steps, sorted(os.listdir(self.folder))), (
+            [
+                (0, "lamp registered in env.db: 3 states, 3 rules, 0 timers\n", ""),
+                (0, "other registered in flag.db: 3 states, 3 rules, 0 timers\n", ""),
+            ],
+            ["env.db", "flag.db", "lamp.json", "other.json"],
+        ))
+
+    @unittest.skipIf(os.name == "nt", "Windows keeps no folder read-only")
+    def test_a_read_only_folder_can_be_read(self):
+        self.shown("handle", "--config", "lamp.json", "press")
+        self.folder.chmod(0o555)
+        self.addCleanup(self.folder.chmod, 0o755)
+        code = (  # a superuser may write anywhere, so it becomes somebody else
+            "import argparse, asyncio, difflib, hashlib, inspect, os, sqlite3, sys, tempfile\n"
+            "import random, datetime, flexiflow\n"
+            "if os.geteuid() == 0:\n"
+            "    os.seteuid(65534)\n"
+            "sys.exit(flexiflow.main(sys.argv[1:]))\n"
+        )
+        found = []
+        for args in (("status",), ("history",), ("status", "lamp"),
+                ("handle", "--config", "lamp.json", "press")):
+            done = self.python("-B", "-c", code, *args)
+            found.append((done.returncode, plain(done.stdout), plain(done.stderr)[:7]))
+        self.assertEqual(found, [
+            (0, "COMPONENT  STATE  SINCE  V  WAITING  NEXT TIMER  DEAD\nlamp  On  0s  1  0  -  -\n"
+                "1 component, 0 messages waiting, 0 dead letters\n", ""),
+            (0, "V  WHEN  COMPONENT  MESSAGE  FROM  TO  OUTCOME  ID\n"
+                "0  TIME  lamp  -  Off  Off  created  created\n"
+                "1  TIME  lamp  press  Off  On  moved  ID\n", ""),
+            (0, "state  On, version 1, since TIME (0s)\naccepts  press, drop\ndata  {}\n"
+                "queue  0 waiting, 0 dead\n", ""),
+            (1, "", "error: "),
+        ])
+
+    def test_a_python_without_sqlite_works_in_memory_and_says_what_is_missing(self):
+        code = (
+            "import sys\n"
+            "sys.modules['_sqlite3'] = None\n"
+            "import asyncio, flexiflow\n\n\n"
+            "async def main():\n"
+            "    async with flexiflow.FlexiFlowEngine() as engine:\n"
+            "        lamp = engine.create_component('lamp.json')\n"
+            "        print(bool(await engine.handle_message('lamp', 'press')), lamp.state)\n\n\n"
+            "asyncio.run(main())\n"
+            "print(flexiflow.main(['handle', '--config', 'lamp.json', 'press']))\n"
+            "print(flexiflow.main(['explain', 'lamp.json']))\n"
+        )
+        done = self.python("-c", code)
+        self.assertEqual(
+            (done.stdout.split("\n")[:2], done.stdout.endswith("load\n0\n"),
+                done.stderr.startswith("error: "), "sqlite" in done.stderr, "Trace" in done.stderr),
+            (["True On", "1"], True, True, True, False),
+        )
+
+    def test_many_threads_may_import_it_at_once(self):
+        code = (
+            "import threading\n"
+            "found = []\n"
+            "def load():\n"
+            "    from flexiflow.extras.retry import retry_async\n"
+            "    from flexiflow.engine import FlexiFlowEngine\n"
+            "    found.append((retry_async, FlexiFlowEngine))\n"
+            "threads = [threading.Thread(target=load) for _ in range(20)]\n"
+            "[t.start() for t in threads]\n"
+            "[t.join() for t in threads]\n"
+            "print(len(found), len(set(found)))\n"
+        )
+        self.assertEqual(self.python("-c", code).stdout, "20 1\n")
+
+
+if __name__ == "__main__":
+    unittest.main()
