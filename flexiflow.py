@@ -57,7 +57,7 @@ if __name__ == "__main__":
     import importlib.util
     import os
 
-    _spec = globals().get("__spec__")
+    _spec: Any = globals().get("__spec__")
     if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
         _name = os.path.splitext(os.path.basename(__file__))[0]
         _spec = importlib.util.spec_from_file_location(_name, __file__)
@@ -76,6 +76,7 @@ import math
 import operator
 import os
 import re
+import threading
 import time
 import traceback
 import types
@@ -88,17 +89,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import collections
     import datetime
     import difflib
     import hashlib
     import inspect
     import random
+    import signal
     import sqlite3
-    import tempfile
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, TypeVar
+    from typing import Any, NoReturn, TypeVar, Union
 
     Function = TypeVar("Function", bound=Callable[..., Any])
+    Json = dict[str, Any]  # an object
+    Path = Union[str, os.PathLike[str]]
     Scope = dict[str, Any]  # what a guard or value may look at: see `decide`
     Row = tuple[str, tuple[Any, ...]]  # an SQL statement and its parameters
 else:
@@ -114,7 +118,8 @@ else:
             return getattr(module, attribute)
 
     for _name in (
-            "argparse asyncio datetime difflib hashlib inspect random sqlite3 tempfile").split():
+            "argparse asyncio collections datetime difflib hashlib inspect random signal "
+            "sqlite3").split():
         globals()[_name] = _Later(_name)
 
 __all__ = [
@@ -149,7 +154,8 @@ __all__ = [
 # Everything that FlexiFlow refuses is a FlexiFlowError that says what happened, why, how to
 # mend it, and with which values. Whatever the values hold, it prints no control characters.
 
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:
@@ -201,6 +207,7 @@ class FlexiFlowError(Exception):
 def _restore_error(kind: type[FlexiFlowError], what: str, attributes: dict[str, Any]) -> Any:
     """Unpickle an error, whatever its subclass asks of a constructor."""
     error = kind.__new__(kind, what)
+    error.args = (what,)  # which an OSError leaves out
     error.__dict__.update(attributes)
     return error
 
@@ -231,7 +238,7 @@ class MissingSnapshot(PersistenceError, FileNotFoundError):
 
 def choose(word: object, choices: Iterable[str]) -> str:
     """Return a `fix` text: the close match among `choices`, or all of them when they are few."""
-    known = sorted(map(str, choices))
+    known = sorted(set(map(str, choices)))
     close = difflib.get_close_matches(str(word), known, 1)
     if close:
         return f"did you mean {close[0]!r}?"
@@ -247,7 +254,7 @@ def choose(word: object, choices: Iterable[str]) -> str:
 
 MAX_JSON = 1_000_000  # bytes of one document
 MAX_DEPTH = 100  # brackets within brackets
-_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+_BRACKETS = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]'  # compiled when needed: starting is quick
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -270,11 +277,10 @@ def _finite(digits: str) -> float:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
+    if len(found) == len(pairs):
+        return found
+    twice = next(name for name, _ in pairs if found.pop(name, pairs) is pairs)
+    raise ValueError(f"the key {twice!r} stands twice in one object")
 
 
 _decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite,
@@ -287,11 +293,9 @@ def _check_depth(text: str) -> None:
     """Raise ValueError where brackets stand deeper than MAX_DEPTH; nothing is parsed for it."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    depth = 0
-    for mark in _BRACKETS.findall(text):
-        depth += (mark in "[{") - (mark in "]}") if len(mark) == 1 else 0
-        if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
+    steps = ((mark in "[{") - (mark in "]}") for mark in re.findall(_BRACKETS, text))
+    if max(itertools.accumulate(steps)) > MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
 
 
 def parse_json(source: str | bytes, limit: int = MAX_JSON) -> Any:
@@ -300,9 +304,10 @@ def parse_json(source: str | bytes, limit: int = MAX_JSON) -> Any:
     Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
     that are not UTF-8, more than MAX_DEPTH levels or `limit` bytes.
     """
-    if len(source) > limit:
+    octets = source.encode("utf-8") if isinstance(source, str) else source
+    if len(octets) > limit:
         raise ValueError(f"more than {limit} bytes")
-    text = source if isinstance(source, str) else source.decode("utf-8")
+    text = octets.decode("utf-8")
     _check_depth(text)
     value = _decode(text)
     if "\\u" in text:
@@ -318,24 +323,33 @@ def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> An
         raise error(f"Not valid JSON: {name}", why=str(problem)) from problem
 
 
-def _flaw(value: Any, path: str) -> str | None:
+def _flaws(value: Any, path: str) -> Iterator[str]:
     """Say what keeps `value` from being JSON, and where."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                return f"the key {key!r} at {path} is not a string"
-            flaw = _flaw(inner, f"{path}.{key}")
-            if flaw:
-                return flaw
-        return None
-    if isinstance(value, list):
-        flaws = (_flaw(inner, f"{path}[{index}]") for index, inner in enumerate(value))
-        return next(filter(None, flaws), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{path} is {value}"
-    if value is None or isinstance(value, (str, int, float)):
-        return None
-    return f"{path} is a {type(value).__name__}"
+                yield f"the key {key!r} at {path} is not a string"
+            yield from _flaws(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _flaws(inner, f"{path}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path} is {value}"
+    elif value is not None and not isinstance(value, (str, int, float)):
+        yield f"{path} is a {type(value).__name__}"
+
+
+def _check_nesting(value: Any, name: str, limit: int) -> None:
+    """Raise ValueError for what is too deep or too much, without recursion: stacks are small."""
+    outer = [value] if isinstance(value, (dict, list, tuple)) else []
+    for _ in range(MAX_DEPTH):
+        if sum(map(len, outer)) > limit:
+            raise ValueError(f"{name} takes more than {limit} bytes")
+        parts = (one.values() if isinstance(one, dict) else one for one in outer)
+        outer = [one for part in parts for one in part if isinstance(one, (dict, list, tuple))]
+        if not outer:
+            return
+    raise ValueError(f"{name}: more than {MAX_DEPTH} brackets within brackets")
 
 
 def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
@@ -343,18 +357,45 @@ def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
 
     A tuple, a key that is not a string, NaN, a date: refused by name instead of changed.
     """
+    _check_nesting(value, name, limit)
     try:
         text = _encode(value)
         size = len(text.encode("utf-8"))
-        _check_depth(text)
         if _decode(text) == value and size <= limit:
             return text
-        problem = f"{name} takes {size} bytes; {limit} are allowed" if size > limit else None
+        problem = f"{name} reads back as another value"
+        if size > limit:
+            problem = f"{name} takes {size} bytes; {limit} are allowed"
     except (TypeError, ValueError, RecursionError, MemoryError) as error:
         problem = f"{name}: {error}"
-    with contextlib.suppress(RecursionError):
-        problem = _flaw(value, name) or problem
-    raise ValueError(problem or f"{name} reads back as another value")
+    raise ValueError(next(_flaws(value, name), problem))
+
+
+def _written(value: Any, name: str) -> str:
+    """Return JSON for the store; raise PersistenceError for what would not come back the same."""
+    try:
+        return write_json(value, name)
+    except ValueError as error:
+        raise PersistenceError(f"Cannot save {name}", why=str(error),
+            fix="keep it to JSON: text, numbers, lists, dicts with text as keys") from error
+
+
+def checksum(*parts: Any, start: int = 0) -> int:
+    """Return the CRC-32 of the parts' texts; `start` chains it to another one."""
+    return zlib.crc32("\0".join(map(str, parts)).encode("utf-8"), start)
+
+
+def read_file(path: str | os.PathLike[str], kind: str, error: type[FlexiFlowError],
+        missing: type[FlexiFlowError]) -> bytes:
+    """Return a file, cut one byte after MAX_JSON; raise `missing` or `error` if it cannot be."""
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_JSON + 1)
+    except FileNotFoundError as problem:
+        raise missing(f"No {kind} file: {name!r}", fix="check the path") from problem
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
+        raise error(f"Cannot read {kind}: {name!r}", why=str(problem)) from problem
 
 
 def fresh(value: Any) -> Any:
@@ -366,13 +407,12 @@ def fresh(value: Any) -> Any:
     return value
 
 
-_ids: Iterator[int]
-_id_prefix: str
+_ids: Iterator[str]
 
 
 def _renew_ids() -> None:
-    global _ids, _id_prefix
-    _ids, _id_prefix = itertools.count(1), os.urandom(6).hex() + "-"
+    global _ids
+    _ids = map((os.urandom(6).hex() + "-{:x}").format, itertools.count(1))
 
 
 _renew_ids()
@@ -382,7 +422,7 @@ if hasattr(os, "register_at_fork"):  # parent and child would count the same ids
 
 def new_id() -> str:
     """Return an id that no other call, process or machine returns."""
-    return f"{_id_prefix}{next(_ids):x}"
+    return next(_ids)
 
 
 class Context:
@@ -405,7 +445,7 @@ _context: ContextVar[Context | None] = ContextVar("flexiflow", default=None)
 
 
 def set_correlation_id(value: str | None = None) -> str:
-    """Use `value`, or a new id, for the records and messages of this task from here on; return it."""
+    """Use `value`, or a new id, for this task's records and messages from here on; return it."""
     chosen = value or new_id()
     _context.set(Context(_context.get(), chosen))
     return chosen
@@ -417,15 +457,15 @@ def get_correlation_id() -> str | None:
     return None if context is None else context.correlation_id
 
 
-_SECRET = re.compile(r"token|password|passwd|secret|api_?key|authorization", re.IGNORECASE)
+_SECRET = "(?i)token|password|passwd|secret|api_?key|authorization"
 
 
 def masked(value: Any) -> Any:
-    """Return a JSON value with what stands under keys like token, password or secret hidden."""
+    """Return a value with what stands under keys like token, password or secret hidden."""
     if isinstance(value, dict):
-        return {key: "***" if _SECRET.search(str(key)) else masked(inner) for key,
-            inner in value.items()}
-    return [masked(inner) for inner in value] if isinstance(value, list) else value
+        return {key: "***" if re.search(_SECRET, str(key)) else masked(inner)
+            for key, inner in value.items()}
+    return type(value)(map(masked, value)) if type(value) in (list, tuple) else value
 
 
 class CorrelationIdFilter(logging.Filter):
@@ -435,12 +475,12 @@ class CorrelationIdFilter(logging.Filter):
         """Let every record pass; one that already has a correlation id keeps it."""
         if not hasattr(record, "correlation_id"):
             record.correlation_id = get_correlation_id() or "-"
-        text = record.getMessage()
-        if record.exc_info and record.exc_info[0]:
-            lines = traceback.format_exception(*record.exc_info)
-            text += " | " + " | ".join(line.strip() for line in lines)
-        record.msg, record.args = printable(text), None
-        record.exc_info = record.exc_text = None
+        lines = traceback.format_exception(*record.exc_info) if record.exc_info else []
+        with contextlib.suppress(Exception):  # arguments that do not fit: the handler will say so
+            record.args = masked(record.args)
+            text = " | ".join([record.getMessage(), *map(str.strip, lines)])
+            record.msg, record.args = printable(text), None
+            record.exc_info = record.exc_text = None
         return True
 
 
@@ -450,13 +490,15 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         return json.dumps({"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname, "logger": record.name, "correlation_id": getattr(record,
-            "correlation_id", "-"), "message": record.getMessage()})
+            "level": record.levelname, "logger": record.name,
+            "correlation_id": getattr(record, "correlation_id", "-"),
+            "message": record.getMessage()})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
+_one_line = CorrelationIdFilter()
 logger = logging.getLogger("flexiflow")
-logger.addFilter(CorrelationIdFilter())
+logger.addFilter(_one_line)
 
 
 def get_logger(name: str = "flexiflow", level: int | None = None, *,
@@ -470,8 +512,7 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
     if style not in formats:
         raise ArgumentError(f"Unknown log style: {style!r}", fix=choose(style, formats))
     log = logging.getLogger(name)
-    if not any(isinstance(one, CorrelationIdFilter) for one in log.filters):
-        log.addFilter(CorrelationIdFilter())
+    log.addFilter(_one_line)  # once, however often it is called
     if level is not None or log.level == logging.NOTSET:
         log.setLevel(logging.INFO if level is None else level)
     if not log.hasHandlers():
@@ -502,25 +543,23 @@ class RetryConfig:
     timeout: float | None = None  # no call is begun later than this after the first
 
     def __post_init__(self) -> None:
-        numbers = {name: getattr(self, name) for name in ("max_attempts", "base_delay", "max_delay",
-            "backoff", "jitter")}
-        if self.timeout is not None:
-            numbers["timeout"] = self.timeout
+        numbers = {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
+            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
                 raise ArgumentError(f"{name} is not a number of zero or more: {value!r}")
         if type(self.max_attempts) is not int or self.max_attempts < 1:
             raise ArgumentError(f"max_attempts is not a whole number: {self.max_attempts!r}")
+        if self.backoff < 1:
+            raise ArgumentError(f"backoff is at least 1: {self.backoff!r}")
         if self.jitter > 1:
             raise ArgumentError(f"jitter is a fraction, at most 1: {self.jitter!r}")
 
     def delay(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after `failures` failed calls; `chance` is from 0 to 1."""
         # The jitter comes after the cap: many clients at the cap must not knock together.
-        try:
-            pause = min(self.base_delay * float(self.backoff) ** (failures - 1), self.max_delay)
-        except OverflowError:
-            pause = self.max_delay
+        pause = self.max_delay
+        with contextlib.suppress(OverflowError):
+            pause = min(self.base_delay * float(self.backoff) ** (failures - 1), pause)
         return pause * (1 + self.jitter * chance)
 
 
@@ -536,8 +575,8 @@ def _pauses(config: RetryConfig, start: float) -> Iterator[float]:
 def is_async(function: Any) -> bool:
     """Tell whether calling `function` gives a coroutine: partials and callable objects too."""
     call = getattr(function, "func", function)  # functools.partial
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-        getattr(call, "__call__", None))
+    return inspect.iscoroutinefunction(call) or (
+        callable(call) and inspect.iscoroutinefunction(type(call).__call__))
 
 
 def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Function]:
@@ -584,30 +623,37 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
 # 4. Events: the bus
 # --------------------------------------------------------------------------------------------
 # `publish` awaits every handler: by priority 1 to 5, then in the order of subscription. What a
-# handler or filter does wrong is its own failure: logged, and published once. A subscription
-# keeps its handler alive until it is removed.
+# handler or filter does wrong is its own failure: logged, and published once. Each of several
+# handlers gets a copy of its own of a dict. Subscriptions keep their handlers alive.
 
 MAX_NESTING = 32  # publishes within publishes
 HANDLER_FAILED = "event.handler.failed"
-_Coroutine = types.CoroutineType
+_CO_COROUTINE = 0x80  # inspect's, without an import of it
 
 if sys.version_info >= (3, 11):
-    HandlerErrors = ExceptionGroup
+    HandlerErrors = ExceptionGroup  # noqa: F821
 else:
 
     class HandlerErrors(Exception):
         """Several handlers failed in one concurrent publish: a stand-in for ExceptionGroup."""
 
-        def __init__(self, message: str, exceptions: Sequence[Exception]) -> None:
-            super().__init__(message, tuple(exceptions))
-            self.message, self.exceptions = message, tuple(exceptions)
+        message = property(lambda self: self.args[0])
+        exceptions = property(lambda self: tuple(self.args[1]))
+
+
+def _copier(data: Any) -> Callable[[Any], Any] | None:
+    """Return what copies a payload for each handler, if one could change what the next sees."""
+    if data.__class__ is dict:
+        nested = any(value.__class__ in (dict, list) for value in data.values())
+        return fresh if nested else dict.copy
+    return fresh if data.__class__ is list else None
 
 
 class Subscription:
     """One handler of one event, and the handle that `unsubscribe` takes."""
 
     __slots__ = ("event_name", "component_name", "handler", "priority", "filter_fn", "once",
-        "number", "active")
+        "number", "active", "direct")
 
     def __init__(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int, filter_fn: Callable[[str, Any], Any] | None, once: bool,
@@ -616,11 +662,11 @@ class Subscription:
         self.priority, self.filter_fn, self.once = priority, filter_fn, once
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
+        # The handler again, while it is an `async def` that may be awaited without a look at it.
+        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0) & _CO_COROUTINE
+        self.direct = handler if flags and filter_fn is None and not once else None
 
-    @property
-    def subscription_id(self) -> str:
-        """The number as text, as 1.0.1's users know it."""
-        return str(self.number)
+    subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
     def __repr__(self) -> str:
         return f"<Subscription {self.number} of {self.component_name!r} to {self.event_name!r}>"
@@ -636,12 +682,10 @@ class AsyncEventManager:
 
     def __init__(self, logger: Any = None) -> None:
         self._events: dict[str, dict[Subscription, None]] = {}
-        # Most owners have one subscription: a dict for each would double what a million cost.
-        self._owners: dict[str, Subscription | dict[Subscription, None]] = {}
+        # By component: most have one subscription, and a dict for each would double their cost.
+        self._owners: dict[str, Any] = {}
         self._ready: dict[str, tuple[Subscription, ...]] = {}  # in order of delivery, until changed
-        self._numbers = itertools.count(1)
-        self._in_flight = 0
-        self._logger = logger
+        self._numbers, self._in_flight, self._logger = itertools.count(1), 0, logger
 
     async def subscribe(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int = 3, filter_fn: Callable[[str, Any], Any] | None = None, *,
@@ -655,38 +699,43 @@ class AsyncEventManager:
             raise ArgumentError(f"Priority must be an integer from 1 to 5: {priority!r}")
         if not callable(handler):
             raise ArgumentError(f"Not a function: {handler!r}", why="a handler is called with data")
-        if filter_fn is not None:
-            self._check_filter(filter_fn)
+        if not (filter_fn is None or callable(filter_fn)):
+            raise ArgumentError(f"Not a function: {filter_fn!r}", why="a filter is called")
+        if filter_fn is not None and is_async(filter_fn):
+            raise ArgumentError(f"Async filter: {filter_fn!r}", why="a coroutine is always true, "
+                "so every event would pass", fix="write `def` instead of `async def`")
         sub = Subscription(event_name, component_name, handler, priority, filter_fn, once,
             next(self._numbers))
         self._events.setdefault(event_name, {})[sub] = None
         owned = self._owners.setdefault(component_name, sub)
-        if owned.__class__ is dict:
-            owned[sub] = None
-        elif owned is not sub:
-            self._owners[component_name] = {owned: None, sub: None}
+        if owned is not sub:
+            self._owners[component_name] = owned if type(owned) is dict else {owned: None}
+            self._owners[component_name][sub] = None
         self._changed(event_name)
         return sub
 
     def unsubscribe(self, handle: Subscription) -> bool:
-        """End a subscription, also for a publish that has not called it yet; False if it had ended."""
-        if handle not in self._events.get(handle.event_name, ()):
+        """End a subscription, also for a publish that has not called it; False if it had ended."""
+        event_name, owner = handle.event_name, handle.component_name
+        subs = self._events.get(event_name, {})
+        if handle not in subs:
             return False
-        owned = self._owners[handle.component_name]
+        handle.active, handle.direct = False, None
+        del subs[handle]
+        if not subs:
+            del self._events[event_name]
+        owned = self._owners[owner]
         if owned is handle or len(owned) == 1:
-            del self._owners[handle.component_name]
+            del self._owners[owner]
         else:
             del owned[handle]
-        self._drop(handle)
+        self._changed(event_name)
         return True
 
     def unsubscribe_all(self, component_name: str) -> int:
         """End every subscription of a component; return how many there were."""
-        owned = self._owners.pop(component_name, {})
-        subs = list(owned) if owned.__class__ is dict else [owned]
-        for sub in subs:
-            self._drop(sub)
-        return len(subs)
+        owned = self._owners.get(component_name, {})
+        return sum(map(self.unsubscribe, list(owned) if owned.__class__ is dict else [owned]))
 
     async def publish(self, event_name: str, data: Any = None, *, delivery: str = "sequential",
             on_error: str = "continue") -> None:
@@ -710,18 +759,14 @@ class AsyncEventManager:
                 self._check_nesting(event_name)
             if delivery == "concurrent":
                 return await self._publish_together(ready, event_name, data, on_error)
+            copy = _copier(data) if len(ready) > 1 else None
             for sub in ready:
-                if not sub.active:
-                    continue
+                direct = sub.direct
                 try:
-                    if sub.filter_fn is not None or sub.once:
-                        if not self._admits(sub, event_name, data):
-                            continue
-                    result = sub.handler(data)
-                    if result.__class__ is _Coroutine:
-                        await result
-                    elif result is not None and inspect.isawaitable(result):
-                        await result
+                    if direct is not None:
+                        await direct(data if copy is None else copy(data))
+                    else:
+                        await self._call(sub, event_name, data if copy is None else copy(data))
                 except BaseException as error:
                     if not _is_own_failure(error):
                         raise
@@ -737,36 +782,39 @@ class AsyncEventManager:
 
     async def _publish_together(self, ready: tuple[Subscription, ...], event_name: str, data: Any,
             on_error: str) -> None:
-        token = _nesting.set(self._nested())
+        chain = self._nested()
+        # Cancelled here, gather cancels the handlers and waits for them.
+        copy = _copier(data)
+        results = await asyncio.gather(*[
+            self._call(sub, event_name, data if copy is None else copy(data), chain)
+            for sub in ready], return_exceptions=True)
+        failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
+        for sub, error in failures:
+            await self._failed(sub, event_name, data, error)
+        if failures and on_error == "raise":
+            if len(failures) == 1:
+                raise failures[0][1]
+            raise HandlerErrors(f"{len(failures)} handlers of {event_name!r} failed",
+                [error if isinstance(error, Exception) else StateError(
+                f"Handler ended by {error!r}") for _, error in failures])
+
+    async def _call(self, sub: Subscription, event_name: str, data: Any,
+            above: Sequence[str] | None = None) -> BaseException | None:
+        """Call a handler whose subscription has not ended, if its filter lets the event pass.
+
+        In a task of its own (`above` is given) it returns its failure, with the traceback.
+        """
         try:
-            calls = [self._call(sub, event_name, data) for sub in ready]
-            # Cancelled here, gather cancels the handlers and waits for them.
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        finally:
-            _nesting.reset(token)
-        errors = []
-        for sub, result in zip(ready, results):
-            if result is not None:
-                await self._failed(sub, event_name, data, result)
-                errors.append(result)
-        if errors and on_error == "raise":
-            if len(errors) == 1:
-                raise errors[0]
-            proper = [error if isinstance(error, Exception) else StateError(
-                f"Handler ended by {error!r}") for error in errors]
-            raise HandlerErrors(f"{len(errors)} handlers of {event_name!r} failed", proper)
-
-    async def _call(self, sub: Subscription, event_name: str, data: Any) -> None:
-        if sub.active and self._admits(sub, event_name, data):
-            result = sub.handler(data)
-            if result is not None and inspect.isawaitable(result):
-                await result
-
-    def _admits(self, sub: Subscription, event_name: str, data: Any) -> bool:
-        """Ask the filter; a subscription for one call ends before the call, not after it."""
-        if sub.filter_fn is not None and not sub.filter_fn(event_name, data):
-            return False
-        return not sub.once or self.unsubscribe(sub)
+            if sub.active and (sub.filter_fn is None or sub.filter_fn(event_name, data)):
+                if not sub.once or self.unsubscribe(sub):  # before the call, which may publish
+                    result = sub.handler(data)
+                    if result is not None and inspect.isawaitable(result):
+                        await result
+            return None
+        except (Exception, asyncio.CancelledError) as error:
+            if above is None:
+                raise
+            return error
 
     async def _failed(self, sub: Subscription, event_name: str, data: Any,
             error: BaseException) -> None:
@@ -774,28 +822,18 @@ class AsyncEventManager:
         (self._logger or logger).error("Handler of %r for event %r failed", sub.component_name,
             event_name, exc_info=error)
         if event_name != HANDLER_FAILED and self.listens(HANDLER_FAILED):
-            facts = data if isinstance(data, dict) else {}
             await self.publish(HANDLER_FAILED, {"event_name": event_name,
                 "component_name": sub.component_name, "exception": repr(error),
-                "seq": facts.get("seq"), "correlation_id": get_correlation_id()})
+                "seq": data.get("seq") if isinstance(data, dict) else None,
+                "correlation_id": get_correlation_id()})
 
     def _order(self, event_name: str) -> tuple[Subscription, ...]:
         """Return the subscriptions that hear an event, in order of delivery."""
-        subs, every = self._events.get(event_name), self._events.get("*")
-        if subs is None:
-            return () if every is None else self._ready.get("*") or self._order("*")
-        both = [*subs, *every] if every and event_name != "*" else list(subs)
-        both.sort(key=operator.attrgetter("priority", "number"))
-        ready = self._ready[event_name] = tuple(both)
-        return ready
-
-    def _drop(self, sub: Subscription) -> None:
-        subs = self._events[sub.event_name]
-        del subs[sub]
-        if not subs:
-            del self._events[sub.event_name]
-        sub.active = False
-        self._changed(sub.event_name)
+        if event_name not in self._events:  # kept for no name that nobody subscribed to by itself
+            return self._ready.get("*") or self._order("*") if "*" in self._events else ()
+        subs = {**self._events[event_name], **self._events.get("*", {})}
+        self._ready[event_name] = tuple(sorted(subs, key=operator.attrgetter("priority", "number")))
+        return self._ready[event_name]
 
     def _changed(self, event_name: str) -> None:
         if event_name == "*":
@@ -803,28 +841,21 @@ class AsyncEventManager:
         else:
             self._ready.pop(event_name, None)
 
-    @staticmethod
-    def _check_filter(filter_fn: Any) -> None:
-        if not callable(filter_fn):
-            raise ArgumentError(f"Not a function: {filter_fn!r}", why="a filter is called")
-        if is_async(filter_fn):
-            raise ArgumentError(f"Async filter: {filter_fn!r}",
-                why="a coroutine is always true, so every event would pass",
-                fix="write `def` instead of `async def`")
-
-    def _nested(self) -> tuple[str, ...]:
+    def _nested(self) -> list[str]:
         """Return the events whose publishes surround this call, the outermost first.
 
-        They are read off the stack, so that a publish that is not nested pays nothing; the
-        tasks of a concurrent publish start with a stack of their own and inherit the rest.
+        They are read off the stack, so that a publish that is not nested pays nothing. The tasks
+        of a concurrent publish have stacks of their own: there `_call` knows what is `above`.
         """
-        events = []
+        events: list[str] = []
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is _PUBLISH and frame.f_locals["self"] is self:
                 events.append(frame.f_locals["event_name"])
+            elif frame.f_code is _CALL and frame.f_locals["self"] is self:
+                events += reversed(frame.f_locals["above"] or ())
             frame = frame.f_back
-        return _nesting.get() + tuple(reversed(events))
+        return events[::-1]
 
     def _check_nesting(self, event_name: str) -> None:
         chain = self._nested()
@@ -835,16 +866,15 @@ class AsyncEventManager:
                 chain=" -> ".join(chain[-8:]))
 
 
-_PUBLISH = AsyncEventManager.publish.__code__
-_nesting: ContextVar[tuple[str, ...]] = ContextVar("flexiflow_nesting", default=())
+_PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
 
 
 def _is_own_failure(error: BaseException) -> bool:
     """Tell a handler's failure from the cancellation of the task that publishes."""
-    if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        return task is not None and hasattr(task, "cancelling") and not task.cancelling()
-    return isinstance(error, Exception)
+    if not isinstance(error, asyncio.CancelledError):
+        return isinstance(error, Exception)
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)  # from Python 3.11
+    return cancelling is not None and not cancelling()
 
 
 # --------------------------------------------------------------------------------------------
@@ -862,38 +892,44 @@ class MissingValue(Exception):
     """A value whose path leads nowhere; the argument is the path."""
 
 
-def _steps(text: str) -> tuple[str, ...]:
-    """Split a path like `items.0.price`; refuse what looks like code or hides attributes."""
-    steps = tuple(text.split("."))
+def _reader(root: str, path: str | None) -> Callable[[Scope], Any]:
+    """Compile a path like `items.0.price` within a root; it leads to a value, or to MISSING.
+
+    What looks like code, or hides attributes, is refused.
+    """
+    if path is None:
+        return operator.itemgetter(root)
+    steps = path.split(".")
     for step in steps:
         if not step or step.startswith("__") or re.search(r"[()\[\]{}]", step):
-            raise ConfigError(f"Not a path: {text!r}",
+            raise ConfigError(f"Not a path: {path!r}",
                 why="a path names keys and list indexes, joined by dots; nothing is called",
                 fix='write it like "message.items.0.price"')
         if step.isdecimal() and len(step) > 9:
-            raise ConfigError(f"Index too large in path: {text!r}")
-    return steps
-
-
-def _walk(value: Any, steps: tuple[str, ...]) -> Any:
-    for step in steps:
-        if isinstance(value, dict):
-            value = value.get(step, MISSING)
-        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return MISSING
-    return value
-
-
-def _reader(root: str, steps: tuple[str, ...]) -> Callable[[Scope], Any]:
-    """Compile a path into a function that returns what it leads to, or MISSING."""
-    if not steps:
-        return lambda scope: scope[root]
+            raise ConfigError(f"Index too large in path: {path!r}")
     if len(steps) == 1:
-        (key,) = steps
-        return lambda scope: scope[root].get(key, MISSING)
-    return lambda scope: _walk(scope[root], steps)
+        return lambda scope: scope[root].get(path, MISSING)
+
+    def read(scope: Scope) -> Any:
+        value = scope[root]
+        for step in steps:
+            if isinstance(value, dict):
+                value = value.get(step, MISSING)
+            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                return MISSING
+        return value
+
+    return read
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except ValueError:  # more digits than Python writes
+        return f"a huge {type(value).__name__}"
+    return "nothing" if value is MISSING else text if len(text) <= 60 else text[:57] + "..."
 
 
 def _is_number(value: Any) -> bool:
@@ -904,49 +940,47 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
 
 
-def _plus(left: Any, right: Any) -> Any:
-    return left + right
+# What the operands must be, and what is made of them.
+OPERATIONS: dict[str, tuple[Any, Any, Any]] = {
+    "+": (_is_number, _is_number, operator.add),
+    "-": (_is_number, _is_number, operator.sub),
+    "append": (lambda left: isinstance(left, list), lambda right: True, lambda a, b: [*a, b])}
 
 
-def _minus(left: Any, right: Any) -> Any:
-    return left - right
-
-
-def _append(left: Any, right: Any) -> Any:
-    return [*left, right]
-
-
-OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"+": _plus, "-": _minus, "append": _append}
+def _is_computed(value: Any) -> bool:
+    """Tell whether a value of a config is known only when a message comes."""
+    return _is_reference(value) or (isinstance(value, dict) and len(value) == 1
+        and next(iter(value)) in OPERATIONS)
 
 
 def _compile_operation(name: str, operands: Any) -> Callable[[Scope], Any]:
     if not isinstance(operands, list) or len(operands) != 2:
         raise ConfigError(f"{name!r} takes a list of two values: {operands!r}")
-    for operand, wanted in zip(operands, (list, None) if name == "append" else ((), ())):
-        fits = wanted is None or (isinstance(operand, list) if wanted is list
-            else _is_number(operand))
-        if not fits and not _is_reference(operand) and not isinstance(operand, dict):
+    fits_left, fits_right, operate = OPERATIONS[name]
+    for operand, fits in zip(operands, (fits_left, fits_right)):
+        if not fits(operand) and not _is_computed(operand):
             raise ConfigError(f"{name!r} cannot work on {operand!r}")
     left, right = map(compile_value, operands)
-    operate = OPERATIONS[name]
 
     def value(scope: Scope) -> Any:
         a, b = left(scope), right(scope)
-        if not (isinstance(a, list) if name == "append" else _is_number(a) and _is_number(b)):
-            raise StateError(f"Cannot compute {{{name!r}: [{a!r}, {b!r}]}}", operands=operands)
-        result = operate(a, b)
-        if isinstance(result, float) and not math.isfinite(result):
-            raise StateError(f"The result of {a!r} {name} {b!r} is not finite")
-        return result
+        if not (fits_left(a) and fits_right(b)):
+            raise StateError(f"Cannot compute {{{name!r}: [{_shown(a)}, {_shown(b)}]}}",
+                operands=operands)
+        with contextlib.suppress(OverflowError):
+            result = operate(a, b)
+            if not isinstance(result, float) or math.isfinite(result):
+                return result
+        raise StateError(f"The result of {_shown(a)} {name} {_shown(b)} is not finite")
 
     return value
 
 
 def _compile_reference(text: str) -> Callable[[Scope], Any]:
-    root, _, rest = text[1:].partition(".")
-    if root not in ROOTS or (rest and root not in ("message", "data")):
+    root, dot, rest = text[1:].partition(".")
+    if root not in ROOTS or (dot and root not in ("message", "data")):
         raise ConfigError(f"Unknown value: {text!r}", fix=choose(text, ["$" + r for r in ROOTS]))
-    read = _reader(root, _steps(rest) if rest else ())
+    read = _reader(root, rest if dot else None)
 
     def value(scope: Scope) -> Any:
         found = read(scope)
@@ -963,20 +997,18 @@ def compile_value(value: Any) -> Callable[[Scope], Any]:
     The function raises MissingValue where a `$` path leads nowhere. It never returns a list or
     dict that belongs to the config, the message or the data.
     """
-    if isinstance(value, str) and value.startswith("$$"):
-        literal = value[1:]
-        return lambda scope: literal
     if _is_reference(value):
         return _compile_reference(value)
+    if _is_computed(value):
+        return _compile_operation(*next(iter(value.items())))
     if isinstance(value, dict):
-        if len(value) == 1 and next(iter(value)) in OPERATIONS:
-            return _compile_operation(*next(iter(value.items())))
         parts = [(key, compile_value(inner)) for key, inner in value.items()]
         return lambda scope: {key: inner(scope) for key, inner in parts}
     if isinstance(value, list):
         items = [compile_value(inner) for inner in value]
         return lambda scope: [inner(scope) for inner in items]
-    return lambda scope: value
+    literal = value[1:] if isinstance(value, str) and value.startswith("$$") else value
+    return lambda scope: literal
 
 
 def same(left: Any, right: Any) -> bool:
@@ -988,50 +1020,34 @@ def same(left: Any, right: Any) -> bool:
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
-def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-    def ordered(left: Any, right: Any) -> bool:
-        comparable = (_is_number(left) and _is_number(right)) or (isinstance(left, str)
-            and isinstance(right, str))
-        return comparable and compare(left, right)
-
-    return ordered
+def _alike(compare: Callable[[Any, Any], bool], numbers: bool = True) -> Callable[[Any, Any], bool]:
+    """Let a comparison hold only between two texts, or between two numbers if it can."""
+    return lambda left, right: (isinstance(left, str) and isinstance(right, str) or numbers
+        and _is_number(left) and _is_number(right)) and compare(left, right)
 
 
-def _contains(whole: Any, part: Any) -> bool:
-    if isinstance(whole, str):
-        return isinstance(part, str) and part in whole
+def _contains(whole: Any, part: Any) -> bool | None:
+    """Tell whether a list, text or object has an item, piece or key; None if it cannot have it."""
     if isinstance(whole, list):
         return any(same(part, one) for one in whole)
-    return isinstance(whole, dict) and isinstance(part, str) and part in whole
+    return part in whole if isinstance(whole, (str, dict)) and isinstance(part, str) else None
 
 
-def _not_in(part: Any, whole: Any) -> bool:
-    return isinstance(whole, (str, list)) and not _contains(whole, part)
-
-
-def _on_text(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
-    return lambda left, right: isinstance(left, str) and isinstance(right, str) and test(left, right)
-
-
-# A value that is missing is compared by none of them: see `_compile_comparison`.
-OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": same,
-    "!=": lambda left, right: not same(left, right),
-    "<": _ordered(operator.lt),
-    "<=": _ordered(operator.le),
-    ">": _ordered(operator.gt),
-    ">=": _ordered(operator.ge),
-    "in": lambda part, whole: _contains(whole, part),
-    "not_in": _not_in,
-    "contains": _contains,
-    "startswith": _on_text(str.startswith),
-    "endswith": _on_text(str.endswith),
-    "exists": lambda found, wanted: True,  # answered by `_compile_comparison` itself
-}
-# What an operand written in the config must be for the comparison ever to hold.
-_OPERANDS: dict[str, tuple[type, ...]] = {**dict.fromkeys(("<", "<=", ">", ">="),
-    (int, float, str)), **dict.fromkeys(("in", "not_in"), (list, str)),
-    **dict.fromkeys(("startswith", "endswith"), (str,)), "exists": (bool,)}
+# How two values are compared, and what an operand written in the config must be for that ever to
+# hold. Only `exists` is asked about a value that is missing.
+OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
+    "==": (same, ()),
+    "!=": (lambda found, wanted: not same(found, wanted), ()),
+    "<": (_alike(operator.lt), (int, float, str)),
+    "<=": (_alike(operator.le), (int, float, str)),
+    ">": (_alike(operator.gt), (int, float, str)),
+    ">=": (_alike(operator.ge), (int, float, str)),
+    "in": (lambda found, wanted: _contains(wanted, found), (list, str)),
+    "not_in": (lambda found, wanted: _contains(wanted, found) is False, (list, str)),
+    "contains": (_contains, ()),
+    "startswith": (_alike(str.startswith, numbers=False), (str,)),
+    "endswith": (_alike(str.endswith, numbers=False), (str,)),
+    "exists": (lambda found, wanted: (found is not MISSING) is wanted, (bool,))}
 
 
 class Guard:
@@ -1039,13 +1055,8 @@ class Guard:
 
     __slots__ = ("holds", "seen")
 
-    def __init__(self, holds: Callable[[Scope], bool], seen: Callable[[Scope], str]) -> None:
+    def __init__(self, holds: Callable[[Scope], Any], seen: Callable[[Scope], str]) -> None:
         self.holds, self.seen = holds, seen
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if value is MISSING else json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _compile_comparison(path: str, op: str, wanted: Any) -> Guard:
@@ -1053,54 +1064,50 @@ def _compile_comparison(path: str, op: str, wanted: Any) -> Guard:
         raise ConfigError(f"Unknown operator: {op!r}",
             why=f"what stands under {path!r} is an object, so its keys are operators",
             fix=choose(op, OPERATORS) + '; to compare with an object write {"==": {...}}')
-    kinds = _OPERANDS.get(op)
-    if kinds and not _is_reference(wanted):
+    compare, kinds = OPERATORS[op]
+    if kinds and not _is_computed(wanted):
         if not isinstance(wanted, kinds) or (isinstance(wanted, bool) and bool not in kinds):
             raise ConfigError(f"{op!r} can never hold for {wanted!r}", why="it compares with "
                 + " or ".join(kind.__name__ for kind in kinds))
     root, _, rest = path.partition(".")
-    if root in ("message", "data") and rest:
-        read = _reader(root, _steps(rest))
-    else:
-        read = _reader("message", _steps(path))
-    operand, compare = compile_value(wanted), OPERATORS[op]
+    read = _reader(root, rest) if root in ("message", "data") and rest else _reader("message", path)
+    operand = compile_value(wanted)
 
-    def holds(scope: Scope) -> bool:
+    def holds(scope: Scope) -> Any:
         found = read(scope)
-        if found is MISSING:
-            return False
         try:
-            return compare(found, operand(scope))
+            return (found is not MISSING or op == "exists") and compare(found, operand(scope))
         except MissingValue:
             return False
 
     def seen(scope: Scope) -> str:
         against = _shown(wanted)
-        if _is_reference(wanted):
+        if _is_computed(wanted):
             with contextlib.suppress(MissingValue):
                 against += f" = {_shown(operand(scope))}"
         return f"{path} {op} {against} (saw {_shown(read(scope))})"
 
-    if op == "exists":
-        return Guard(lambda scope: (read(scope) is not MISSING) is wanted, seen)
     if op == "==" and isinstance(wanted, str) and not wanted.startswith("$"):
         return Guard(lambda scope: read(scope) == wanted, seen)  # text equals nothing but text
     return Guard(holds, seen)
 
 
-def _both(parts: list[Guard]) -> Guard:
+def _all(parts: list[Guard]) -> Guard:
     def seen(scope: Scope) -> str:
         false = [part for part in parts if not part.holds(scope)]
         return "; ".join(part.seen(scope) for part in false or parts)
 
-    if len(parts) == 1:
-        return parts[0]
-    return Guard(lambda scope: all([part.holds(scope) for part in parts]), seen)
+    every = Guard(lambda scope: all(part.holds(scope) for part in parts), seen)
+    return every if len(parts) > 1 else parts[0]
 
 
-def _either(parts: list[Guard]) -> Guard:
+def _any(parts: list[Guard]) -> Guard:
     return Guard(lambda scope: any(part.holds(scope) for part in parts), lambda scope: "none of: "
         + " | ".join(part.seen(scope) for part in parts))
+
+
+def _not(part: Guard) -> Guard:
+    return Guard(lambda scope: not part.holds(scope), lambda scope: f"not ({part.seen(scope)})")
 
 
 def _compile_predicate(path: str, predicate: Any) -> Guard:
@@ -1109,11 +1116,11 @@ def _compile_predicate(path: str, predicate: Any) -> Guard:
             why="a guard is asked in the middle of a decision, where nothing can be awaited",
             fix="write `def guard(message, component): return ...`")
 
-    def holds(scope: Scope) -> bool:
+    def holds(scope: Scope) -> Any:
         answer = predicate(scope["message"], scope["self"])
         if inspect.isawaitable(answer):
             raise StateError(f"Guard {path!r} returned an awaitable", fix="return true or false")
-        return bool(answer)
+        return answer
 
     return Guard(holds, lambda scope: f"{path} said no")
 
@@ -1133,22 +1140,17 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
             if not isinstance(wanted, list) or not wanted:
                 raise ConfigError(f"{key!r} takes a list of guards: {wanted!r}")
             inner = [compile_guard(one, load) for one in wanted]
-            parts.append(_both(inner) if key == "all" else _either(inner))
+            parts.append(_all(inner) if key == "all" else _any(inner))
         elif key == "not":
-            parts.append(_negated(compile_guard(wanted, load)))
-        elif isinstance(wanted, dict):
-            if not wanted:
-                raise ConfigError(f"No operator under {key!r}", fix=f"one of {list(OPERATORS)}")
-            parts += [_compile_comparison(key, op, operand) for op, operand in wanted.items()]
+            parts.append(_not(compile_guard(wanted, load)))
+        elif wanted == {}:
+            raise ConfigError(f"No operator under {key!r}", fix=f"one of {list(OPERATORS)}")
         else:
-            parts.append(_compile_comparison(key, "==", wanted))
+            tests = wanted if isinstance(wanted, dict) else {"==": wanted}
+            parts += [_compile_comparison(key, op, operand) for op, operand in tests.items()]
     if not parts:
         raise ConfigError("Empty guard", why="it always holds", fix="leave it out")
-    return _both(parts)
-
-
-def _negated(inner: Guard) -> Guard:
-    return Guard(lambda scope: not inner.holds(scope), lambda scope: f"not ({inner.seen(scope)})")
+    return _all(parts)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1171,47 +1173,42 @@ class State:
         raise NotImplementedError(f"{type(self).__name__} has no handle_message")
 
 
-class DeclaredState(State):
-    """A state of a config: it has no code, its component's rules do the work."""
-
-    async def handle_message(self, message: dict[str, Any], component: Any) -> tuple[bool, State]:
-        """Accept nothing: the rules are asked by the component."""
-        return False, self
-
-
-class _BuiltInState(State):
-    """A state of the machine that 1.0.1 came with: `moves` maps a message type to a state."""
+class _TableState(State):
+    """A state without code of its own: `moves` maps a message type to the name of a state."""
 
     moves: dict[str, str] = {}
 
     async def handle_message(self, message: dict[str, Any], component: Any) -> tuple[bool, State]:
         """Follow `moves`; `confirm` also wants the content "confirmed"."""
-        kind = message.get("type")
-        name = self.moves.get(kind) if isinstance(kind, str) else None
-        if name is None or (kind == "confirm" and message.get("content") != "confirmed"):
-            return False, self
-        return True, DEFAULT_REGISTRY.create(name)
+        name = self.moves.get(str(message.get("type")))
+        if name and (message["type"] != "confirm" or message.get("content") == "confirmed"):
+            return True, DEFAULT_REGISTRY.create(name)
+        return False, self
 
 
-class InitialState(_BuiltInState):
+class DeclaredState(_TableState):
+    """A state of a config: its class accepts nothing, its component's rules do the work."""
+
+
+class InitialState(_TableState):
     """Wait for `start`."""
 
     moves = {"start": "AwaitingConfirmation"}
 
 
-class AwaitingConfirmation(_BuiltInState):
+class AwaitingConfirmation(_TableState):
     """Wait for `confirm` with content "confirmed", or `cancel`."""
 
     moves = {"confirm": "ProcessingRequest", "cancel": "InitialState"}
 
 
-class ProcessingRequest(_BuiltInState):
+class ProcessingRequest(_TableState):
     """Wait for `complete` or `error`."""
 
     moves = {"complete": "InitialState", "error": "ErrorHandling"}
 
 
-class ErrorHandling(_BuiltInState):
+class ErrorHandling(_TableState):
     """Wait for `acknowledge`."""
 
     moves = {"acknowledge": "InitialState"}
@@ -1219,8 +1216,6 @@ class ErrorHandling(_BuiltInState):
 
 class StateRegistry:
     """State classes by name; what is not found here is looked up in `parent`."""
-
-    __slots__ = ("_states", "_names", "_parent")
 
     def __init__(self, parent: StateRegistry | None = None) -> None:
         self._states: dict[str, type[State]] = {}
@@ -1232,7 +1227,8 @@ class StateRegistry:
         if not (isinstance(state_cls, type) and issubclass(state_cls, State)):
             raise StateError(f"Not a State class: {state_cls!r}", fix="inherit from State")
         self.unregister(name)
-        self._states[name], self._names[state_cls] = state_cls, name
+        self._states[name] = state_cls
+        self._names.setdefault(state_cls, name)  # a class goes by its first name
 
     def unregister(self, name: str) -> None:
         """Forget a name; a name that is not known is no error."""
@@ -1242,8 +1238,7 @@ class StateRegistry:
 
     def get(self, name: str) -> type[State] | None:
         """Return the class of a name, or None."""
-        found = self._states.get(name)
-        return self._parent.get(name) if found is None and self._parent else found
+        return self._states.get(name) or (self._parent.get(name) if self._parent else None)
 
     def create(self, name: str) -> State:
         """Return a new state; raise StateError for an unknown name."""
@@ -1255,15 +1250,13 @@ class StateRegistry:
 
     def names(self) -> list[str]:
         """Return the known names in alphabetical order."""
-        inherited = self._parent.names() if self._parent else []
-        return sorted({*self._states, *inherited})
+        return sorted({*self._states, *(self._parent.names() if self._parent else ())})
 
     def name_of(self, state: State) -> str:
         """Return the name that a state object goes by: its key here, else its class's name."""
-        name = self._names.get(state.__class__)
-        if name is None and self._parent is not None:
-            return self._parent.name_of(state)
-        return name or state.__class__.__name__
+        cls = type(state)
+        return self._names.get(cls) or (self._parent.name_of(state) if self._parent
+            else cls.__name__)
 
 
 DEFAULT_REGISTRY = StateRegistry()
@@ -1314,10 +1307,9 @@ class StateMachine:
 async def ask(state: State, message: dict[str, Any], component: Any) -> tuple[bool, State]:
     """Return a state's answer to a message; raise StateError where it is not (bool, State)."""
     answer = await state.handle_message(message, component)
-    if answer.__class__ is tuple and len(answer) == 2 and isinstance(answer[1], State):
-        return answer
-    if isinstance(answer, tuple) and len(answer) == 2 and not answer[0]:
-        return False, state
+    if isinstance(answer, tuple) and len(answer) == 2:
+        if not answer[0] or isinstance(answer[1], State):
+            return (True, answer[1]) if answer[0] else (False, state)
     raise StateError(f"State {type(state).__name__} answered {answer!r}",
         why="an answer is a pair: accepted or not, and the next state",
         fix="return True, NextState() or return False, self")
@@ -1329,41 +1321,35 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     `allow_imports` lists the modules that may be imported, with all below them; None allows all.
     A failure inside the module is chained as the cause, SystemExit too.
     """
+    def check(module: str) -> None:
+        allowed = (__name__, *(allow_imports or ())) if allow_imports is not None else (module,)
+        if not any((module + ".").startswith(one.rstrip(".") + ".") for one in allowed if one):
+            raise ImportError_(f"Import not allowed: {dotted_path!r}",
+                why=f"the code of {module!r} may not be run here",
+                fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
+
     module_name, colon, symbol = (part.strip() for part in dotted_path.partition(":"))
     if not colon or not module_name or not symbol:
         raise ImportError_(f"Not a dotted path: {dotted_path!r}",
             fix="write it like 'package.module:name'")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here
         module_name = __name__
-    _check_allowed(module_name, dotted_path, allow_imports)
+    check(module_name)
     try:
         module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
-        raise ImportError_(f"Module not found: {module_name!r}" if missing
-            else f"Cannot import {module_name!r}", why=f"{type(error).__name__}: {error}",
-            fix="check the spelling and sys.path" if missing else "mend the module",
-            dotted_path=dotted_path) from error
+    except (Exception, SystemExit) as error:
+        missing = (isinstance(error, ModuleNotFoundError)
+            and f"{module_name}.".startswith(f"{error.name}."))
+        raise ImportError_(f"{'Module not found:' if missing else 'Cannot import'} {module_name!r}",
+            why=f"{type(error).__name__}: {error}", fix="check the spelling and sys.path" if missing
+            else "mend the module", dotted_path=dotted_path) from error
     try:
         found = operator.attrgetter(symbol)(module)
     except AttributeError as error:
-        raise ImportError_(f"No {symbol!r} in module {module_name!r}",
-            fix=choose(symbol, [name for name in vars(module) if not name.startswith("_")]),
-            dotted_path=dotted_path) from error
-    # A module that is allowed may have imported what is not.
-    _check_allowed(getattr(found, "__module__", None) or module_name, dotted_path, allow_imports)
+        raise ImportError_(f"No {symbol!r} in module {module_name!r}", dotted_path=dotted_path,
+            fix=choose(symbol, [name for name in vars(module) if name[0] != "_"])) from error
+    check(getattr(found, "__module__", None) or module_name)  # an allowed module may import others
     return found
-
-
-def _check_allowed(module: str, dotted_path: str, allowed: Sequence[str] | None) -> None:
-    if allowed is None or module == __name__:
-        return
-    if not any((module + ".").startswith(prefix.rstrip(".") + ".") for prefix in allowed if prefix):
-        raise ImportError_(f"Import not allowed: {dotted_path!r}",
-            why=f"the code of {module!r} may not be run here",
-            fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
 
 
 @dataclass(frozen=True)
@@ -1426,8 +1412,8 @@ def load_pack(pack: Any, allow_imports: Sequence[str] | None = None) -> StatePac
             raise ConfigError(f"Pack could not be made: {pack!r}",
                 why=f"{type(error).__name__}: {error}") from error
     lacks = [member for member in ("provides", "transitions", "depends_on")
-        if not callable(getattr(found, member, None))] + ["name"] * (
-        not isinstance(getattr(found, "name", None), str))
+        if not callable(getattr(found, member, None))]
+    lacks += [] if isinstance(getattr(found, "name", None), str) else ["name"]
     if lacks:
         raise ConfigError(f"Not a StatePack: {pack!r}", why=f"it has no {', '.join(lacks)}",
             fix="inherit from StatePack")
@@ -1442,11 +1428,11 @@ def load_packs(*, states: Mapping[str, type[State]] | None = None, packs: Sequen
     """
     if states is not None and packs is not None:
         raise ConfigError("Both states and packs given", fix="wrap the states into a MappingPack")
-    loaded = [MappingPack(states)] if states is not None else [load_pack(p) for p in packs or ()]
-    problem = next(pack_collisions(loaded, set(builtin_keys or ())), None)
-    if problem:
+    given: Sequence[Any] = packs or () if states is None else (MappingPack(states),)
+    loaded = [load_pack(pack) for pack in given]
+    for problem in pack_collisions(loaded, set(builtin_keys or ())):
         raise problem
-    return list(loaded)
+    return loaded
 
 
 def pack_collisions(packs: Sequence[StatePack], builtin: set[str]) -> Iterator[ConfigError]:
@@ -1455,8 +1441,8 @@ def pack_collisions(packs: Sequence[StatePack], builtin: set[str]) -> Iterator[C
     for pack in packs:
         for key in pack.provides():
             if key in owners:
-                both = f"{owners[key]!r} and {pack.name!r}"
-                yield ConfigError(f"State {key!r} is provided twice", why=f"by {both}")
+                yield ConfigError(f"State {key!r} is provided twice",
+                    why=f"by {owners[key]!r} and {pack.name!r}")
             if key in builtin:
                 yield ConfigError(f"State {key!r} hides a built-in one",
                     why=f"pack {pack.name!r} provides it")
@@ -1465,11 +1451,7 @@ def pack_collisions(packs: Sequence[StatePack], builtin: set[str]) -> Iterator[C
 
 def collect_provided_keys(packs: Sequence[StatePack]) -> dict[str, str]:
     """Return which pack provides each state: state name -> pack name."""
-    provided: dict[str, str] = {}
-    for pack in packs:
-        for key in pack.provides():
-            provided.setdefault(key, pack.name)
-    return provided
+    return {key: pack.name for pack in reversed(packs) for key in pack.provides()}  # the first wins
 
 
 # --------------------------------------------------------------------------------------------
@@ -1498,8 +1480,7 @@ class Outgoing:
 
     __slots__ = ("to", "message", "delay", "id")
 
-    def __init__(self, to: str, message: dict[str, Any], delay: float = 0.0, id: str
-            | None = None) -> None:
+    def __init__(self, to: str, message: Json, delay: float = 0.0, id: str | None = None) -> None:
         self.to, self.message, self.delay, self.id = to, message, delay, id
 
 
@@ -1528,14 +1509,14 @@ class Node:
     exit: Effects = Effects()
     cls: type[State] = DeclaredState
     description: str = ""
-    instance: State | None = None  # of a declared state, one for all components
 
-    @property
-    def declared(self) -> bool:
-        """Whether rules alone answer for it; else its class is asked last."""
-        return issubclass(self.cls, DeclaredState)
+    def __post_init__(self) -> None:
+        # Rules alone answer for a declared state, and all components share one object; else the
+        # class is asked last.
+        self.declared = issubclass(self.cls, DeclaredState)
+        self.instance = self.cls() if self.declared else None
 
-    def create(self, attributes: dict[str, Any] | None = None) -> State:
+    def create(self, attributes: Json | None = None) -> State:
         """Return a state object, new or with the attributes that one had."""
         if attributes is None:
             return self.instance or self.cls()
@@ -1558,12 +1539,12 @@ class Rule:
     number: int  # its place in the config's list
     sources: tuple[str, ...]  # states, or "*"
     on: tuple[str, ...] = ()  # message types; empty for a timer
-    after: Callable[[Scope], Any] | None = None
+    after: Any = None  # a function of a scope: the delay
     guard: Guard | None = None
     to: str | None = None
     reenter: bool = False
     effects: Effects = Effects()
-    text: dict[str, Any] = field(default_factory=dict)  # as written
+    text: Json = field(default_factory=dict)  # as written
 
 
 @dataclass(eq=False)
@@ -1576,46 +1557,34 @@ class Passage:
     steps: tuple[tuple[str, Effects], ...] = ()  # (value of $state, effects), if there are any
     timers: tuple[tuple[Rule, str], ...] = ()  # (rule, owning state) that start here
     completes: bool = False
-    busy: bool = False  # whether the queue has anything to do with it
+    busy: bool = False  # whether timers start or end with it
 
     def __post_init__(self) -> None:
         self.active = tuple(node.name for node in self.node.lineage())[::-1]
-
-
-@dataclass(eq=False)
-class Candidate:
-    """A rule that may take a message in a certain state, and where it would lead."""
-
-    rule: Rule
-    passage: Passage
-
-    def __post_init__(self) -> None:
-        self.guard = self.rule.guard
 
 
 class Plan:
     """What a message does: made by `decide`, carried out by a turn."""
 
     reason: str | None = None
-    candidate: Candidate | None = None
-    state: State | None = None  # the object afterwards; the turn sets it
+    state: Any = None  # the object afterwards; the turn sets it
     sends: Sequence[Outgoing] = ()
     emits: Sequence[tuple[str, Any]] = ()
     actions: Sequence[Callable[..., Any]] = ()
     timers: Sequence[tuple[float, str, int]] = ()  # (due, owning state, rule number)
-    refused: Sequence[Candidate] = ()  # asked before, their guards false
+    refused: Sequence[Rule] = ()  # asked before, their guards false
 
-    def __init__(self, outcome: str, data: dict[str, Any], passage: Passage | None = None) -> None:
+    def __init__(self, outcome: str, data: Json, passage: Passage | None = None) -> None:
         self.outcome, self.data, self.passage = outcome, data, passage
 
 
 class Definition:
     """States and rules, compiled. `source` is the config without name and data."""
 
-    def __init__(self, source: dict[str, Any], nodes: dict[str, Node], rules: list[Rule],
+    def __init__(self, source: Json, nodes: dict[str, Node], rules: list[Rule],
             initial: str, registry: StateRegistry, retry: RetryConfig, has_code: bool) -> None:
-        self.source, self.nodes, self.rules, self.initial = source, nodes, rules, initial
-        self.registry, self.retry, self.has_code = registry, retry, has_code
+        self.source, self.nodes, self.rules, self.registry = source, nodes, rules, registry
+        self.retry, self.has_code = retry, has_code
         self.types = frozenset(kind for rule in rules for kind in rule.on)
         self.by_number = {rule.number: rule for rule in rules}
         # Where a class answers, or "*" is taken, no message type is unknown.
@@ -1623,11 +1592,9 @@ class Definition:
         self.has_timers = any(rule.after for rule in rules)
         self._by_source: dict[str, list[Rule]] = {}
         for rule in rules:
-            for source_name in rule.sources:
-                self._by_source.setdefault(source_name, []).append(rule)
-        self._candidates: dict[tuple[str, str], tuple[Candidate, ...]] = {}
-        for node in nodes.values():
-            node.instance = node.cls() if node.declared else None
+            for name in rule.sources:
+                self._by_source.setdefault(name, []).append(rule)
+        self._candidates: dict[tuple[str, str], tuple[tuple[Rule, Passage], ...]] = {}
         self.birth = self.passage(None, "*", initial)
 
     @functools.cached_property
@@ -1640,8 +1607,8 @@ class Definition:
         """The SHA-256 of the text, by which the store keeps it once."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def candidates(self, leaf: str, kind: str) -> tuple[Candidate, ...]:
-        """Return the rules that may take a message, in the order in which they are asked.
+    def candidates(self, leaf: str, kind: str) -> tuple[tuple[Rule, Passage], ...]:
+        """Return the rules that may take a message, and their ways, in the order of asking.
 
         The leaf's first, then its ancestors', then those from "*"; in each, the exact type
         before "*", and file order.
@@ -1649,51 +1616,44 @@ class Definition:
         key = (leaf, kind if kind in self.types else "*")
         found = self._candidates.get(key)
         if found is None:
-            found = self._candidates[key] = tuple(
-                self.candidate(leaf, rule, source) for source in self.sources(leaf)
-                for wanted in dict.fromkeys((key[1], "*"))
+            found = self._candidates[key] = tuple(self.candidate(leaf, rule, source)
+                for source in self.sources(leaf) for wanted in dict.fromkeys((key[1], "*"))
                 for rule in self.rules_of(source) if wanted in rule.on)
         return found
 
-    def candidate(self, leaf: str, rule: Rule, source: str) -> Candidate:
+    def candidate(self, leaf: str, rule: Rule, source: str) -> tuple[Rule, Passage]:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
-        if rule.to is None:
-            steps = ((leaf, rule.effects),) if rule.effects else ()
-            return Candidate(rule, Passage(self.nodes[leaf], (), (), steps, busy=bool(steps)))
-        return Candidate(rule, self.passage(leaf, source, rule.to, rule))
+        if rule.to is not None:
+            return rule, self.passage(leaf, source, rule.to, rule)
+        steps = ((leaf, rule.effects),) if rule.effects else ()
+        return rule, Passage(self.nodes[leaf], steps=steps)
 
-    def passage(
-        self, leaf: str | None, source: str, target: str, rule: Rule | None = None
-    ) -> Passage:
+    def passage(self, leaf: str | None, source: str, target: str,
+            rule: Rule | None = None) -> Passage:
         """Return the way from `leaf` (None: from outside) to `target`.
 
         Left is what stands within the innermost state that holds both source and target and is
         neither (SCXML's domain of a transition); a descendant is entered without leaving the
         source, unless the rule says `reenter`.
         """
-        outer = [node.name for node in self.nodes[source].lineage()] if source != "*" else []
-        inner = [node.name for node in self.nodes[target].lineage()]
-        if source in inner[1:] and not (rule and rule.reenter):
-            domain = outer
-        else:
-            domain = [name for name in outer[1:] if name in inner[1:]]
-        left = [] if leaf is None else list(self.nodes[leaf].lineage())
-        exits = [node for node in left if node.name not in domain]
-        entered = [self.nodes[name] for name in reversed(inner) if name not in domain]
-        while entered[-1].initial is not None:
-            entered.append(self.nodes[entered[-1].initial])
-        end, begin = entered[-1].name, leaf or entered[-1].name
-        steps = [(begin, node.exit) for node in exits]
-        steps += [(begin, rule.effects)] if rule else []
-        steps += [(end, node.entry) for node in entered]
-        owners = [node.name for node in entered] + ["*"] * (leaf is None)
+        outer = [] if source == "*" else [*self.nodes[source].lineage()]
+        inner = [*self.nodes[target].lineage()]
+        kept = outer[1:] if rule and rule.reenter else outer
+        domain = [node for node in kept if node in inner[1:]]
+        exits = [node for node in self.nodes[leaf].lineage() if node not in domain] if leaf else []
+        enters = [node for node in reversed(inner) if node not in domain]
+        while enters[-1].initial is not None:
+            enters.append(self.nodes[enters[-1].initial])
+        end = enters[-1]
+        steps = [(leaf or end.name, node.exit) for node in exits]
+        steps += [(leaf or end.name, rule.effects)] if rule else []
+        steps += [(end.name, node.entry) for node in enters]
+        left, entered = (tuple(node.name for node in nodes) for nodes in (exits, enters))
+        owners = entered if leaf else (*entered, "*")
         timers = tuple((timer, name) for name in owners for timer in self.timers(name))
-        completes = entered[-1].final and entered[-1].parent is None
-        return Passage(
-            entered[-1], tuple(node.name for node in exits), tuple(node.name for node in entered),
-            tuple(step for step in steps if step[1]), timers, completes,
-            busy=bool(timers or completes or any(effects.sends for _, effects in steps)
-                      or any(self.timers(node.name) for node in exits)))
+        completes = end.final and end.parent is None
+        return Passage(end, left, entered, tuple(step for step in steps if step[1]), timers,
+            completes, busy=bool(timers or completes or any(map(self.timers, left))))
 
     def timers(self, owner: str) -> list[Rule]:
         """Return the timer rules of a state, or of "*"."""
@@ -1708,7 +1668,8 @@ class Definition:
         return self._by_source.get(source, [])
 
 
-def decide(definition: Definition, leaf: str, scope: Scope, timer: Candidate | None = None) -> Plan:
+def decide(definition: Definition, leaf: str, scope: Scope,
+        timer: tuple[Rule, Passage] | None = None) -> Plan:
     """Return what a message, or the firing of a timer, does in state `leaf`.
 
     `scope` holds `message`, `data`, `component` (the name), `state`, `id`, `now` (epoch seconds)
@@ -1717,32 +1678,22 @@ def decide(definition: Definition, leaf: str, scope: Scope, timer: Candidate | N
     whose value is missing, raise: no later candidate is tried.
     """
     kind = scope["message"]["type"]
-    refused = []
-    for candidate in (timer,) if timer else definition.candidates(leaf, kind):
-        guard = candidate.guard
-        if guard is None or guard.holds(scope):
-            plan = Plan("stayed" if candidate.rule.to is None else "moved", scope["data"],
-                candidate.passage)
-            plan.candidate = candidate
-            if refused:
-                plan.refused = refused
-            if candidate.passage.steps or candidate.passage.timers:
+    refused: list[Rule] = []
+    for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
+        if rule.guard is None or rule.guard.holds(scope):
+            plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
+            plan.refused = refused
+            if passage.steps or passage.timers:
                 follow(plan, scope)
             return plan
-        refused.append(candidate)
-    if timer is None and not definition.nodes[leaf].declared:
-        outcome = "class"
-    elif refused:
-        outcome = "blocked"
-    else:
-        outcome = "ignored" if definition.open or kind in definition.types else "unknown"
-    plan = Plan(outcome, scope["data"])
+        refused.append(rule)
+    plan = Plan("class", scope["data"])
     plan.refused = refused
-    if outcome == "blocked":
-        plan.reason = "; ".join(f"rules[{one.rule.number}] wants {one.guard.seen(scope)}"
-            for one in refused if one.guard)
-    elif outcome != "class":
-        plan.reason = f"{leaf} does not take {kind!r}"
+    if timer or definition.nodes[leaf].declared:
+        known = definition.open or kind in definition.types
+        plan.outcome = "blocked" if refused else "ignored" if known else "unknown"
+        plan.reason = "; ".join(f"rules[{rule.number}] wants {rule.guard.seen(scope)}"
+            for rule in refused if rule.guard) or f"{leaf} does not take {kind!r}"
     return plan
 
 
@@ -1752,24 +1703,20 @@ def follow(plan: Plan, scope: Scope) -> None:
     Within one rule, entry or exit all values are seen before any is set; what it sends and
     emits sees the data after. `scope` is used up: its data and state are changed.
     """
-    passage = plan.passage
-    if passage is None:
-        return
+    passage: Any = plan.passage
     sends, emits, actions = [], [], []
     try:
         for state, effects in passage.steps:
             scope["state"] = state
             if effects.assign:
-                values = [(key, value(scope)) for key, value in effects.assign]
-                scope["data"] = {**scope["data"], **dict(values)}
+                values = {key: value(scope) for key, value in effects.assign}
+                scope["data"] = {**scope["data"], **values}
             sends += [send(scope) for send in effects.sends]
             emits += [(name, value and value(scope)) for name, value in effects.emits]
             actions += effects.actions
         scope["state"] = passage.node.name
-        plan.timers = [
-            (scope["now"] + seconds(rule.after(scope)), owner, rule.number)  # type: ignore[misc]
-            for rule, owner in passage.timers
-        ]
+        plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
+            for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}",
             why=f"an effect needs it, on the way to {passage.node.name!r}",
@@ -1781,30 +1728,38 @@ def follow(plan: Plan, scope: Scope) -> None:
 # --------------------------------------------------------------------------------------------
 # 8. Config: one walk of problems; load and explain
 # --------------------------------------------------------------------------------------------
-# One walk over a config yields everything that is wrong with it and compiles what is right.
-# Loading raises the first error it yields, `explain` lists them all: they cannot disagree.
+# One walk over a config finds everything that is wrong with it and compiles what is right. Each
+# check is a function that raises; the walk knows the place, reports it there and goes on.
+# Loading raises the first error found, `explain` lists them all: they cannot disagree.
 
-_TEXT, _LIST, _OBJECT, _NUMBER = (str,), (list,), (dict,), (int, float)
-_EFFECT_KEYS: dict[str, tuple[type, ...]] = {"assign": _OBJECT, "action": (str, list),
-    "emit": (str, dict, list), "send": (dict, list)}
-# The keys that mean something, with what may stand under them; () is any JSON.
-KEYS: dict[str, dict[str, tuple[type, ...]]] = {"config": {"name": _TEXT, "description": _TEXT,
-    "version": (), "$schema": _TEXT, "initial_state": _TEXT, "states": _OBJECT, "rules": _LIST,
-    "data": _OBJECT, "retry": _OBJECT, "packs": _LIST, "initial_state_resolution": _LIST},
-    "state": {"description": _TEXT, "initial": _TEXT, "final": (bool,), "entry": _OBJECT,
-    "exit": _OBJECT}, "rule": {"from": (str, list), "on": (str, list), "after": (str, int, float),
-    "guard": (dict, str), "to": _TEXT, "reenter": (bool,), "description": _TEXT, **_EFFECT_KEYS},
-    "effects": _EFFECT_KEYS, "send": {"to": _TEXT, "type": _TEXT, "after": (str, int, float),
-    "id": _TEXT, "with": _OBJECT}, "emit": {"name": _TEXT, "with": ()},
-    "retry": {"max_attempts": (int,), "base_delay": _NUMBER, "max_delay": _NUMBER,
-    "backoff": _NUMBER, "jitter": _NUMBER}}
+_TEXT, _LIST, _OBJECT, _NUMBER, _TIME = (str,), (list,), (dict,), (int, float), (str, int, float)
 _KIND_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or false",
     int: "a number", float: "a number"}
-ENGINE_EVENTS = frozenset(
-    "engine.component.registered component.message.received state.changed event.handler.failed "
-    "component.completed message.dead rules.updated".split())
+_ANY = tuple(_KIND_NAMES)
+_EFFECTS: Json = {"assign": _OBJECT, "send": (dict, list), "emit": (str, dict, list),
+    "action": (str, list)}
+_EXECUTING: Json = {"from": (str, list), "to": _TEXT, "on": (str, list), "after": _TIME,
+    "guard": (dict, str), "reenter": (bool,), **_EFFECTS}
+# The keys that mean something, with what may stand under them, in the order of the walk.
+KEYS: dict[str, Json] = {"config": {"name": _TEXT, "description": _TEXT, "version": _ANY,
+    "$schema": _TEXT, "data": _OBJECT, "initial_state_resolution": _LIST, "packs": _LIST,
+    "states": _OBJECT, "initial_state": _TEXT, "retry": _OBJECT, "rules": _LIST},
+    "state": {"description": _TEXT, "initial": _TEXT, "final": (bool,), "entry": _OBJECT,
+    "exit": _OBJECT}, "rule": {**_EXECUTING, "description": _TEXT}, "note": _EXECUTING,
+    "effects": _EFFECTS, "send": {"to": _TEXT, "type": _TEXT, "after": _TIME, "id": _TEXT,
+    "with": _OBJECT}, "emit": {"name": _TEXT, "with": _ANY}, "retry": dict.fromkeys(
+    "max_attempts base_delay max_delay backoff jitter".split(), _NUMBER)}
+_REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
+_DEFAULTS: Json = {"states": {}, "initial_state": "InitialState", "rules": [], "from": "*"}
+# What a key one typo away from these is, and what any other is; "" lets it pass.
+_STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
+    "rule": ("error", ""), "note": ("warning", "")}
+_WHY_NOTE = {"note": "without a key of the engine a rule is a note and does nothing"}
+ENGINE_EVENTS = frozenset("engine.component.registered component.message.received state.changed "
+    "event.handler.failed component.completed message.dead rules.updated".split())
 QUEUE_RETRY = RetryConfig(max_attempts=5, base_delay=0.2, max_delay=60.0)
 BUILT_IN_NAMES = [state.__name__ for state in BUILT_IN]
+_FROM_CONFIGS: Json = {}  # what loading has registered; no other config sees it
 
 
 @dataclass
@@ -1815,13 +1770,13 @@ class Diagnostic:
     what: str  # begins with the place in the config
     why: str | None = None
     fix: str | None = None
-    context: dict[str, Any] = field(default_factory=dict)
+    context: Json = field(default_factory=dict)
     error: FlexiFlowError | None = field(default=None, repr=False, compare=False)
 
     def format(self) -> str:
         """Return it in the shape of an error, its level in front."""
-        error = FlexiFlowError(self.what, why=self.why, fix=self.fix, **self.context)
-        return f"[{self.level.upper()}] {error}"
+        return f"[{self.level.upper()}] " + str(FlexiFlowError(self.what, why=self.why,
+            fix=self.fix, context=ErrorContext(self.context)))
 
 
 @dataclass
@@ -1845,551 +1800,10 @@ class PackInfo:
     depends_on: list[str]
 
 
-def one_edit(word: str, other: str) -> bool:
-    """Tell whether one letter more, less, other or swapped makes one word the other."""
-    if abs(len(word) - len(other)) > 1 or word == other:
-        return False
-    same_head = len(os.path.commonprefix([word, other]))
-    a, b = word[same_head:], other[same_head:]
-    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[1::-1] == b[:2] and a[2:] == b[2:])
-
-
-def _typo_of(key: str, known: Iterable[str]) -> str | None:
-    return next((one for one in known if one_edit(key.lower(), one) or key.lower() == one), None)
-
-
-def _diagnose(place: str, error: FlexiFlowError, level: str = "error") -> Diagnostic:
-    """Turn an error into a diagnostic with a place."""
-    context = dict(error.context.items)
-    if place:
-        context["at"] = place
-    what = f"{place}: {error.what}" if place else error.what
-    return Diagnostic(level, what, error.why, error.fix, context, error)
-
-
-class _Walk:
-    """One look at a config; `problems` must be used up before the rest is read."""
-
-    def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
-            | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
-        self.config = config
-        self.imports, self.allow_imports = imports, allow_imports
-        self.unchecked: list[str] = []  # dotted paths not imported
-        self.nodes: dict[str, Node] = {}
-        self.rules: list[Rule] = []
-        self.packs: list[PackInfo] = []
-        self.providers: dict[str, str] = {}  # state -> pack
-        self.states: list[StateResolution] = []
-        self.policy = ["packs", "builtin"]
-        self.initial = "InitialState"
-        self.retry = QUEUE_RETRY
-        self.registry = StateRegistry(registry)
-        self.has_code = False
-
-    def problems(self) -> Iterator[Diagnostic]:
-        """Yield everything wrong with the config, compiling as far as that is possible."""
-        if not isinstance(self.config, dict):
-            got = _KIND_NAMES.get(type(self.config), type(self.config).__name__)
-            yield _diagnose("", ConfigError("A config is an object", why=f"this is {got}"))
-            return
-        try:
-            write_json(self.config, "config")
-        except ValueError as error:
-            yield _diagnose("", ConfigError("The config is not JSON", why=str(error)))
-            return
-        yield from self._keys("config", self.config, "")
-        if not self.config.get("name"):
-            yield _diagnose("", ConfigError("No 'name'", fix='add "name": "order" to the config'))
-        yield from self._packs()
-        yield from self._states()
-        yield from self._initial()
-        yield from self._retry()
-        yield from self._rules()
-        yield from self._shadowed()
-        if not self._get("rules", list):
-            yield _diagnose("rules", ConfigError("No rules defined"), "warning")
-
-    def definition(self) -> Definition:
-        """Return what was compiled; only for a config without errors."""
-        source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
-        return Definition(fresh(source), self.nodes, self.rules, self.initial, self.registry,
-            self.retry, self.has_code)
-
-    def _get(self, key: str, kind: type) -> Any:
-        """Return a top-level value, empty where it is missing or of the wrong kind."""
-        value = self.config.get(key)
-        return value if isinstance(value, kind) else kind()
-
-    def _keys(self, kind: str, value: dict[str, Any], place: str) -> Iterator[Diagnostic]:
-        """Check the keys of an object against KEYS."""
-        known = KEYS[kind]
-        for key, inner in value.items():
-            at = f"{place}.{key}" if place else key
-            if key not in known:
-                typo = _typo_of(key, known)
-                if kind == "rule" and not typo:
-                    continue
-                if typo:
-                    error = ConfigError(f"Unknown key: {key!r}", fix=f"did you mean {typo!r}?")
-                    yield _diagnose(at, error)
-                elif not key.startswith("x-"):
-                    strict = kind not in ("config", "state")
-                    error = ConfigError(f"Unknown key: {key!r}", fix=choose(key, known))
-                    yield _diagnose(at, error, "error" if strict else "warning")
-            elif known[key] and not isinstance(inner, known[key]) and inner is not None:
-                yield self._wrong_kind(at, known[key], inner)
-            elif isinstance(inner, bool) and known[key] and bool not in known[key]:
-                yield self._wrong_kind(at, known[key], inner)
-
-    @staticmethod
-    def _wrong_kind(place: str, kinds: tuple[type, ...], value: Any) -> Diagnostic:
-        wanted = " or ".join(dict.fromkeys(_KIND_NAMES[kind] for kind in kinds))
-        return _diagnose(place, ConfigError(f"Not {wanted}: {value!r}"))
-
-    def _load(self, path: str) -> Any:
-        """Import a dotted path, or note it as unchecked and return a function that does nothing."""
-        self.has_code = True
-        if self.imports:
-            return load_symbol(path, self.allow_imports)
-        self.unchecked.append(path)
-        return lambda message, component: None
-
-    def _packs(self) -> Iterator[Diagnostic]:
-        policy = self.config.get("initial_state_resolution")
-        if isinstance(policy, list):
-            if sorted(map(str, policy)) != ["builtin", "packs"]:
-                error = ConfigError(f"Not an order of resolution: {policy!r}",
-                    fix='["packs", "builtin"] or ["builtin", "packs"]')
-                yield _diagnose("initial_state_resolution", error)
-            else:
-                self.policy = policy
-        packs: list[StatePack] = []
-        for index, path in enumerate(self._get("packs", list)):
-            self.has_code = True
-            if isinstance(path, str) and not self.imports:
-                self.unchecked.append(path)
-                continue
-            try:
-                packs.append(load_pack(path, self.allow_imports))
-            except FlexiFlowError as error:
-                yield _diagnose(f"packs[{index}]", error)
-        try:
-            for pack in packs:
-                provided, needed = pack.provides(), sorted(pack.depends_on())
-                edges = list(pack.transitions())
-                self.packs.append(PackInfo(pack.name, sorted(provided), edges, needed))
-                for key, spec in provided.items():
-                    if key not in self.providers:
-                        yield from self._add_class(f"packs.{pack.name}", key, spec.state_class)
-                    self.providers.setdefault(key, pack.name)
-            for collision in pack_collisions(packs, set(BUILT_IN_NAMES)):
-                yield _diagnose("packs", collision)
-        except Exception as error:
-            broken = ConfigError("A pack does not work", why=f"{type(error).__name__}: {error}")
-            yield _diagnose("packs", broken)
-        provided_here = {*self.providers, *BUILT_IN_NAMES, *self._get("states", dict)}
-        for info in self.packs:
-            for lack in info.depends_on:
-                if lack not in provided_here:
-                    needs = ConfigError(f"Pack {info.name!r} needs a state {lack!r}")
-                    yield _diagnose("packs", needs, "warning")
-
-    def _add_class(self, place: str, key: str, cls: Any) -> Iterator[Diagnostic]:
-        """Add a state that is a class."""
-        other = next((node.name for node in self.nodes.values() if node.cls is cls), None)
-        if not (isinstance(cls, type) and issubclass(cls, State)):
-            got = f"it is {cls!r}"
-            error = ConfigError("Not a State class", why=got, fix="inherit from State", state=key)
-            yield _diagnose(place, error)
-        elif other is not None:
-            error = ConfigError(f"One class for two states: {other!r} and {key!r}",
-                why="a saved state could not be told from the other",
-                fix="make a subclass for one of them")
-            yield _diagnose(place, error)
-        else:
-            self.nodes[key] = Node(key, cls=cls)
-            self.registry.register(key, cls)
-
-    def _states(self) -> Iterator[Diagnostic]:
-        states = self._get("states", dict)
-        for key, value in states.items():
-            place = f"states.{key}"
-            if not key or key == "*" or "\0" in key:
-                yield _diagnose(place, ConfigError(f"Not a name for a state: {key!r}"))
-            elif key in self.nodes:
-                yield _diagnose(place, ConfigError(f"State {key!r} is provided by a pack too"))
-            elif isinstance(value, str):
-                yield from self._class_state(place, key, value)
-            elif isinstance(value, dict):
-                yield from self._keys("state", value, place)
-                cls = type(key, (DeclaredState,), {"__module__": __name__, "__slots__": ()})
-                self.nodes[key] = Node(key, final=value.get("final") is True, cls=cls,
-                    description=str(value.get("description") or ""))
-                self.registry.register(key, cls)
-                self.states.append(StateResolution(key, None, True, True))
-            else:
-                yield self._wrong_kind(place, (dict, str), value)
-        for key, value in states.items():
-            if key in self.nodes:
-                yield from self._family(key, value)
-
-    def _class_state(self, place: str, key: str, path: str) -> Iterator[Diagnostic]:
-        """Resolve the dotted path of a state."""
-        self.has_code = True
-        resolution = StateResolution(key, path, False, False)
-        self.states.append(resolution)
-        try:
-            if ":" not in path:
-                raise ImportError_(f"Not a dotted path: {path!r}",
-                    fix="write it like 'package.module:Class'")
-            if not self.imports:
-                self.unchecked.append(path)
-                self.nodes[key] = Node(key, cls=State)
-                return
-            cls = load_symbol(path, self.allow_imports)
-        except FlexiFlowError as error:
-            resolution.error = error.what
-            yield _diagnose(place, error)
-            return
-        resolution.resolved = True
-        for problem in self._add_class(place, key, cls):
-            resolution.error = problem.what
-            yield problem
-        resolution.is_state_subclass = isinstance(cls, type) and issubclass(cls, State)
-
-    def _family(self, key: str, value: Any) -> Iterator[Diagnostic]:
-        """Find a state's parent, its initial child, and what happens at its entry and exit."""
-        node, place = self.nodes[key], f"states.{key}"
-        above = key
-        while "." in above and node.parent is None:
-            above = above.rpartition(".")[0]
-            node.parent = self.nodes.get(above)
-        if node.parent and not node.parent.declared:
-            error = ConfigError(f"{above!r} is a class, so it has no children")
-            yield _diagnose(place, error)
-        if not isinstance(value, dict):
-            return
-        children = [name for name in self.nodes if name.startswith(key + ".")]
-        initial = value.get("initial")
-        if children and initial not in children:
-            fix = choose(initial or "", children)
-            what = "No 'initial' child" if initial is None else f"Unknown child: {initial!r}"
-            yield _diagnose(f"{place}.initial", ConfigError(what, fix=fix))
-        elif initial is not None and not children:
-            yield _diagnose(f"{place}.initial", ConfigError(f"{key!r} has no children"))
-        elif children:
-            node.initial = initial
-            if node.final:
-                yield _diagnose(place, ConfigError("A final state has no children"))
-        for edge in ("entry", "exit"):
-            effects = value.get(edge)
-            if isinstance(effects, dict):
-                yield from self._keys("effects", effects, f"{place}.{edge}")
-                compiled, problems = self._effects(effects, f"{place}.{edge}")
-                setattr(node, edge, compiled)
-                yield from problems
-
-    def _initial(self) -> Iterator[Diagnostic]:
-        name = self.config.get("initial_state")
-        if not isinstance(name, str):
-            name = "InitialState"
-        if ":" in name and name not in self.nodes:
-            before = set(self.nodes)
-            yield from self._class_state("initial_state", _last_name(name), name)
-            name = next(iter(set(self.nodes) - before), name)
-            if name in before or name not in self.nodes:
-                return
-        elif self.policy[0] == "builtin" and name in BUILT_IN_NAMES:
-            self.nodes.pop(name, None)
-        if self._known(name):
-            self.initial = name
-        else:
-            yield _diagnose("initial_state", ConfigError(f"Unknown state: {name!r}",
-                fix=choose(name, self._all_names())))
-
-    def _all_names(self) -> list[str]:
-        return [*self.nodes, *BUILT_IN_NAMES]
-
-    def _known(self, name: str) -> bool:
-        """Tell whether there is such a state, adding a registered one the first time it is named."""
-        if name in self.nodes:
-            return True
-        cls = self.registry.get(name)
-        if cls is None:
-            return False
-        if name in BUILT_IN_NAMES:  # one leads to the others
-            self.nodes.update((state.__name__, Node(state.__name__, cls=state))
-                for state in BUILT_IN if state.__name__ not in self.nodes)
-        else:
-            self.has_code = True
-            self.nodes[name] = Node(name, cls=cls)
-        return True
-
-    def _retry(self) -> Iterator[Diagnostic]:
-        settings = self._get("retry", dict)
-        bad = list(self._keys("retry", settings, "retry"))
-        yield from bad
-        if settings and not bad:
-            try:
-                self.retry = dataclasses.replace(QUEUE_RETRY, **settings)
-            except ArgumentError as error:
-                yield _diagnose("retry", error)
-
-    def _rules(self) -> Iterator[Diagnostic]:
-        executing = set(KEYS["rule"]) - {"description"}
-        for number, rule in enumerate(self._get("rules", list)):
-            place = f"rules[{number}]"
-            if not isinstance(rule, dict):
-                yield self._wrong_kind(place, _OBJECT, rule)
-            elif executing & rule.keys():
-                yield from self._rule(number, rule, place)
-            else:
-                for key in rule:
-                    typo = _typo_of(key, executing)
-                    if typo:
-                        note = ConfigError(f"Unknown key: {key!r}",
-                            why="without a key of the engine a rule is a note and does nothing",
-                            fix=f"did you mean {typo!r}?")
-                        yield _diagnose(f"{place}.{key}", note, "warning")
-
-    def _rule(self, number: int, rule: dict[str, Any], place: str) -> Iterator[Diagnostic]:
-        """Compile a rule; it is kept only if nothing is wrong with it."""
-        bad = list(self._keys("rule", rule, place))
-        sources, problems = self._names(rule.get("from", "*"), f"{place}.from")
-        bad += [problem for problem in problems]
-        for source in sources:
-            if source != "*" and not self._known(source):
-                error = ConfigError(f"Unknown state: {source!r}", fix=choose(source, self._all_names()))
-                bad.append(_diagnose(f"{place}.from", error))
-        target = rule.get("to")
-        if isinstance(target, str) and not self._known(target):
-            error = ConfigError(f"Unknown state: {target!r}", fix=choose(target, self._all_names()))
-            bad.append(_diagnose(f"{place}.to", error))
-        kinds, problems = self._names(rule["on"], f"{place}.on") if "on" in rule else ((), [])
-        bad += problems
-        if ("on" in rule) == ("after" in rule):
-            both = "both 'on' and 'after'" if "on" in rule else "neither 'on' nor 'after'"
-            error = ConfigError(f"A rule with {both}", fix="one rule for a message, one for a timer")
-            bad.append(_diagnose(place, error))
-        after = guard = None
-        try:
-            if "after" in rule:
-                after = self._delay(rule["after"])
-        except FlexiFlowError as error:
-            bad.append(_diagnose(f"{place}.after", error))
-        try:
-            if rule.get("guard") is not None:
-                guard = compile_guard(rule["guard"], self._load)
-        except FlexiFlowError as error:
-            bad.append(_diagnose(f"{place}.guard", error))
-        effects, problems = self._effects(rule, place)
-        bad += problems
-        yield from bad
-        if not any(problem.level == "error" for problem in bad):
-            self.rules.append(
-                Rule(
-                    number, sources, kinds, after, guard, target, rule.get("reenter") is True,
-                    effects, rule,
-                )  # fmt: skip
-            )
-
-    @staticmethod
-    def _names(value: Any, place: str) -> tuple[tuple[str, ...], list[Diagnostic]]:
-        """Return one name or a list of them as a tuple."""
-        names = [value] if isinstance(value, str) else value
-        if isinstance(names, list) and names and all(isinstance(n, str) and n for n in names):
-            return tuple(dict.fromkeys(names)), []
-        error = ConfigError(f"Not a name or a list of names: {value!r}")
-        return (), [_diagnose(place, error)]
-
-    @staticmethod
-    def _delay(value: Any) -> Callable[[Scope], Any]:
-        if not _is_reference(value):
-            seconds(value)
-        return compile_value(value)
-
-    def _effects(self, value: dict[str, Any], place: str) -> tuple[Effects, list[Diagnostic]]:
-        """Compile what a rule, entry or exit does beside the change of state."""
-        bad: list[Diagnostic] = []
-        found: dict[str, list[Any]] = {"assign": [], "send": [], "emit": [], "action": []}
-        assign = value.get("assign")
-        parts = [("assign", f".{key}", (key, inner)) for key, inner in (assign.items()
-            if isinstance(assign, dict) else ())]
-        for key in ("send", "emit", "action"):
-            inner = value.get(key)
-            listed = isinstance(inner, list)
-            for index, one in enumerate(inner if listed else [] if inner is None else [inner]):
-                parts.append((key, f"[{index}]" * listed, one))
-        for key, suffix, part in parts:
-            at = f"{place}.{key}{suffix}"
-            try:
-                found[key].append(getattr(self, f"_compile_{key}")(part))
-            except FlexiFlowError as error:
-                bad.append(_diagnose(at, error))
-        return Effects(*(tuple(one) for one in found.values())), bad
-
-    @staticmethod
-    def _compile_assign(part: tuple[str, Any]) -> tuple[str, Callable[[Scope], Any]]:
-        return part[0], compile_value(part[1])
-
-    def _compile_action(self, path: Any) -> Callable[..., Any]:
-        if not isinstance(path, str):
-            raise ConfigError(f"Not a dotted path: {path!r}")
-        action = self._load(path)
-        if not callable(action):
-            raise ConfigError(f"Not a function: {path!r}", why=f"it is {action!r}")
-        return action  # type: ignore[no-any-return]
-
-    def _strictly(self, kind: str, value: Any, needs: tuple[str, ...]) -> None:
-        if not isinstance(value, dict):
-            raise ConfigError(f"Not an object: {value!r}")
-        for problem in self._keys(kind, value, ""):
-            raise ConfigError(problem.what, why=problem.why, fix=problem.fix)
-        for key in needs:
-            if not value.get(key):
-                raise ConfigError(f"No {key!r} in {value!r}")
-
-    def _compile_emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
-        event = {"name": part} if isinstance(part, str) else part
-        self._strictly("emit", event, ("name",))
-        if event["name"] in ENGINE_EVENTS or event["name"] == "*":
-            raise ConfigError(f"An event of the engine's own: {event['name']!r}",
-                fix="emit under another name")
-        return event["name"], compile_value(event["with"]) if "with" in event else None
-
-    def _compile_send(self, part: Any) -> Callable[[Scope], Outgoing]:
-        self._strictly("send", part, ("to", "type"))
-        envelope = {"type", "id", "correlation_id", "component"} & set(part.get("with") or ())
-        if envelope:
-            raise ConfigError(f"{sorted(envelope)[0]!r} cannot stand in 'with'")
-        to, kind = compile_value(part["to"]), compile_value(part["type"])
-        payload, delay = compile_value(part.get("with") or {}), self._delay(part.get("after", 0))
-        id = compile_value(part.get("id"))
-
-        def send(scope: Scope) -> Outgoing:
-            message = {"type": kind(scope), **payload(scope)}
-            return Outgoing(to(scope), message, seconds(delay(scope)), id(scope))
-
-        return send
-
-    def _shadowed(self) -> Iterator[Diagnostic]:
-        """Find the rules that never fire because an earlier one takes each of their messages."""
-        taken: dict[tuple[str, str], int] = {}
-        for rule in self.rules:
-            pairs = [(source, kind) for source in rule.sources for kind in rule.on]
-            owners = {taken[pair] for pair in pairs if pair in taken}
-            if pairs and all(pair in taken for pair in pairs):
-                error = ConfigError("This rule can never fire",
-                    why=f"rules[{min(owners)}] takes its messages before and has no guard",
-                    fix="give that one a guard, or put this one before it")
-                yield _diagnose(f"rules[{rule.number}]", error)
-            if rule.guard is None:
-                for pair in pairs:
-                    taken.setdefault(pair, rule.number)
-
-
-def _last_name(dotted_path: str) -> str:
-    return dotted_path.rpartition(":")[2].strip().rpartition(".")[2] or dotted_path
-
-
-@dataclass(frozen=True)
-class ComponentConfig:
-    """A checked config. Made by ConfigLoader, or by hand from a name, rules and a state."""
-
-    name: str
-    rules: list[dict[str, Any]]
-    initial_state: str = "InitialState"
-    data: dict[str, Any] = field(default_factory=dict)
-    definition: Definition | None = field(default=None, repr=False, compare=False)
-
-
-class MissingConfig(ConfigError, FileNotFoundError):
-    """A config file that is not there; also a FileNotFoundError."""
-
-
-def read_config(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a config file; raise ConfigError if it cannot be read as JSON."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON + 1)
-    except FileNotFoundError as error:
-        raise MissingConfig(f"No config file: {os.fspath(path)!r}", fix="check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"Cannot read config: {os.fspath(path)!r}", why=str(error)) from error
-    if os.fspath(path).lower().endswith((".yaml", ".yml")):
-        return _read_yaml(content, os.fspath(path))
-    return read_json(content, os.fspath(path), ConfigError)
-
-
-def _read_yaml(content: bytes, path: str) -> Any:
-    try:
-        import yaml  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigError(
-            f"YAML cannot be read here: {path!r}",
-            why="PyYAML is not installed, and FlexiFlow itself reads JSON",
-            fix="where it is: python -c 'import sys,json,yaml; "
-            f"print(json.dumps(yaml.safe_load(sys.stdin),indent=2))' < {path} > config.json",
-        ) from error
-    try:
-        return yaml.safe_load(content) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Not valid YAML: {path!r}", why=str(error)) from error
-
-
-class ConfigLoader:
-    """Read and check configs."""
-
-    @staticmethod
-    def load_component_config(config: str | os.PathLike[str] | dict[str, Any] | ComponentConfig, *,
-            allow_imports: Sequence[str] | None = None) -> ComponentConfig:
-        """Return a checked config from a path or a dict; raise the first error found in it.
-
-        State classes it names are added to DEFAULT_REGISTRY where their names are free there.
-        """
-        if isinstance(config, ComponentConfig):
-            if config.definition is not None:
-                return config
-            config = {"name": config.name, "rules": config.rules, "data": config.data,
-                "initial_state": config.initial_state}
-        content = config if isinstance(config, dict) else read_config(config)
-        walk = _Walk(content, allow_imports=allow_imports)
-        errors = [problem for problem in walk.problems() if problem.level == "error"]
-        if errors:
-            raise _as_error(errors, None if content is config else os.fspath(config))  # type: ignore[arg-type]
-        for name, node in walk.nodes.items():
-            if not node.declared and DEFAULT_REGISTRY.get(name) is None:
-                DEFAULT_REGISTRY.register(name, node.cls)
-        return ComponentConfig(content["name"], fresh(content.get("rules") or []), walk.initial,
-            fresh(content.get("data") or {}), walk.definition())
-
-    @staticmethod
-    def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Return the object in a config file, JSON or YAML, unchecked."""
-        content = read_config(path)
-        if not isinstance(content, dict):
-            raise ConfigError(f"A config is an object: {os.fspath(path)!r}")
-        return content
-
-    @staticmethod
-    def load_rules(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """Return the rules in a file: a list, or an object with `rules`."""
-        content = read_config(path)
-        rules = content.get("rules") or [] if isinstance(content, dict) else content
-        if not isinstance(rules, list):
-            raise ConfigError(f"No list of rules in {os.fspath(path)!r}", fix='{"rules": [...]}')
-        return rules
-
-
-def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
-    """Return the first of the errors, ready to be raised, that names the others."""
-    error = errors[0].error or ConfigError(errors[0].what)
-    error.what = errors[0].what
-    if path is not None:
-        error.context.add("config", path)
-    if len(errors) > 1:
-        error.context.add("also", [other.what for other in errors[1:6]])
-    return error
+def _entry(head: str, indent: str = "    ", **facts: Any) -> str:
+    """Return a line, and below it those facts that there are; no value can forge a line."""
+    lines = [head, *(f"{indent}{label}: {fact}" for label, fact in facts.items() if fact)]
+    return "\n".join(map(printable, lines))
 
 
 @dataclass
@@ -2418,83 +1832,535 @@ class ConfigExplanation:
 
     def format(self) -> str:
         """Return the explanation as text."""
-        lines = ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}", ""]
-        lines += ["Component:", f"  name: {self.name or '(missing)'}",
-            f"  initial_state: {self.initial_state or '(missing)'}",
-            f"  rules: {self.rules_count} rule(s)", ""]
-        if self.packs:
-            lines.append("Packs:")
-            for pack in self.packs:
-                lines.append(f"  {pack.name}:")
-                lines.append(f"    provides: {', '.join(pack.provided_keys) or '(none)'}")
-                if pack.transitions:
-                    lines.append(f"    transitions: {len(pack.transitions)} defined")
-                if pack.depends_on:
-                    lines.append(f"    depends_on: {', '.join(pack.depends_on)}")
-            lines += ["", f"Pack order: {' -> '.join(self.pack_order)}", ""]
-        lines += [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", ""]
-        lines += ["States:", *self._state_lines()]
-        lines += [f"  Built-in: {', '.join(sorted(self.builtin_states))}", ""]
-        if self.unchecked:
-            lines += ["Not checked (imports are off):", *(f"  {p}" for p in self.unchecked), ""]
-        for title, mark, problems in (("Warnings:", "WARN", self.warnings),
-                ("Errors:", "ERROR", self.errors)):
-            if problems:
-                lines += [title, *_problem_lines(mark, problems), ""]
-        lines.append("Status: OK - config will load" if self.is_valid
-            else f"Status: INVALID - {len(self.errors)} error(s) found")
-        return "\n".join(map(printable, lines))
-
-    def _state_lines(self) -> Iterator[str]:
-        if not self.states and not self.state_providers:
-            yield "  (no custom states)"
-        for one in sorted(self.states, key=operator.attrgetter("key")):
-            good = "OK" if one.resolved and one.is_state_subclass else "??"
-            yield f"  {good} {one.key}" + (f": {one.dotted_path}" if one.dotted_path else "")
-            if one.error:
-                yield f"      Error: {one.error}"
-        for key in sorted(self.state_providers):
-            yield f"  OK {key} (from {self.state_providers[key]})"
+        packs = [_entry(f"  {pack.name}:", provides=", ".join(pack.provided_keys) or "(none)",
+            transitions=pack.transitions and f"{len(pack.transitions)} defined",
+            depends_on=", ".join(pack.depends_on)) for pack in self.packs]
+        states = [_entry(f"  {'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
+            + (f": {one.dotted_path}" if one.dotted_path else ""), "      ", Error=one.error)
+            for one in sorted(self.states, key=operator.attrgetter("key"))]
+        states += [_entry(f"  OK {key} (from {self.state_providers[key]})")
+            for key in sorted(self.state_providers)]
+        warnings = [_entry(f"  WARN {one.what}", Why=one.why, Fix=one.fix) for one in self.warnings]
+        errors = [_entry(f"  ERROR {one.what}", Why=one.why, Fix=one.fix) for one in self.errors]
+        blocks = [["FlexiFlow Config Explanation", "=" * 40, _entry(f"Source: {self.config_path}")],
+            [_entry("Component:", "  ", name=self.name or "(missing)",
+            initial_state= self.initial_state or "(missing)", rules=f"{self.rules_count} rule(s)")],
+            packs and ["Packs:", *packs], packs and [_entry(
+            f"Pack order: {' -> '.join(self.pack_order)}")], [
+            f"Resolution policy: {' -> '.join(self.initial_state_resolution)}"],
+            ["States:", *(states or ["  (no custom states)"]),
+            f"  Built-in: {', '.join(sorted(self.builtin_states))}"], self.unchecked
+            and ["Not checked (imports are off):", *(_entry(f"  {path}")
+            for path in self.unchecked)], warnings and ["Warnings:", *warnings], errors
+            and ["Errors:", *errors], ["Status: OK - config will load" if self.is_valid
+            else f"Status: INVALID - {len(errors)} error(s) found"]]
+        return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _problem_lines(mark: str, problems: list[Diagnostic]) -> Iterator[str]:
-    for problem in problems:
-        yield f"  {mark} {problem.what}"
-        if problem.why:
-            yield f"    Why: {problem.why}"
-        if problem.fix:
-            yield f"    Fix: {problem.fix}"
+@dataclass(frozen=True)
+class ComponentConfig:
+    """A checked config. Made by ConfigLoader, or by hand from a name, rules and a state."""
+
+    name: str
+    rules: list[Json]
+    initial_state: str = "InitialState"
+    data: Json = field(default_factory=dict)
+    definition: Definition | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> Any:
+        """Pickle as what was loaded: the classes of declared states belong to no module."""
+        if self.definition is None:
+            return ComponentConfig, (self.name, self.rules, self.initial_state, self.data)
+        source = {**self.definition.source, "name": self.name, "data": self.data}
+        return ConfigLoader.load_component_config, (source,)
 
 
-def explain(config: str | os.PathLike[str] | dict[str, Any], *, imports: bool = True,
+class MissingConfig(ConfigError, FileNotFoundError):
+    """A config file that is not there; also a FileNotFoundError."""
+
+
+def read_config(path: Path) -> Any:
+    """Return the value in a config file; raise ConfigError if it cannot be read as JSON."""
+    name = os.fsdecode(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_JSON + 1)
+    except FileNotFoundError as error:
+        raise MissingConfig(f"No config file: {name!r}", fix="check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ConfigError(f"Cannot read config: {name!r}", why=str(error)) from error
+    if name.lower().endswith((".yaml", ".yml")):
+        return _read_yaml(content, name)
+    return read_json(content, name, ConfigError)
+
+
+def _read_yaml(content: bytes, path: str) -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(f"YAML cannot be read here: {path!r}", why="PyYAML is not installed, "
+            "and FlexiFlow itself reads JSON", fix="where it is: python -c 'import sys,json,yaml; "
+            f"print(json.dumps(yaml.safe_load(sys.stdin),indent=2))' < {path} > config.json",
+            ) from error
+
+    class Reader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _distinct([(key.value, value) for key, value in node.value])
+            return super().construct_mapping(node, deep)
+
+    try:
+        if len(content) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        return yaml.load(content, Reader) or {}
+    except Exception as error:  # PyYAML lets through whatever converting a value raises
+        raise ConfigError(f"Not valid YAML: {path!r}", why=str(error)) from error
+
+
+def one_edit(word: str, other: str) -> bool:
+    """Tell whether at most one letter more, less, other or swapped makes one word the other."""
+    if abs(len(word) - len(other)) > 1:
+        return False
+    same_head = len(os.path.commonprefix([word, other]))
+    a, b = word[same_head:], other[same_head:]
+    return b[1:] in (a, a[1:]) or a[1:] == b or (a[1::-1] == b[:2] and a[2:] == b[2:])
+
+
+def _require(value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise ConfigError unless a value is of one of these kinds; a bool is not a number."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(dict.fromkeys(_KIND_NAMES[kind] for kind in kinds))
+        raise ConfigError(f"Not {wanted}: {value!r}")
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Return one name or a list of them as a tuple."""
+    names = [value] if isinstance(value, str) else value
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"Not a name or a list of names: {value!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _delay(value: Any) -> Callable[[Scope], Any]:
+    if not _is_reference(value):
+        seconds(value)
+    return compile_value(value)
+
+
+def _pair(key: str, value: Any) -> tuple[str, Callable[[Scope], Any]]:
+    return key, compile_value(value)
+
+
+def _unasked(message: Json, component: Any) -> None:
+    """Stand in for a function that is not imported."""
+
+
+class _Walk:
+    """One look at a config; `problems` must be called before the rest is read."""
+
+    def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
+            | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
+        path = os.fsdecode(config) if isinstance(config, (str, os.PathLike)) else "(dict)"
+        self.found = ConfigExplanation(path, builtin_states=list(BUILT_IN_NAMES))
+        self.config, self.imports, self.allow_imports = config, imports, allow_imports
+        self.registry = StateRegistry(registry)
+        self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
+        self.place = ""  # where the walk is, each step with its dot or brackets
+        self.good: Json = {}  # the top-level values, compiled
+        self.nodes: dict[str, Node] = {}
+        self.owners: dict[type[State], str] = {}  # class -> its state
+        self.rules: list[Rule] = []
+        self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
+        self.has_code = False
+        self.compilers: Json = {"initial_state_resolution": self._policy,
+            "packs": self._packs, "states": self._states, "initial_state": self._initial,
+            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "rules": self._rules, "entry": self._effects, "exit": self._effects,
+            "from": self._sources, "to": self._find, "on": _names, "after": _delay,
+            "guard": lambda guard: compile_guard(guard, self._load),
+            **dict.fromkeys(("assign", "with"), lambda value: self._each(value, _pair)),
+            "send": self._parts(self._send), "emit": self._parts(self._emit),
+            "action": self._parts(self._action)}
+
+    def problems(self) -> list[Diagnostic]:
+        """Return everything wrong with the config, compiling as far as that is possible."""
+        found = self.found
+        with self._at(""):
+            self._read()
+            self.good = self._clean("config", self.config)
+            found.name, found.initial_state = map(self.good.get, ("name", "initial_state"))
+            found.rules_count = len(self.good.get("rules", ()))
+            found.pack_order = [pack.name for pack in found.packs]
+            if not found.errors:
+                found.definition = self.definition()
+        return found.errors + found.warnings
+
+    def definition(self) -> Definition:
+        """Return what was compiled; only for a config without errors."""
+        source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
+        return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
+            self.good.get("retry", QUEUE_RETRY), self.has_code)
+
+    @contextlib.contextmanager
+    def _at(self, step: str) -> Iterator[None]:
+        """Take a step into the config; what is raised there is reported, and the walk goes on."""
+        outer, self.place = self.place, self.place + step
+        try:
+            yield
+        except FlexiFlowError as error:
+            self._report(error)
+        finally:
+            self.place = outer
+
+    def _report(self, error: FlexiFlowError, level: str = "error", step: str = "") -> None:
+        if not isinstance(error, (ConfigError, ImportError_)):  # a delay, the numbers of a retry
+            error = ConfigError(error.what, why=error.why, fix=error.fix)
+        place, context = (self.place + step)[1:], dict(error.context.items)
+        if place:
+            error.what, context["at"] = f"{place}: {error.what}", place
+        found = self.found.errors if level == "error" else self.found.warnings
+        found.append(Diagnostic(level, error.what, error.why, error.fix, context, error))
+
+    def _clean(self, kind: str, value: Any, **compilers: Any) -> Json:
+        """Return the known keys of an object, their values compiled; report the rest.
+
+        null is as good as nothing.
+        """
+        _require(value, _OBJECT)
+        known, good = KEYS[kind], {}
+        for key in value:
+            if key not in known and not key.startswith("x-"):
+                near = [one for one in known if one_edit(key.lower(), one)]
+                level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
+                fix = f"did you mean {near[0]!r}?" if near else level and choose(key, known)
+                error = ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind), fix=fix)
+                if level:
+                    self._report(error, level, f".{key}")
+        for key, kinds in known.items():
+            inner = _DEFAULTS.get(key) if value.get(key) is None else value[key]
+            compiled = compilers.get(key) or self.compilers.get(key)
+            if key in _REQUIRED.get(kind, ()) and not inner:
+                self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
+                    if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
+            elif inner is not None:
+                with self._at(f".{key}"):
+                    _require(inner, kinds)
+                    good[key] = compiled(inner) if compiled else inner
+        return good
+
+    def _each(self, values: Any, compiled: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+        """Compile the items of a list or object, each at its place, from its key and value."""
+        found, listed = [], isinstance(values, list)
+        for key, value in enumerate(values) if listed else values.items():
+            with self._at(f"[{key}]" if listed else f".{key}"):
+                found.append(compiled(key, value))
+        return tuple(found)
+
+    def _load(self, path: Any, stand_in: Any = _unasked) -> Any:
+        """Import a dotted path; where imports are off, note it and return `stand_in`."""
+        if not isinstance(path, str):
+            raise ConfigError(f"Not a dotted path: {path!r}")
+        self.has_code = True
+        if self.imports or ":" not in path:
+            return load_symbol(path, self.allow_imports)
+        self.found.unchecked.append(path)
+        return stand_in
+
+    def _read(self) -> None:
+        """Read the config and copy it, once it is known to be an object of JSON."""
+        if isinstance(self.config, (str, os.PathLike)):
+            self.config = read_config(self.config)
+        if not isinstance(self.config, dict):
+            got = _KIND_NAMES.get(type(self.config), type(self.config).__name__)
+            raise ConfigError("A config is an object", why=f"this is {got}")
+        try:
+            write_json(self.config, "config")
+        except ValueError as error:
+            hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
+            raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
+        self.config = fresh(self.config)
+
+    def _policy(self, order: list[Any]) -> None:
+        if order not in (["packs", "builtin"], ["builtin", "packs"]):
+            raise ConfigError(f"Not an order of resolution: {order!r}",
+                fix='["packs", "builtin"] or ["builtin", "packs"]')
+        self.found.initial_state_resolution = order
+
+    def _packs(self, paths: list[Any]) -> None:
+        packs = [pack for pack in self._each(paths, self._pack) if pack]
+        for collision in pack_collisions(packs, set()):
+            self._report(collision)
+        lacks = [(info.name, lack) for info in self.found.packs for lack in info.depends_on
+            if lack not in {*self.nodes, *BUILT_IN_NAMES, *(self.config.get("states") or ())}]
+        for name, lack in lacks:
+            self._report(ConfigError(f"Pack {name!r} needs a state {lack!r}"), "warning")
+
+    def _pack(self, index: int, path: Any) -> StatePack | None:
+        """Add the states of a pack."""
+        self.has_code = True
+        if isinstance(path, str) and not self.imports:
+            self.found.unchecked.append(path)
+            return None
+        pack, found = load_pack(path, self.allow_imports), self.found
+        try:
+            classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
+            found.packs.append(PackInfo(pack.name, sorted(classes), list(pack.transitions()),
+                sorted(map(str, pack.depends_on()))))
+        except Exception as error:  # it is anybody's code
+            why = f"{type(error).__name__}: {error}"
+            raise ConfigError("A pack does not work", why=why) from error
+        hidden = BUILT_IN_NAMES if found.initial_state_resolution[0] == "builtin" else ()
+        for key, cls in classes.items():
+            with self._at(f".{key}"):
+                if key not in hidden and key not in found.state_providers:
+                    self._add(key, cls)
+            found.state_providers.setdefault(key, pack.name)
+        return pack
+
+    def _add(self, name: str, cls: Any, **body: Any) -> None:
+        """Add a state, declared (a class of its own, with a body) or a class."""
+        if name in ("", "*") or "\0" in name:
+            raise ConfigError(f"Not a name for a state: {name!r}")
+        if not (isinstance(cls, type) and issubclass(cls, State)):
+            raise ConfigError("Not a State class", why=f"it is {cls!r}", fix="inherit from State",
+                state=name)
+        if cls in self.owners:
+            raise ConfigError(f"One class for two states: {self.owners[cls]!r} and {name!r}",
+                why="a saved state could not be told from the other",
+                fix="make a subclass for one of them")
+        if name in self.nodes:
+            raise ConfigError(f"State {name!r} is provided by a pack too")
+        self.nodes[name], self.owners[cls] = Node(name, cls=cls, **body), name
+        self.registry.register(name, cls)
+
+    def _states(self, states: Json) -> None:
+        self._each(states, self._state)
+        children: dict[str, list[str]] = {name: [] for name in self.nodes}
+        above: list[Node] = []
+        for name in sorted(self.nodes, key=lambda name: name.split(".")):
+            while above and not name.startswith(above[-1].name + "."):
+                above.pop()
+            if above:
+                self.nodes[name].parent = above[-1]
+                children[above[-1].name].append(name)
+            above.append(self.nodes[name])
+        self._each(children, self._family)
+
+    def _state(self, key: str, value: Any) -> None:
+        """Add a state, declared or a class."""
+        _require(value, (dict, str))
+        if isinstance(value, str):
+            self._class(key, value)
+            return
+        body = self._clean("state", value)
+        name = key.replace("\0", "")  # of a class, which `_add` refuses then
+        self._add(key, type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()}),
+            **body)
+        self.found.states.append(StateResolution(key, None, True, True))
+
+    def _class(self, key: str, path: str) -> str:
+        """Add a state that is the class at a dotted path."""
+        resolution = StateResolution(key, path, False, False)
+        self.found.states.append(resolution)
+        try:
+            cls = self._load(path, type("Unchecked", (State,), {}))
+            resolution.resolved = self.imports
+            self._add(key, cls)
+        except FlexiFlowError as error:
+            resolution.error = error.what
+            raise
+        resolution.is_state_subclass = self.imports
+        return key
+
+    def _family(self, name: str, children: list[str]) -> None:
+        """Raise unless what a state says of its children is so."""
+        node = self.nodes[name]
+        if children and not node.declared:
+            raise ConfigError(f"{name!r} is a class, so it has no children")
+        if children and node.final:
+            raise ConfigError("A final state has no children")
+        with self._at(".initial"):
+            if node.initial is not None and not children:
+                raise ConfigError(f"{name!r} has no children")
+            if children and node.initial not in children:
+                what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
+                raise ConfigError(what, fix=choose(node.initial or "", children))
+
+    def _initial(self, name: str) -> str:
+        """Return the name of the initial state; a dotted path to a class adds it."""
+        if ":" in name and name not in self.nodes:
+            named = [one.key for one in self.found.states if one.dotted_path == name]
+            name = named[0] if named else self._class(
+                name.rpartition(":")[2].strip().rpartition(".")[2], name)
+        return self._find(name)
+
+    def _find(self, name: str) -> str:
+        """Return the name of a state; a registered one is added when it is first named."""
+        if name in self.nodes:
+            return name
+        cls = self.registry.get(name)
+        if cls is None and self.config.get("packs") and not self.imports:
+            cls = type("Unchecked", (State,), {})  # a pack may provide it
+        if cls is None or cls is self.hidden.get(name):
+            close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
+                self.found.errors) < 20 else None  # to look for a thousand would take a minute
+            raise ConfigError(f"Unknown state: {name!r}", fix=close)
+        self.has_code = self.has_code or cls not in BUILT_IN
+        self._add(name, cls)
+        for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
+            if other not in self.owners and other.__name__ not in self.nodes:
+                self._add(other.__name__, other)
+        return name
+
+    def _sources(self, value: Any) -> tuple[str, ...]:
+        for name in _names(value):
+            with self._at(""):
+                if name != "*":
+                    self._find(name)
+        return _names(value)
+
+    def _rules(self, rules: list[Any]) -> list[Any]:
+        if not rules:
+            self._report(ConfigError("No rules defined"), "warning")
+        self._each(rules, self._rule)
+        return rules
+
+    def _rule(self, number: int, text: Any) -> None:
+        """Compile a rule; it is kept only if nothing is wrong with it. One is a note."""
+        _require(text, _OBJECT)
+        if not _EXECUTING.keys() & text.keys():
+            self._clean("note", text)
+            return
+        errors_before = len(self.found.errors)
+        rule = self._clean("rule", text)
+        if (text.get("on") is None) == (text.get("after") is None):
+            both = "both 'on' and 'after'" if "on" in text else "neither 'on' nor 'after'"
+            raise ConfigError(f"A rule with {both}", fix="one rule for a message, one for a timer")
+        if len(self.found.errors) > errors_before:
+            return
+        pairs = [(source, kind) for source in rule["from"] for kind in rule.get("on", ())]
+        if pairs and all(pair in self.taken for pair in pairs):
+            raise ConfigError("This rule can never fire",
+                why=f"rules[{min(self.taken[pair] for pair in pairs)}] takes its messages before "
+                "and has no guard", fix="give that one a guard, or put this one before it")
+        if "guard" not in rule:
+            self.taken.update({pair: number for pair in pairs if pair not in self.taken})
+        effects = Effects(*(rule.pop(key, ()) for key in _EFFECTS))
+        self.rules.append(Rule(number, rule["from"], rule.get("on", ()), rule.get("after"),
+            rule.get("guard"), rule.get("to"), rule.get("reenter", False), effects, text))
+
+    def _effects(self, value: Json) -> Effects:
+        found = self._clean("effects", value)
+        return Effects(*(found.get(key, ()) for key in _EFFECTS))
+
+    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+        """Return what compiles one part, or a list of them."""
+        return lambda value: self._each(value, lambda _, part: compiled(part)) \
+            if isinstance(value, list) else (compiled(value),)
+
+    def _action(self, path: Any) -> Any:
+        action = self._load(path)
+        if not callable(action):
+            raise ConfigError(f"Not a function: {path!r}", why=f"it is {action!r}")
+        return action
+
+    def _emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
+        event: Any = {"name": part} if isinstance(part, str) else part
+        event = self._clean("emit", event, **{"with": compile_value})
+        name = event.get("name", "")
+        if name in ENGINE_EVENTS or name == "*":
+            fix = "emit under another name"
+            raise ConfigError(f"An event of the engine's own: {name!r}", fix=fix)
+        return name, event.get("with")
+
+    def _send(self, part: Any) -> Callable[[Scope], Outgoing]:
+        found = self._clean("send", part, to=compile_value, type=compile_value, id=compile_value)
+        nothing, payload = compile_value(None), found.get("with", ())
+        to, kind, id = (found.get(key, nothing) for key in ("to", "type", "id"))
+        delay = found.get("after", compile_value(0))
+        ours = {"type", "id", "correlation_id", "component"}
+        for key, _ in payload:
+            if key in ours or (len(payload) == 1 and key in OPERATIONS):
+                raise ConfigError(f"{key!r} cannot stand in 'with'")
+
+        def send(scope: Scope) -> Outgoing:
+            message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
+            out = Outgoing(to(scope), message, seconds(delay(scope)), id(scope))
+            texts = [out.to, message["type"], "-" if out.id is None else out.id]
+            if not all(isinstance(text, str) and text for text in texts):
+                raise StateError(f"Cannot send {message!r} to {out.to!r} with id {out.id!r}",
+                    why="'to', 'type' and 'id' are text", component=scope["component"])
+            return out
+
+        return send
+
+
+class ConfigLoader:
+    """Read and check configs."""
+
+    @staticmethod
+    def load_component_config(config: Path | Json | ComponentConfig, *,
+            allow_imports: Sequence[str] | None = None) -> ComponentConfig:
+        """Return a checked config from a path or a dict; raise the first error found in it.
+
+        State classes it names are added to DEFAULT_REGISTRY where their names are free there.
+        """
+        if isinstance(config, ComponentConfig):
+            if config.definition is not None:
+                return config
+            config = {"name": config.name, "rules": config.rules, "data": config.data,
+                "initial_state": config.initial_state}
+        walk = _Walk(config, allow_imports=allow_imports)
+        walk.problems()
+        found, good = walk.found, walk.good
+        if found.errors:
+            unread = walk.config is config or found.config_path == "(dict)"
+            raise _as_error(found.errors, None if unread else found.config_path)
+        registered = [*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())]
+        for name, node in walk.nodes.items():
+            if not (node.declared or node.cls in registered or DEFAULT_REGISTRY.get(name)):
+                DEFAULT_REGISTRY.register(name, node.cls)
+                _FROM_CONFIGS[name] = node.cls
+        return ComponentConfig(good["name"], fresh(good["rules"]), good["initial_state"],
+            good.get("data", {}), found.definition)
+
+    @staticmethod
+    def load_yaml(path: Path) -> Json:
+        """Return the object in a config file, JSON or YAML, unchecked."""
+        content = read_config(path)
+        if not isinstance(content, dict):
+            raise ConfigError(f"A config is an object: {os.fspath(path)!r}")
+        return content
+
+    @staticmethod
+    def load_rules(path: Path) -> list[Json]:
+        """Return the rules in a file: a list, or an object with `rules`."""
+        content = read_config(path)
+        rules = content.get("rules") or [] if isinstance(content, dict) else content
+        if not isinstance(rules, list):
+            raise ConfigError(f"No list of rules in {os.fspath(path)!r}", fix='{"rules": [...]}')
+        return rules
+
+
+def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
+    """Return the first of the errors, ready to be raised, that names the others."""
+    error = errors[0].error or ConfigError(errors[0].what)
+    if path is not None:
+        error.context.add("config", path)
+    if len(errors) > 1:
+        error.context.add("also", [other.what for other in errors[1:6]])
+    return error
+
+
+def explain(config: Path | Json, *, imports: bool = True,
         allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
     """Say what a config means and whether it will load; never raises for what is wrong with it.
 
     Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
     and lists what was therefore not checked.
     """
-    result = ConfigExplanation("(dict)" if isinstance(config, dict) else os.fspath(config))
-    result.builtin_states = list(BUILT_IN_NAMES)
-    try:
-        content = config if isinstance(config, dict) else read_config(config)
-    except ConfigError as error:
-        result.errors.append(_diagnose("", error))
-        return result
-    walk = _Walk(content, imports, allow_imports)
-    for problem in walk.problems():
-        (result.errors if problem.level == "error" else result.warnings).append(problem)
-    if isinstance(content, dict):
-        name, rules = content.get("name"), content.get("rules")
-        result.name = name if isinstance(name, str) else None
-        result.rules_count = len(rules) if isinstance(rules, list) else 0
-        result.initial_state = walk.initial
-    result.states, result.unchecked = walk.states, walk.unchecked
-    result.initial_state_resolution = walk.policy
-    result.packs, result.state_providers = walk.packs, walk.providers
-    result.pack_order = [pack.name for pack in walk.packs]
-    if result.is_valid:
-        result.definition = walk.definition()
-    return result
+    walk = _Walk(config, imports, allow_imports)
+    walk.problems()
+    return walk.found
 
 
 # --------------------------------------------------------------------------------------------
@@ -2503,6 +2369,13 @@ def explain(config: str | os.PathLike[str] | dict[str, Any], *, imports: bool = 
 # 1.0.1's way to save a component: one JSON file, or a growing table in the caller's database.
 # A file is the old one or the new one, never half; what comes back is what was saved, or an
 # error. An engine with a store (section 10) needs none of this.
+
+_SNAPSHOT_SCHEMA = """
+CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY AUTOINCREMENT,
+    component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,
+    snapshot_json TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)
+"""
 
 
 @dataclass(frozen=True)
@@ -2526,15 +2399,15 @@ def take_snapshot(component: Any, metadata: dict[str, Any] | None = None) -> Com
     """Return a component as a snapshot; `metadata` defaults to what it was restored with."""
     state = component.state_machine.current_state
     return ComponentSnapshot(component.name, component.state_machine.registry.name_of(state),
-        fresh(component.rules), dict(metadata if metadata is not None else component.metadata
-        or {}), component.data, dict(getattr(state, "__dict__", {})))
+        fresh(component.rules), dict(component.metadata or {} if metadata is None else metadata),
+        component.data, dict(getattr(state, "__dict__", {})))
 
 
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
-    """Return a snapshot as JSON with a checksum over the rest; raise PersistenceError if it is not."""
-    content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    text = _written(content, f"snapshot of {snapshot.name}")
-    return f'{{"checksum":{checksum(text)},{text[1:]}'
+    """Return a snapshot as JSON, with a checksum over the rest."""
+    content: dict[str, Any] = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+    content["checksum"] = checksum(_written(content, f"snapshot of {snapshot.name}"))
+    return _written(content, f"snapshot of {snapshot.name}")
 
 
 def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> ComponentSnapshot:
@@ -2547,35 +2420,26 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
             fix="use an older one")
     fields: dict[str, Any] = {}
     for name, kind in _SNAPSHOT_FIELDS.items():
-        value = content.get(name, kind())
+        fields[name] = value = content.get(name, kind())
         if not isinstance(value, kind) or (kind is str and not value):
             raise PersistenceError(f"No good {name!r} in {source}", why=f"it is {value!r}")
-        fields[name] = value
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: str | os.PathLike[str], metadata: dict[str, Any]
-        | None = None) -> None:
+def save_component(component: Any, path: str | os.PathLike[str],
+        metadata: dict[str, Any] | None = None) -> None:
     """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
     write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
 
 
 def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
-    """Read a snapshot file; raise PersistenceError (a FileNotFoundError too, if it is not there)."""
-    name = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            return _snapshot_from(file.read(2 * MAX_JSON), name)
-    except FileNotFoundError as error:
-        raise MissingSnapshot(f"No snapshot file: {name!r}", fix="check the path") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, FlexiFlowError):
-            raise
-        raise PersistenceError(f"Cannot read snapshot: {name!r}", why=str(error)) from error
+    """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
+    text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
+    return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
 
 
-def restore_component(snapshot: ComponentSnapshot, engine: Any, registry: StateRegistry
-        | None = None) -> Any:
+def restore_component(snapshot: ComponentSnapshot, engine: Any,
+        registry: StateRegistry | None = None) -> Any:
     """Make a component from a snapshot and register it; raise StateError for an unknown state."""
     known = DEFAULT_REGISTRY if registry is None else registry
     state = known.create(snapshot.current_state)
@@ -2584,24 +2448,21 @@ def restore_component(snapshot: ComponentSnapshot, engine: Any, registry: StateR
     return engine.restore(snapshot, StateMachine(state, known))
 
 
-_swept: set[str] = set()  # folders in which this process has looked for leftovers
-
-
 def write_file(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
-    target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
+        target = os.path.realpath(path)
+        folder, name = os.path.split(target)
+        aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
         os.makedirs(folder, exist_ok=True)
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         try:
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
             with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(descriptor)
             os.replace(aside, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2618,11 +2479,9 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
             fix="the old file is untouched") from error
 
 
+@functools.cache
 def _sweep(folder: str) -> None:
-    """Remove what crashed processes left aside, once for each folder."""
-    if folder in _swept:
-        return
-    _swept.add(folder)
+    """Remove what crashed processes left aside; being cached, it looks once in each folder."""
     for entry in os.scandir(folder):
         if re.fullmatch(r"\..+\.\d+\.tmp", entry.name):
             with contextlib.suppress(OSError):
@@ -2630,12 +2489,27 @@ def _sweep(folder: str) -> None:
                     os.unlink(entry.path)
 
 
-_SNAPSHOT_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY,"
-    " component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,"
-    " snapshot_json TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)",
-)
+def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
+    """Execute a statement in the caller's database; return its `rows`, `count` and `id`.
+
+    A change is committed, unless the caller has a transaction open: then that decides. A table
+    that is not there counts as empty; reading creates nothing.
+    """
+    try:
+        with contextlib.nullcontext() if conn.in_transaction else conn:
+            cursor = conn.execute(sql, values)
+            return types.SimpleNamespace(rows=cursor.fetchall(), count=cursor.rowcount,
+                id=cursor.lastrowid)
+    except sqlite3.Error as error:
+        if "no such table" in str(error):
+            return types.SimpleNamespace(rows=[], count=0, id=0)
+        raise PersistenceError("The database failed", why=str(error)) from error
+
+
+def _has_state_column(conn: sqlite3.Connection) -> bool:
+    """Tell whether the table is ours; 1.0.1's has no `current_state`."""
+    columns = _execute(conn, "PRAGMA table_info(flexiflow_snapshots)").rows
+    return any(column[1] == "current_state" for column in columns)
 
 
 def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, *,
@@ -2645,100 +2519,46 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     It is committed, unless the caller has a transaction open: then that decides. With `expect`,
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
-    if created_at is None:
-        created_at = datetime.datetime.now(datetime.timezone.utc)
-    values = (snapshot.name, created_at.isoformat(), snapshot.current_state,
-        _snapshot_text(snapshot))
-    insert = (
-        "INSERT INTO flexiflow_snapshots(component_name, created_at, current_state, snapshot_json)"
-        " SELECT ?,?,?,?")
-    given: tuple[Any, ...] = values
-    if expect is not None:
-        insert += (" WHERE ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)")
-        given = (*values, expect, snapshot.name)
-    with _in_callers_database(conn):
-        try:
-            cursor = conn.execute(insert, given)
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error) and "no column" not in str(error):
-                raise
-            _make_snapshot_table(conn)
-            cursor = conn.execute(insert, given)
-        if cursor.rowcount == 0:
-            raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
-                why="somebody else has saved meanwhile",
-                fix="load it, and apply your change to that")
-        return cursor.lastrowid or 0
-
-
-def _make_snapshot_table(conn: sqlite3.Connection) -> None:
-    """Make the table, or bring 1.0.1's up to date."""
-    for statement in _SNAPSHOT_SCHEMA:
-        conn.execute(statement)
-    columns = [row[1] for row in conn.execute("PRAGMA table_info(flexiflow_snapshots)")]
-    if "current_state" not in columns:
-        conn.execute("ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
-
-
-@contextlib.contextmanager
-def _in_callers_database(conn: sqlite3.Connection) -> Iterator[None]:
-    """Commit what is done within, but never what the caller has begun."""
-    begun = conn.in_transaction
-    try:
-        yield
-        if not begun:
-            conn.commit()
-    except BaseException as error:
-        if not begun and not isinstance(error, sqlite3.ProgrammingError):
-            with contextlib.suppress(sqlite3.Error):
-                conn.rollback()
-        if isinstance(error, sqlite3.Error):
-            raise PersistenceError("The database failed", why=str(error)) from error
-        raise
-
-
-def _snapshot_rows(conn: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:
-    """Read from a table that may not be there; nothing is created for it."""
-    try:
-        return conn.execute(sql, values).fetchall()
-    except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return []
-        raise PersistenceError("The database failed", why=str(error)) from error
+    at = created_at or datetime.datetime.now(datetime.timezone.utc)
+    values = (snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot))
+    for statement in _SNAPSHOT_SCHEMA.split(";\n"):
+        _execute(conn, statement)
+    if not _has_state_column(conn):
+        _execute(conn, "ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
+    saved = _execute(conn, "INSERT INTO flexiflow_snapshots"
+        "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
+        " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
+        *values, expect, expect, snapshot.name)
+    if not saved.count:
+        raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
+            why="somebody else has saved meanwhile", fix="load it, and apply your change to that")
+    return int(saved.id)
 
 
 def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
         component_name: str) -> ComponentSnapshot | None:
     """Return the snapshot that was saved last, whatever the clock said; None if there is none."""
-    rows = _snapshot_rows(conn,
-        "SELECT id, snapshot_json FROM flexiflow_snapshots WHERE component_name=?"
-        " ORDER BY id DESC LIMIT 1", (component_name,))
-    return _snapshot_from(rows[0][1], f"snapshot of {component_name!r}", rows[0][0]) if rows else None
+    for id, text in _execute(conn, "SELECT id, snapshot_json FROM flexiflow_snapshots"
+            " WHERE component_name=? ORDER BY id DESC LIMIT 1", component_name).rows:
+        return _snapshot_from(text, f"snapshot of {component_name!r}", id)
+    return None
 
 
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
         limit: int = 10) -> list[dict[str, Any]]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
-    try:
-        rows = conn.execute(
-            "SELECT id, created_at, current_state FROM flexiflow_snapshots WHERE component_name=?"
-            " ORDER BY id DESC LIMIT ?", (component_name, limit)).fetchall()
-    except sqlite3.OperationalError as error:
-        if "no such column" not in str(error):
-            rows = _snapshot_rows(conn, "SELECT 1 FROM flexiflow_snapshots WHERE ?", (0,))
-        else:  # 1.0.1's table, which nobody has written to since
-            rows = _snapshot_rows(conn,
-                "SELECT id, created_at, NULL FROM flexiflow_snapshots WHERE component_name=?"
-                " ORDER BY id DESC LIMIT ?", (component_name, limit))
-    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)} for id, at,
-        state in rows]
+    column = "current_state" if _has_state_column(conn) else "NULL"
+    found = _execute(conn, f"SELECT id, created_at, {column} FROM flexiflow_snapshots"
+        " WHERE component_name=? ORDER BY id DESC LIMIT ?", component_name, limit)
+    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)}
+        for id, at, state in found.rows]
 
 
 def _state_in(conn: sqlite3.Connection, id: int) -> str:
     """Read the state out of a row of 1.0.1."""
-    ((text,),) = conn.execute("SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?", (id,))
+    sql = "SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?"
     try:
-        return _snapshot_from(text, f"snapshot {id}").current_state
+        return _snapshot_from(_execute(conn, sql, id).rows[0][0], f"snapshot {id}").current_state
     except PersistenceError:
         return "invalid"
 
@@ -2748,20 +2568,14 @@ def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
     if keep_last.__class__ is not int or keep_last < 1:
         raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
-    if not _snapshot_rows(conn, "SELECT 1 FROM flexiflow_snapshots LIMIT 1", ()):
-        return 0
-    with _in_callers_database(conn):
-        return conn.execute("DELETE FROM flexiflow_snapshots WHERE component_name=? AND id <="
-            " (SELECT id FROM flexiflow_snapshots WHERE component_name=?"
-            " ORDER BY id DESC LIMIT 1 OFFSET ?)", (component_name, component_name,
-            keep_last)).rowcount
+    return int(_execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
+        "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
+        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count)
 
 
 # The names that these have in 1.0.1's module extras.persist_sqlite.
-save_snapshot = save_snapshot_sqlite
-load_latest_snapshot = load_latest_snapshot_sqlite
-list_snapshots = list_snapshots_sqlite
-prune_snapshots = prune_snapshots_sqlite
+save_snapshot, load_latest_snapshot = save_snapshot_sqlite, load_latest_snapshot_sqlite
+list_snapshots, prune_snapshots = list_snapshots_sqlite, prune_snapshots_sqlite
 
 
 # --------------------------------------------------------------------------------------------
@@ -2803,11 +2617,6 @@ _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "dat
 _MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule")
 
 
-def checksum(*parts: Any, start: int = 0) -> int:
-    """Return the CRC-32 of the parts' texts; `start` chains it to another one."""
-    return zlib.crc32("\0".join(map(str, parts)).encode("utf-8"), start)
-
-
 def _is_busy(error: Exception) -> bool:
     return "locked" in str(error) or "busy" in str(error)
 
@@ -2819,9 +2628,7 @@ class SQLiteStore:
     survives a killed process). The file is made at the first use, unless `readonly`.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], synchronous: str = "FULL", *, readonly: bool = False
-    ) -> None:
+    def __init__(self, path: Path, synchronous: str = "FULL", *, readonly: bool = False) -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
@@ -2829,7 +2636,7 @@ class SQLiteStore:
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
-        self._flushing = False
+        self._flushing, self._lock = False, threading.Lock()
         self._busy_since: float | None = None
         self._mean = 0.0  # seconds that a commit takes of late
 
@@ -2840,7 +2647,8 @@ class SQLiteStore:
         """Close the file; a write that still waits fails."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process == os.getpid():
-            connection.close()
+            with self._lock:  # a COMMIT may be under way in its thread
+                connection.close()
         waiting, self._waiting = self._waiting, []
         self._settle(waiting, PersistenceError(f"Store {self.path!r} was closed"))
 
@@ -2849,8 +2657,7 @@ class SQLiteStore:
         """The connection, opened at first use."""
         if self._process != os.getpid():
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
-            raise PersistenceError(
-                f"Store {self.path!r} was opened before a fork",
+            raise PersistenceError(f"Store {self.path!r} was opened before a fork",
                 fix="make an engine of its own in each process")
         if self._connection is None:
             with self._translated():
@@ -2859,10 +2666,8 @@ class SQLiteStore:
 
     # ---- the one write
 
-    async def write(
-        self, check: Callable[..., Any] | None, rows: Sequence[Row],
-        done: Callable[[], None] | None = None
-    ) -> Any:
+    async def write(self, check: Callable[..., Any] | None, rows: Sequence[Row],
+            done: Callable[[], None] | None = None) -> Any:
         """Carry out `rows` in a transaction, if `check(execute)` returns None; return its answer.
 
         Writes that are ready in one pass of the loop share a transaction. `done()` is called as
@@ -2907,10 +2712,10 @@ class SQLiteStore:
         self._carry_out(batch)
         if self._mean > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
-                future = loop.run_in_executor(None, self._commit)
+                future = loop.run_in_executor(None, self._commit, self.db)
                 future.add_done_callback(lambda done: self._after(loop, batch, done.result()))
                 return
-        self._after(loop, batch, self._commit())
+        self._after(loop, batch, self._commit(self.db))
 
     def _begin(self) -> bool:
         """Take the write lock, or return False while another process has it.
@@ -2952,32 +2757,30 @@ class SQLiteStore:
                     write.error = write.error or error
                 return
 
-    def _commit(self) -> Exception | None:
+    def _commit(self, db: sqlite3.Connection) -> Exception | None:
         """Commit, and return what went wrong; may run in a thread."""
         start = time.monotonic()
         try:
             # Without WAL, a reader can hold up a commit; the transaction stays open.
-            if self.db.in_transaction:
-                self._insist(self.db, "COMMIT")
+            with self._lock:
+                if db.in_transaction:
+                    self._insist(db, "COMMIT")
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
-                self.db.execute("ROLLBACK")
+                db.execute("ROLLBACK")
             return error
         self._mean += 0.1 * (time.monotonic() - start - self._mean)
         return None
 
-    def _after(
-        self, loop: asyncio.AbstractEventLoop, batch: list[Any], failure: Exception | None
-    ) -> None:
+    def _after(self, loop: asyncio.AbstractEventLoop, batch: list[Any], failure: Exception
+            | None) -> None:
         self._settle(batch, failure, unknown=True)
         if self._waiting:
             loop.call_soon(self._flush, loop)
         else:
             self._flushing = False
 
-    def _settle(
-        self, batch: list[Any], failure: Exception | None, unknown: bool = False
-    ) -> None:
+    def _settle(self, batch: list[Any], failure: Exception | None, unknown: bool = False) -> None:
         """Tell every write of a batch how it went."""
         for write in batch:
             error = write.error or failure
@@ -3016,7 +2819,7 @@ class SQLiteStore:
 
     def _open_readonly(self) -> sqlite3.Connection:
         """Open for reading; a file in WAL mode on a read-only medium can only be opened frozen."""
-        if not os.path.exists(self.path):
+        if not os.path.isfile(self.path):
             raise PersistenceError(
                 f"No store: {self.path!r}", fix="register a component first, or check the path")
         uri = "file:" + "".join(
@@ -3038,8 +2841,7 @@ class SQLiteStore:
         """Return the schema's version, 0 where there is none yet; refuse a newer one."""
         (version,) = self._insist(db, "PRAGMA user_version")
         if version > SCHEMA_VERSION:
-            raise PersistenceError(
-                f"Store {self.path!r} was written by a newer FlexiFlow",
+            raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
                 fix="use the newer flexiflow.py")
         return int(version)
@@ -3067,14 +2869,13 @@ class SQLiteStore:
             raise self._translate(error) from error
 
     def _translate(self, error: Exception, unknown: bool = False) -> PersistenceError:
-        fixes = {
-            "full": "free some space on the disk; nothing that was acknowledged is lost",
+        fixes = {"full": "free some space on the disk; nothing that was acknowledged is lost",
             "readonly": "make the file and its folder writable",
             "locked": "another process holds the file; try again",
             "malformed": "the file is damaged; restore a backup",
             "not a database": "this is no SQLite file, or a damaged one",
             "unable to open": "check the path, and that the folder is writable",
-            "No module named": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
+            "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
         fix = next((fix for sign, fix in fixes.items() if sign in str(error)), None)
         if unknown:
             fix = "the outcome is unknown: repeat with the same id" + (f"; {fix}" if fix else "")
@@ -3085,9 +2886,8 @@ class SQLiteStore:
 
     def damaged(self, what: str, **where: Any) -> PersistenceError:
         """Return the error for a row that is not as it was written."""
-        return PersistenceError(
-            f"Store {self.path!r} is damaged: {what}", why="a checksum does not fit",
-            fix="restore a backup", **where)
+        return PersistenceError(f"Store {self.path!r} is damaged: {what}",
+            why="a checksum does not fit", fix="restore a backup", **where)
 
     # ---- views: what is read, each row checked
 
@@ -3099,14 +2899,15 @@ class SQLiteStore:
     def names(self) -> list[str]:
         """Return the names of all components."""
         rows = self.rows("SELECT name FROM flexiflow_components ORDER BY name")
-        return [row[0] for row in rows]
+        if not all(isinstance(name, str) for (name,) in rows):
+            raise self.damaged("the name of a component")
+        return [name for (name,) in rows]
 
-    def head(self, name: str) -> dict[str, Any] | None:
+    def head(self, name: str) -> Json | None:
         """Return a component's row as a dict, with `chain`, the crc of its last journal row."""
         # One statement reads one state of the file: another process may commit in between two.
         last = "(SELECT %s FROM flexiflow_journal WHERE component=name ORDER BY seq DESC LIMIT 1)"
-        found = self.rows(
-            f"SELECT {', '.join(_HEAD)}, crc, {last % 'seq'}, {last % 'crc'}"
+        found = self.rows(f"SELECT {', '.join(_HEAD)}, crc, {last % 'seq'}, {last % 'crc'}"
             " FROM flexiflow_components WHERE name=?", (name,))
         if not found:
             if self.rows("SELECT 1 FROM flexiflow_journal WHERE component=? LIMIT 1", (name,)):
@@ -3123,17 +2924,15 @@ class SQLiteStore:
             head[key] = None if head[key] is None else json.loads(head[key])
         return head
 
-    def definition(self, hash: str) -> dict[str, Any]:
+    def definition(self, hash: str) -> Json:
         """Return the source of a stored definition."""
         found = self.rows("SELECT body FROM flexiflow_definitions WHERE hash=?", (hash,))
         if not found or hashlib.sha256(found[0][0].encode()).hexdigest() != hash:
             raise self.damaged(f"definition {hash[:12]}")
         return json.loads(found[0][0])  # type: ignore[no-any-return]
 
-    def journal(
-        self, component: str | None = None, limit: int | None = None, where: str = "1",
-        values: Sequence[Any] = ()
-    ) -> list[dict[str, Any]]:
+    def journal(self, component: str | None = None, limit: int | None = None, where: str = "1",
+            values: Sequence[Any] = ()) -> list[Json]:
         """Return journal rows as dicts, the newest first."""
         sql = (
             "SELECT component, seq, message_id, correlation_id, message, receipt, data, time, prior,"
@@ -3141,27 +2940,24 @@ class SQLiteStore:
             + " AND component=?" * (component is not None)
             + f" ORDER BY {'number' if component is None else 'seq'} DESC LIMIT ?")
         own = () if component is None else (component,)
-        entries = []
-        for *fields, prior, crc, number in self.rows(
-            sql, (*values, *own, -1 if limit is None else limit)
-        ):
+        entries: list[Json] = []
+        newer: tuple[Any, ...] = ()
+        for *fields, prior, crc, number in self.rows(sql, (*values, *own, -1 if limit is None
+                else limit)):
             if checksum(*fields, start=prior) != crc:
                 raise self.damaged(f"journal row {number}", component=fields[0], seq=fields[1])
             entry = dict(zip(_ENTRY, fields), number=number, message=json.loads(fields[4]))
             outcome, before, after, reason = json.loads(entry.pop("receipt"))
             entry.update(outcome=outcome, from_state=before, to_state=after, reason=reason)
             entry["data"] = None if entry["data"] is None else json.loads(entry["data"])
-            if entries and entries[-1]["component"] == entry["component"] and where == "1":
-                if (entries[-1]["seq"] - 1, earlier) != (entry["seq"], crc) and component:
-                    raise self.damaged(f"history of {component!r} has a gap", seq=entry["seq"])
-            earlier = prior
+            if component and where == "1" and newer not in ((), (entry["seq"], crc)):
+                raise self.damaged(f"history of {component!r} has a gap", seq=entry["seq"])
+            newer = (entry["seq"] - 1, prior)
             entries.append(entry)
         return entries
 
-    def message_row(
-        self, component: str, id: str, correlation_id: str | None, text: str, due: float,
-        sent: float, state: str | None = None, rule: int | None = None
-    ) -> Row:
+    def message_row(self, component: str, id: str, correlation_id: str | None, text: str,
+            due: float, sent: float, state: str | None = None, rule: int | None = None) -> Row:
         """Return the INSERT of a message; an id that the queue holds already adds nothing."""
         values = (component, id, correlation_id, text, due, state, rule)
         place = "(SELECT COALESCE(MAX(place), 0) + 1 FROM flexiflow_messages)"
@@ -3170,14 +2966,20 @@ class SQLiteStore:
             " message, due, state, rule, sent, crc, place) VALUES (?,?,?,?,?,?,?,?,?,"
             + (place if state is None and due <= sent else "NULL") + ")", (*values, sent, checksum(*values)))
 
-    def messages(self, where: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def sealed(self, row: Json) -> Json:
+        """Return a row of the queue with its message decoded, if it is as it was written."""
+        if checksum(*(row[key] for key in _MESSAGE)) != row["crc"]:
+            raise self.damaged(f"message {row['number']}")
+        return {**row, "message": json.loads(row["message"])}
+
+    def messages(self, where: str, values: Sequence[Any] = ()) -> list[Json]:
         """Return rows of the queue as dicts, unchecked and with the message as text."""
         keys = (*_MESSAGE, "number", "place", "attempts", "error", "sent", "dead", "crc")
         columns = ", ".join("message_id" if key == "id" else key for key in keys)
         found = self.rows(f"SELECT {columns} FROM flexiflow_messages WHERE {where}", values)
         return [dict(zip(keys, row)) for row in found]
 
-    def change_message(self, row: dict[str, Any], **changed: Any) -> Row:
+    def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue, checksum included."""
         if checksum(*(row[key] for key in _MESSAGE)) == row["crc"]:  # damage stays visible
             changed["crc"] = checksum(*({**row, **changed}[key] for key in _MESSAGE))
@@ -3200,20 +3002,17 @@ UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component 
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=? WHERE name=? AND seq=?")
-_NEW_HEAD = (
-    f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
+_NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
     "INSERT INTO flexiflow_journal(component, seq, message_id, correlation_id, message, receipt,"
     " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
-_EMPTY: dict[str, Any] = {}  # shared by all components without data; never changed in place
+_EMPTY: Json = {}  # shared by all components without data; never changed in place
 
 
-class Receipt(
-    namedtuple(
-        "Receipt", "outcome component id from_state to_state seq reason data duplicate",
-        defaults=(None, None, None, None, None, False))
-):
+class Receipt(namedtuple("Receipt",
+        "outcome component id from_state to_state seq reason data duplicate",
+        defaults=(None, None, None, None, None, False))):
     """What became of a message; true if it was accepted.
 
     `outcome` is moved, stayed, blocked (its guards were false), ignored (not accepted in this
@@ -3224,14 +3023,14 @@ class Receipt(
     __slots__ = ()
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Json:
         """The component's data afterwards; a copy."""
         return fresh(self[7])  # type: ignore[no-any-return]
 
     def __bool__(self) -> bool:
-        return self[0] == "moved" or self[0] == "stayed"
+        return self[0] in ("moved", "stayed")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Return the receipt as a JSON object."""
         return {**self._asdict(), "data": self.data}
 
@@ -3241,12 +3040,10 @@ class Turn(Context):
 
     live = True
     sent: Sequence[Outgoing] = ()  # what the commit takes along
-    data: dict[str, Any] | None = None  # a copy of `base`, once code has asked for it
+    data: Json | None = None  # a copy of `base`, once code has asked for it
     outbox: list[Outgoing] | None = None  # what is sent from within the turn
 
-    def __init__(
-        self, component: AsyncComponent, parent: Context | None, message: dict[str, Any]
-    ) -> None:
+    def __init__(self, component: AsyncComponent, parent: Context | None, message: Json) -> None:
         self.parent, self._correlation_id = parent, None
         self.component, self.message = component, message
         self.machine = machine = component.state_machine
@@ -3288,25 +3085,15 @@ def live_turn(component: AsyncComponent | None = None) -> Turn | None:
     return None
 
 
-def check_message(message: Any) -> dict[str, Any]:
+def check_message(message: Any) -> Json:
     """Return a message as a dict; raise ArgumentError if it is not one with a type."""
     if not isinstance(message, dict):
         raise ArgumentError(f"Not a message: {message!r}", fix='write {"type": "start"}')
-    for key in ("type", "id", "correlation_id"):
+    for key in ("type", "id", "correlation_id", "component"):
         value = message.get(key)
         if (value is not None or key == "type") and not (isinstance(value, str) and value):
             raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}")
     return message if message.__class__ is dict else dict(message)
-
-
-def _written(value: Any, name: str) -> str:  # TEMP until s02 has it
-    """Return JSON for the store; raise PersistenceError for what would not come back the same."""
-    try:
-        return write_json(value, name)
-    except ValueError as error:
-        raise PersistenceError(
-            f"Cannot save {name}", why=str(error),
-            fix="keep it to JSON: text, numbers, lists, dicts with text as keys") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3321,16 +3108,12 @@ class AsyncComponent:
     seconds; `metadata` is what a snapshot carried along.
     """
 
-    __slots__ = (
-        "name", "state_machine", "logger", "event_bus", "seq", "completed", "definition", "metadata",
-        "_rules", "_engine", "_data", "_data_text", "_since", "_chain", "_unready", "_birth",
-        "_turn", "_waiters", "_internal", "_update")
+    __slots__ = ("name", "state_machine", "logger", "event_bus", "seq", "completed", "definition",
+        "metadata", "_rules", "_engine", "_data", "_data_text", "_since", "_chain", "_unready",
+        "_birth", "_turn", "_waiters", "_internal", "_update")
 
-    def __init__(
-        self, name: str, rules: list[dict[str, Any]] | None = None,
-        state_machine: StateMachine | None = None, logger: Any = None,
-        event_bus: AsyncEventManager | None = None
-    ) -> None:
+    def __init__(self, name: str, rules: list[Json] | None = None, state_machine: StateMachine
+            | None = None, logger: Any = None, event_bus: AsyncEventManager | None = None) -> None:
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"Not a name for a component: {name!r}")
         self.name, self.logger, self.event_bus = name, logger, event_bus
@@ -3338,7 +3121,7 @@ class AsyncComponent:
         self.seq = self._chain = 0  # _chain: crc of the last journal row
         self.completed: float | None = None
         self.definition: Any = None  # None: made by hand, without rules
-        self.metadata: dict[str, Any] | None = None
+        self.metadata: Json | None = None
         self._rules = rules
         self._engine: Any = None
         self._data, self._since = _EMPTY, _EMPTY
@@ -3348,7 +3131,7 @@ class AsyncComponent:
         self._update: Definition | None = None  # to be adopted before the next message
         self._turn: Turn | None = None
         self._waiters: deque[tuple[asyncio.Future[None], Turn]] | None = None
-        self._internal: deque[dict[str, Any]] | None = None  # sent to itself, not handled yet
+        self._internal: deque[Json] | None = None  # sent to itself, not handled yet
 
     def __repr__(self) -> str:
         return f"<AsyncComponent {self.name!r} in {self.state!r}>"
@@ -3361,17 +3144,17 @@ class AsyncComponent:
         return self.state_machine.registry.name_of(self.state_machine.current_state)
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Json:
         """The data: within a turn the working copy, else a copy that changes nothing."""
         turn = live_turn(self)
         if turn is None:
             return fresh(self._data)  # type: ignore[no-any-return]
         if turn.data is None:
             turn.data = fresh(turn.base)
-        return turn.data  # type: ignore[return-value]
+        return turn.data
 
     @data.setter
-    def data(self, value: dict[str, Any]) -> None:
+    def data(self, value: Json) -> None:
         turn = live_turn(self)
         if turn is None:
             raise StateError(
@@ -3380,19 +3163,17 @@ class AsyncComponent:
         turn.data = value
 
     @property
-    def rules(self) -> list[dict[str, Any]]:
+    def rules(self) -> list[Json]:
         """The rules, notes included; `update_rules` changes them."""
         if self._rules is None:
             self._rules = []
         return self._rules
 
-    async def add_rule(self, rule: dict[str, Any]) -> None:
+    async def add_rule(self, rule: Json) -> None:
         """Add a rule."""
         await self.update_rules([rule])
 
-    async def update_rules(
-        self, new_rules: list[dict[str, Any]], *, replace: bool = False
-    ) -> list[dict[str, Any]]:
+    async def update_rules(self, new_rules: list[Json], *, replace: bool = False) -> list[Json]:
         """Add rules, or put them in place of the old ones; return the rules that hold now.
 
         A rule that is there already is not added again. Raises ConfigError, and changes
@@ -3412,9 +3193,8 @@ class AsyncComponent:
 
     # ---- turns
 
-    async def handle_message(
-        self, message: dict[str, Any], *, _row: dict[str, Any] | None = None, _strict: bool = True
-    ) -> Receipt:
+    async def handle_message(self, message: Json, *, _row: Json | None = None,
+            _strict: bool = True) -> Receipt:
         """Handle a message and return its receipt, when its events have been published.
 
         Raises StateError for a message type that is declared nowhere, and whatever the code of
@@ -3453,10 +3233,9 @@ class AsyncComponent:
     def _keep(self, turn: Turn, outbox: Sequence[Outgoing]) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
         self._internal = self._internal or deque()
-        self._internal += [
-            {"component": self.name, "message": out.message, "id": out.id,
-             "correlation_id": turn.correlation_id}
-            for out in outbox if out.to == self.name and not out.delay]
+        self._internal += [{"component": self.name, "message": out.message, "id": out.id,
+            "correlation_id": turn.correlation_id} for out in outbox if out.to == self.name
+            and not out.delay]
 
     @contextlib.asynccontextmanager
     async def _own_turn(self, kind: str) -> AsyncIterator[Turn]:
@@ -3495,8 +3274,7 @@ class AsyncComponent:
 
     def _wait_too_long(self, future: asyncio.Future[None]) -> None:
         if not future.done():
-            future.set_exception(StateError(
-                f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}",
+            future.set_exception(StateError(f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}",
                 why="the message before this one is not done; perhaps two components wait for each"
                 " other", component=self.name))
 
@@ -3535,26 +3313,26 @@ class AsyncComponent:
                 turn.end()
         holder.begin()
 
-    async def _gave_up(self, row: dict[str, Any], error: Exception, dead: bool) -> None:
+    async def _gave_up(self, row: Json, error: Exception, dead: bool) -> None:
         if self._engine is not None:
             await self._engine._failed(row, error, dead)
         else:
             (self.logger or logger).error(
                 "Message %r to %r failed", row["message"]["type"], self.name, exc_info=error)
 
-    def _unknown(self, message: dict[str, Any], receipt: Receipt) -> StateError:
-        error = StateError(
-            f"Unknown message: {message['type']!r}",
+    def _unknown(self, message: Json, receipt: Receipt) -> StateError:
+        error = StateError(f"Unknown message: {message['type']!r}",
             why=f"no rule of {self.name!r} takes it in any state",
             fix=choose(message["type"], self.definition.types), component=self.name,
             state=receipt.from_state)
         error.receipt = receipt  # type: ignore[attr-defined]
         return error
 
-    async def _run(self, turn: Turn, row: dict[str, Any] | None) -> Receipt:
+    async def _run(self, turn: Turn, row: Json | None) -> Receipt:
         """Decide, act, commit and announce; in a store again, while other processes are quicker."""
         store = None if self._engine is None else self._engine.store
-        id, text, machine = turn.message.get("id"), "", self.state_machine
+        id: Any = turn.message.get("id")
+        text, machine = "", self.state_machine
         try:
             if store is not None:
                 given, id = id, id or new_id()
@@ -3610,7 +3388,8 @@ class AsyncComponent:
         return True
 
     def _receipt(self, plan: Plan, id: str | None, before: str) -> Receipt:
-        machine, seq = self.state_machine, self.seq
+        machine = self.state_machine
+        seq: int | None = self.seq
         after = machine.registry.name_of(machine._state) if plan.outcome == "moved" else before
         if plan.outcome == "unknown":
             id = seq = None
@@ -3624,18 +3403,16 @@ class AsyncComponent:
             return None
         (entry,) = found
         if _encode(entry["message"]) != text:
-            raise StateError(
-                f"The id {id!r} was used for another message to {self.name!r}",
+            raise StateError(f"The id {id!r} was used for another message to {self.name!r}",
                 why="an id stands for one message, its type and payload included",
                 fix="send the new message under a new id", first=entry["message"].get("type"))
         last = store.journal(self.name, 1, "seq<=? AND data IS NOT NULL", (entry["seq"],))
-        return Receipt(
-            entry["outcome"], self.name, id, entry["from_state"], entry["to_state"], entry["seq"],
-            entry["reason"], last[0]["data"] if last else None, True)
+        return Receipt(entry["outcome"], self.name, id, entry["from_state"], entry["to_state"],
+            entry["seq"], entry["reason"], last[0]["data"] if last else None, True)
 
     # ---- deciding and acting
 
-    def _decided(self, turn: Turn, row: dict[str, Any] | None, leaf: str) -> Plan:
+    def _decided(self, turn: Turn, row: Json | None, leaf: str) -> Plan:
         """Return what the rules say, with the state object that it leads to."""
         definition = self.definition
         if definition is None:
@@ -3658,19 +3435,17 @@ class AsyncComponent:
 
     def _scope(self, turn: Turn, leaf: str, now: float | None = None) -> Scope:
         clock = time.time if self._engine is None else self._engine.clock
-        return {
-            "message": turn.message, "data": turn.base, "component": self.name, "state": leaf,
+        return {"message": turn.message, "data": turn.base, "component": self.name, "state": leaf,
             "id": turn.message.get("id"), "now": clock() if now is None else now, "self": self}
 
     async def _ask_class(self, turn: Turn, plan: Plan, leaf: str) -> None:
         """Let the current state's class answer; put back its attributes if it fails."""
         state = turn.state
-        kept = getattr(state, "__dict__", None)
-        kept = fresh(kept) if kept else None
+        kept = fresh(getattr(state, "__dict__", None) or {})
         try:
             proceed, plan.state = await ask(state, turn.message, self)
         except BaseException:
-            if kept is not None:
+            if hasattr(state, "__dict__"):
                 vars(state).clear()
                 vars(state).update(kept)
             raise
@@ -3696,12 +3471,11 @@ class AsyncComponent:
 
     def _follow_class(self, turn: Turn, plan: Plan, leaf: str) -> None:
         """Go where a class has answered to go, as a rule would."""
-        definition, cls = self.definition, type(plan.state)
-        name = self.state_machine.registry.name_of(plan.state)  # type: ignore[arg-type]
+        definition, cls = self.definition, plan.state.__class__
+        name = self.state_machine.registry.name_of(plan.state)
         if name not in definition.nodes:
             if self._engine is not None and self._engine.store is not None:
-                raise StateError(
-                    f"State {name!r} is not in the config of {self.name!r}",
+                raise StateError(f"State {name!r} is not in the config of {self.name!r}",
                     why="a store could not bring it back",
                     fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
             definition.nodes[name] = Node(name, cls=cls)
@@ -3719,10 +3493,8 @@ class AsyncComponent:
 
     # ---- committing
 
-    def _commit(
-        self, turn: Turn, plan: Plan, before: str, id: str = "", text: str = "",
-        row: dict[str, Any] | None = None, definition: Any = None, rows: Sequence[Row] = ()
-    ) -> Any:
+    def _commit(self, turn: Turn, plan: Plan, before: str, id: str = "", text: str = "", row: Json
+            | None = None, definition: Any = None, rows: Sequence[Row] = ()) -> Any:
         """Make a plan true: at once in memory; in the store, return what is to be awaited for it."""
         engine, passage, since, completed = self._engine, plan.passage, self._since, self.completed
         seq = self.seq + (plan.outcome != "created")
@@ -3744,11 +3516,9 @@ class AsyncComponent:
         self._adopt(turn, plan.state, plan.data, None, seq, since, completed, 0, definition)
         return None
 
-    def _write(
-        self, turn: Turn, plan: Plan, before: str, id: str, text: str, row: Any,
-        rows: Sequence[Row], now: float, seq: int, since: Any, completed: float | None,
-        definition: Any
-    ) -> Any:
+    def _write(self, turn: Turn, plan: Plan, before: str, id: str, text: str, row: Any,
+            rows: Sequence[Row], now: float, seq: int, since: Any, completed: float | None,
+            definition: Any) -> Any:
         """Return the write of a plan: the component's row, the journal's, and `rows`."""
         state: Any = plan.state
         stored, attributes = definition or self.definition, getattr(state, "__dict__", None)
@@ -3771,15 +3541,12 @@ class AsyncComponent:
 
         journal: list[Row] = [(_NEW_ENTRY, (*entry, self._chain, chain))]
         if not seq or definition is not None:
-            journal.append((
-                "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)",
+            journal.append(("INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)",
                 (stored.hash, stored.text)))
         return self._engine.queue.write(claim, [*journal, *rows], functools.partial(
             self._adopt, turn, state, plan.data, data, seq, since, completed, chain, definition))
 
-    def _effect_rows(
-        self, turn: Turn, plan: Plan, row: dict[str, Any] | None, now: float
-    ) -> list[Row]:
+    def _effect_rows(self, turn: Turn, plan: Plan, row: Json | None, now: float) -> list[Row]:
         """Return the queue's rows for a plan: what is sent, and the timers made and removed."""
         rows: list[Row] = [] if row is None else [self._unqueue(row)]
         passage, engine = plan.passage, self._engine
@@ -3819,26 +3586,23 @@ class AsyncComponent:
 
     def _timer_row(self, turn: Turn, rule: Rule, owner: str, due: float, now: float) -> Row:
         text = _encode({"type": f"after {rule.text['after']}"})
-        row: Row = self._engine.queue.message_row(
-            self.name, new_id(), turn.correlation_id, text, due, now, owner,
-            rule.number)
+        row: Row = self._engine.queue.message_row(self.name, new_id(), turn.correlation_id, text,
+            due, now, owner, rule.number)
         return row
 
-    def _queued(self, row: dict[str, Any]) -> bool:
+    def _queued(self, row: Json) -> bool:
         """Tell whether a message still waits in the queue: another process may have handled it."""
         if self._engine is None:
             return True
         sql = "SELECT 1 FROM flexiflow_messages WHERE component=? AND message_id=?"
         return bool(self._engine.queue.rows(sql, (self.name, row["id"])))
 
-    def _unqueue(self, row: dict[str, Any]) -> Row:
+    def _unqueue(self, row: Json) -> Row:
         return ("DELETE FROM flexiflow_messages WHERE component=? AND message_id=?",
                 (self.name, row["id"]))
 
-    def _adopt(
-        self, turn: Turn | None, state: Any, data: dict[str, Any], data_text: str | None, seq: int,
-        since: dict[str, float], completed: float | None, chain: int, definition: Any
-    ) -> None:
+    def _adopt(self, turn: Turn | None, state: Any, data: Json, data_text: str | None, seq: int,
+            since: dict[str, float], completed: float | None, chain: int, definition: Any) -> None:
         """Become what was committed."""
         self.state_machine._state, self._data, self._data_text = state, data, data_text
         self.seq, self._since, self.completed, self._chain = seq, since, completed, chain
@@ -3877,19 +3641,20 @@ class AsyncComponent:
     def _define(self, definition: Definition) -> None:
         self.definition, self.state_machine.registry = definition, definition.registry
 
-    def _compiled(self, rules: list[dict[str, Any]], replace: bool = True) -> Definition:
+    def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
         """Return a definition with these rules instead; raise ConfigError if it is not good."""
-        machine = self.state_machine
-        registry = StateRegistry(machine.registry)
-        source = {"initial_state": self.state} if self.definition is None else self.definition.source
-        if registry.get(self.state) is None:
+        machine, old = self.state_machine, self.definition
+        registry = machine.registry._parent if old else StateRegistry(machine.registry)
+        if registry is None or registry is DEFAULT_REGISTRY:
+            registry = StateRegistry(DEFAULT_REGISTRY)
+        if old is None and registry.get(self.state) is None:
             registry.register(self.state, type(machine._state))
-        walk = _Walk(
-            {"name": self.name, **source, "rules": rules}, registry=registry,
+        source = old.source if old else {"initial_state": self.state}
+        walk = _Walk({"name": self.name, **source, "rules": rules}, registry=registry,
             allow_imports=self._engine and self._engine.allow_imports)
-        errors = [problem for problem in walk.problems() if problem.level == "error"]
-        if errors:
-            error = _as_error(errors, None)
+        walk.problems()
+        if walk.found.errors:
+            error = _as_error(walk.found.errors, None)
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
             raise error
@@ -3898,8 +3663,7 @@ class AsyncComponent:
     def _checked(self, definition: Definition) -> Definition:
         """Return a definition that the component can go over to; else raise ConfigError."""
         if self.state not in definition.nodes:
-            raise ConfigError(
-                f"State {self.state!r} of {self.name!r} would be gone",
+            raise ConfigError(f"State {self.state!r} of {self.name!r} would be gone",
                 fix="keep the state, or let the component leave it first", component=self.name)
         return definition
 
@@ -3921,15 +3685,14 @@ class AsyncComponent:
         finally:
             turn.end()
 
-    def _load(self, head: dict[str, Any]) -> None:
+    def _load(self, head: Json) -> None:
         """Become what the store says."""
         definition = self._engine._stored_definition(head["definition"])
         if head["state"] not in definition.nodes:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
         state = definition.nodes[head["state"]].create(head["attributes"])
-        self._adopt(
-            None, state, head["data"], head["data_text"], head["seq"], head["since"], head["completed"],
-            head["chain"], definition)
+        self._adopt(None, state, head["data"], head["data_text"], head["seq"], head["since"],
+            head["completed"], head["chain"], definition)
         self._unready = False
 
     async def _swap(self, turn: Turn, changed: Definition) -> None:
@@ -3968,7 +3731,7 @@ class AsyncComponent:
         for owner in changed.sources(leaf):
             for rule in changed.timers(owner):
                 if _encode(rule.text) not in before:
-                    delay = seconds(rule.after(scope))  # type: ignore[misc]
+                    delay = seconds(rule.after(scope))
                     due = self._since.get(owner, now) + delay
                     rows.append(self._timer_row(turn, rule, owner, due, now))
         return rows
@@ -3983,8 +3746,7 @@ class AsyncComponent:
             await self._publish("component.message.received", turn, message=turn.message)
         if receipt.outcome == "moved":
             if bus.listens("state.changed"):
-                await self._publish(
-                    "state.changed", turn, from_state=receipt.from_state,
+                await self._publish("state.changed", turn, from_state=receipt.from_state,
                     to_state=receipt.to_state, state=receipt.to_state)
             if self.completed is not None:
                 await self._publish("component.completed", turn, state=receipt.to_state)
@@ -4006,7 +3768,7 @@ class AsyncComponent:
             (self.logger or logger).error("Event %r was not published", event, exc_info=error)
 
 
-def message_of(row: dict[str, Any]) -> dict[str, Any]:
+def message_of(row: Json) -> Json:
     """Return a message of the queue as its component is to see it."""
     return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
 
@@ -4019,10 +3781,9 @@ class FlexiFlowEngine:
     belongs to one event loop; other threads and processes open the same file with their own.
     """
 
-    def __init__(
-        self, store: str | os.PathLike[str] | SQLiteStore | None = None, *, logger: Any = None,
-        clock: Callable[[], float] = time.time, allow_imports: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, store: Path | SQLiteStore | None = None, *,
+            logger: Any = None, clock: Callable[[], float] = time.time, allow_imports: Sequence[str]
+            | None = None) -> None:
         given = store is None or isinstance(store, SQLiteStore)
         self.store: SQLiteStore | None = store if given else SQLiteStore(store)  # type: ignore
         self.logger = logger or globals()["logger"]
@@ -4039,6 +3800,7 @@ class FlexiFlowEngine:
         self._memory: SQLiteStore | None = None
         self._alarm: asyncio.Future[None] | None = None
         self._stopping = False
+        self._called_off: set[asyncio.Future[None]] = set()  # deliveries of a cancelled worker
 
     async def __aenter__(self) -> FlexiFlowEngine:
         self._spawn(self.run())
@@ -4069,10 +3831,8 @@ class FlexiFlowEngine:
 
     # ---- components
 
-    def create_component(
-        self, config: str | os.PathLike[str] | dict[str, Any] | ComponentConfig, *,
-        name: str | None = None, data: dict[str, Any] | None = None, update: bool = False
-    ) -> AsyncComponent:
+    def create_component(self, config: Path | Json | ComponentConfig, *, name: str | None = None,
+            data: Json | None = None, update: bool = False) -> AsyncComponent:
         """Return the component of this name (by default the config's), made if it is new.
 
         A component that the store knows goes on where it stopped, with its stored definition; a
@@ -4110,8 +3870,7 @@ class FlexiFlowEngine:
         if other is component:
             return
         if other is not None or component._engine is not None:
-            raise StateError(
-                f"Component {component.name!r} is registered already",
+            raise StateError(f"Component {component.name!r} is registered already",
                 why="two of one name would overwrite each other", fix="use another name")
         if component.definition is None and (self.store is not None or component._rules):
             component._define(component._compiled(component.rules))
@@ -4154,14 +3913,14 @@ class FlexiFlowEngine:
             raise StateError(f"Unknown component: {name!r}", fix=choose(name, names))
         return component
 
-    def _head(self, name: str) -> dict[str, Any]:
+    def _head(self, name: str) -> Json:
         assert self.store is not None
         head = self.store.head(name)
         if head is None:
             raise StateError(f"Component {name!r} is gone", why="it was removed from the store")
         return head
 
-    def _conceive(self, component: AsyncComponent, data: dict[str, Any], birth: Passage) -> None:
+    def _conceive(self, component: AsyncComponent, data: Json, birth: Passage) -> None:
         """Plan a new component's turn 0; it is carried out before its first message."""
         _written(data, "data")
         component._engine, component._data = self, data
@@ -4181,9 +3940,9 @@ class FlexiFlowEngine:
         self.components[component.name] = component
         self.logger.debug("Registered component: %s", component.name)
         self._unannounced.append(component)
-        with contextlib.suppress(RuntimeError):  # no loop: the first call that awaits publishes it
-            asyncio.get_running_loop()
-            if self.event_bus.listens("engine.component.registered"):
+        if self.event_bus.listens("engine.component.registered"):
+            with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
+                asyncio.get_running_loop()
                 self._spawn(self._announce())
 
     def _spawn(self, work: Any) -> None:
@@ -4232,9 +3991,7 @@ class FlexiFlowEngine:
 
     # ---- messages
 
-    async def handle_message(
-        self, name: str, message: str | dict[str, Any], /, **fields: Any
-    ) -> Receipt:
+    async def handle_message(self, name: str, message: str | Json, /, **fields: Any) -> Receipt:
         """Handle a message to a component: `("order-17", "pay", amount=120, id="k-88")`.
 
         Raises StateError for an unknown component, and for a message that is declared nowhere.
@@ -4249,10 +4006,8 @@ class FlexiFlowEngine:
             await self._announce()
         return await component.handle_message(message)  # type: ignore[arg-type]
 
-    async def send(
-        self, name: str, message: str | dict[str, Any], /, *, delay: float | str = 0,
-        id: str | None = None, **fields: Any
-    ) -> Receipt:
+    async def send(self, name: str, message: str | Json, /, *, delay: float | str = 0,
+            id: str | None = None, **fields: Any) -> Receipt:
         """Put a message into the queue: it is delivered by `run`, `delay` seconds from now.
 
         From within a turn it leaves with the turn's commit. The component need not exist yet.
@@ -4278,15 +4033,13 @@ class FlexiFlowEngine:
 
         answer = await self.queue.write(sent_before, [row])
         if answer == "other":
-            raise StateError(
-                f"The id {key!r} was used for another message to {name!r}",
+            raise StateError(f"The id {key!r} was used for another message to {name!r}",
                 fix="send the new message under a new id")
         self._wake()
         return Receipt("queued", name, key, duplicate=answer is not None)
 
-    async def run(
-        self, *, until_idle: bool = False, concurrency: int = 100, component: str | None = None
-    ) -> int:
+    async def run(self, *, until_idle: bool = False, concurrency: int = 100, component: str
+            | None = None) -> int:
         """Deliver queued messages and due timers, of one component or of all; return how many.
 
         Goes on until `close`, or until nothing is due. Components run concurrently, the
@@ -4298,14 +4051,30 @@ class FlexiFlowEngine:
         await self._settle()
         while True:
             rows = await self._ready(component)
-            await asyncio.gather(*[self._deliver(row) for row in rows[:concurrency]])
+            await self._deliver_all(rows[:concurrency])
             delivered += len(rows[:concurrency])
             if self._stopping or (until_idle and not rows):
                 return delivered
             if not rows:
                 await self._sleep()
 
-    async def _ready(self, component: str | None) -> list[dict[str, Any]]:
+    async def _deliver_all(self, rows: list[Json]) -> None:
+        """Deliver rows of different components; a worker that is cancelled gives them back."""
+        tasks = [asyncio.ensure_future(self._deliver(row)) for row in rows]
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            self._called_off.update(tasks)  # a CancelledError of their own is a failed attempt
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            self._called_off.difference_update(tasks)
+            raise
+        for task in tasks:
+            task.result()
+
+    async def _ready(self, component: str | None) -> list[Json]:
         """Give what has come due its place, in due order; return each component's first message."""
         queue, mine = self.queue, "component=?" if component is not None else "1"
         values = () if component is None else (component,)
@@ -4320,28 +4089,25 @@ class FlexiFlowEngine:
         first = "SELECT MIN(place) FROM flexiflow_messages WHERE dead IS NULL GROUP BY component"
         return queue.messages(f"place IN ({first}) AND {mine} ORDER BY place", values)
 
-    async def _deliver(self, row: dict[str, Any]) -> None:
+    async def _deliver(self, row: Json) -> None:
         """Deliver one row of the queue; what fails is tried again later."""
         dead = True  # what cannot be read is not tried again
         try:
-            if checksum(*(row[key] for key in _MESSAGE)) != row["crc"]:
-                raise self.queue.damaged(f"message {row['number']}")
-            message = message_of({**row, "message": json.loads(row["message"])})
+            message = message_of(self.queue.sealed(row))
             dead = False
             component = self._find(row["component"])
             if self._unannounced:
                 await self._announce()
             await component.handle_message(message, _row=row)
-        except BaseException as error:
-            if not _is_own_failure(error) and not isinstance(error, SystemExit):
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if asyncio.current_task() in self._called_off:
                 raise
             await self._failed(row, error, dead)
 
-    async def _failed(self, row: dict[str, Any], error: Any, dead: bool = False) -> None:
+    async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
         self.logger.error("Message %s to %r failed", row["id"], row["component"], exc_info=error)
-        found = self.queue.messages(
-            "component=? AND message_id=?", (row["component"], row["id"]))
+        found = self.queue.messages("component=? AND message_id=?", (row["component"], row["id"]))
         if not found:
             return
         (row,), now = found, self.clock()
@@ -4381,9 +4147,8 @@ class FlexiFlowEngine:
 
     # ---- rules and views
 
-    async def update_rules(
-        self, name: str, rules: list[dict[str, Any]], *, replace: bool = False
-    ) -> list[dict[str, Any]]:
+    async def update_rules(self, name: str, rules: list[Json], *,
+            replace: bool = False) -> list[Json]:
         """Add rules to a component, or replace them; see AsyncComponent.update_rules."""
         return await self._find(name).update_rules(rules, replace=replace)
 
@@ -4397,9 +4162,7 @@ class FlexiFlowEngine:
                 kinds += [kind for rule in definition.rules_of(source) for kind in rule.on]
         return list(dict.fromkeys(kinds))
 
-    def history(
-        self, name: str | None = None, *, limit: int | None = None
-    ) -> list[dict[str, Any]]:
+    def history(self, name: str | None = None, *, limit: int | None = None) -> list[Json]:
         """Return what happened, to one component or to all, the newest first.
 
         Each entry is a dict of number, component, seq, id, correlation_id, message, outcome,
@@ -4407,7 +4170,7 @@ class FlexiFlowEngine:
         """
         return [] if self.store is None else self.store.journal(name, limit)
 
-    def status(self, name: str | None = None) -> list[dict[str, Any]]:
+    def status(self, name: str | None = None) -> list[Json]:
         """Return what is known of one component or of all, as dicts, by name.
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
@@ -4419,22 +4182,22 @@ class FlexiFlowEngine:
             raise StateError(f"Unknown component: {name!r}", fix=choose(name, known))
         return [self._facts(one) for one in (sorted(known) if name is None else [name])]
 
-    def _facts(self, name: str) -> dict[str, Any]:
+    def _facts(self, name: str) -> Json:
         if self.store is None or name in self._unborn:
             live = self.components[name]
-            facts = {"name": name, "state": live.state, "seq": live.seq, "data": live.data,
+            facts: Json = {"name": name, "state": live.state, "seq": live.seq, "data": live.data,
                      "since": live._since, "completed": live.completed}
         else:
             head = self._head(name)
             facts = {key: head[key] for key in
                      ("name", "state", "seq", "data", "since", "completed")}
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
-        timers = [row for row in rows if row["dead"] is None and row["state"] is not None]
+        timers = [self.queue.sealed(row) for row in rows
+            if row["dead"] is None and row["state"] is not None]
         facts["since"] = facts["since"].get(facts["state"])
         facts["dead"] = sum(row["dead"] is not None for row in rows)
         facts["waiting"] = len(rows) - facts["dead"] - len(timers)
-        facts["timers"] = [
-            {"message": json.loads(row["message"])["type"], "due": row["due"]} for row in timers]
+        facts["timers"] = [{"message": row["message"]["type"], "due": row["due"]} for row in timers]
         return facts
 
 
@@ -4447,6 +4210,8 @@ class FlexiFlowEngine:
 _MERMAID_WORDS = frozenset(
     "end graph flowchart subgraph class classdef click style linkstyle default direction call "
     "href interpolate".split())
+# A name that may be an id; the ids that we make up ourselves are none.
+_PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4455,101 +4220,80 @@ def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanatio
     if format != "mermaid":
         raise ArgumentError(f"Unknown format: {format!r}", fix="mermaid")
     found = config if isinstance(config, ConfigExplanation) else explain(config)
-    return "\n".join(_Mermaid(found, active).lines())
+    return "\n".join(_Mermaid(found).lines(active))
 
 
 class _Mermaid:
     """One flowchart being drawn."""
 
-    def __init__(self, found: ConfigExplanation, active: str | None) -> None:
-        self.found, self.active = found, active
-        self.nodes = found.definition.nodes if found.definition else {}
+    def __init__(self, found: ConfigExplanation) -> None:
+        self.found = found
         self.ids: dict[str, str] = {}
+        self.nodes = found.definition.nodes if found.definition else {}
+        self.rules = found.definition.rules if found.definition else []
+        self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
 
-    def id_of(self, name: str) -> str:
-        """Return an id that Mermaid takes, the name itself where that is one."""
-        if name not in self.ids:
-            plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)
-            if plain and name.lower() not in _MERMAID_WORDS:
-                self.ids[name] = name
-            else:
-                number = len(self.ids)
-                while f"state_{number}" in self.nodes or f"state_{number}" in self.ids.values():
-                    number += 1
-                self.ids[name] = f"state_{number}"
-        return self.ids[name]
-
-    def lines(self) -> Iterator[str]:
+    def lines(self, active: str | None) -> Iterator[str]:
         found = self.found
-        yield "flowchart LR"
-        yield ""
-        yield "%% Edge labels: message [guard]"
+        yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
             yield "%% pack_order: " + ", ".join(map(_mermaid_label, found.pack_order))
         yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
         yield ""
-        owned = set(found.state_providers)
         for number, pack in enumerate(found.packs):
             yield f'subgraph pack_{number}["pack: {_mermaid_label(pack.name)}"]'
-            for key in pack.provided_keys:
-                yield f'  {self.id_of(key)}["{_mermaid_label(key)}"]'
-            yield "end"
-            yield ""
+            yield from (f"  {self.box(key)}" for key in pack.provided_keys)
+            yield from ("end", "")
         for node in self.nodes.values():
-            if node.parent is None and node.name not in owned:
-                yield from self._state(node, "")
-        yield from self._unknown_states()
+            if node.parent is None and node.name not in found.state_providers:
+                yield from self.state(node)
+        known = {*self.nodes, *found.builtin_states, *found.state_providers}
+        ends = {end for edge in self.pack_edges for end in (edge.from_state, edge.to_state)}
+        yield from (f"{self.box(name)}:::unknown" for name in sorted(ends - known))
+        if ends - known:
+            yield "classDef unknown stroke-dasharray: 5 5, stroke: #999"
         yield ""
         if self.nodes and found.initial_state:
             yield f"start_(( )) --> {self.id_of(found.initial_state)}"
-        yield from self._edges()
-        if self.active is not None and self.active in self.nodes:
-            yield f"style {self.id_of(self.active)} stroke-width:4px"
+        for source, label, target in self.edges():
+            if source == "*" and "*" not in self.ids:
+                self.ids["*"] = "any_"
+                yield 'any_(("*"))'
+            yield f'{self.id_of(source)} -->|"{_mermaid_label(label)}"| {self.id_of(target)}'
+        if active in self.nodes:
+            yield f"style {self.id_of(active)} stroke-width:4px"
 
-    def _state(self, node: Node, indent: str) -> Iterator[str]:
+    def id_of(self, name: str) -> str:
+        """Return an id that Mermaid takes, the name itself where that is one."""
+        plain = re.fullmatch(_PLAIN_ID, name) and name.lower() not in _MERMAID_WORDS
+        return self.ids.setdefault(name, name if plain else f"state_{len(self.ids)}")
+
+    def box(self, name: str, ends: tuple[str, str] = ("[", "]")) -> str:
+        return f'{self.id_of(name)}{ends[0]}"{_mermaid_label(name)}"{ends[1]}'
+
+    def state(self, node: Node, indent: str = "") -> Iterator[str]:
         children = [one for one in self.nodes.values() if one.parent is node]
-        label = _mermaid_label(node.name)
         if not children:
-            ends = ("([", "])") if node.final else ("[", "]")
-            yield f'{indent}{self.id_of(node.name)}{ends[0]}"{label}"{ends[1]}'
+            yield indent + self.box(node.name, ("([", "])") if node.final else ("[", "]"))
             return
-        yield f'{indent}subgraph {self.id_of(node.name)}["{label}"]'
+        yield f"{indent}subgraph {self.box(node.name)}"
         for child in children:
-            yield from self._state(child, indent + "  ")
+            yield from self.state(child, indent + "  ")
         yield f"{indent}end"
 
-    def _pack_edges(self) -> Iterator[TransitionSpec]:
-        for pack in self.found.packs:
-            yield from pack.transitions
-
-    def _unknown_states(self) -> Iterator[str]:
-        known = {*self.nodes, *self.found.builtin_states, *self.found.state_providers}
-        ends = {end for edge in self._pack_edges() for end in (edge.from_state, edge.to_state)}
-        for name in sorted(ends - known):
-            yield f'{self.id_of(name)}["{_mermaid_label(name)}"]:::unknown'
-        if ends - known:
-            yield "classDef unknown stroke-dasharray: 5 5, stroke: #999"
-
-    def _edges(self) -> Iterator[str]:
-        for edge in self._pack_edges():
+    def edges(self) -> Iterator[tuple[str, str, str]]:
+        """Yield source, label and target of what packs, rules and classes tell."""
+        for edge in self.pack_edges:
             label = edge.on_message + (f" [{edge.guard}]" if edge.guard else "")
-            yield self._edge(edge.from_state, label, edge.to_state)
-        for rule in self.found.definition.rules if self.found.definition else ():
+            yield edge.from_state, label, edge.to_state
+        for rule in self.rules:
             label = ", ".join(rule.on) or f"after {rule.text['after']}"
-            guard = rule.text.get("guard")
-            if guard is not None:
-                label += f" [{guard if isinstance(guard, str) else _guard_text(guard)}]"
-            for source in rule.sources:
-                if source == "*" and "any" not in self.ids:
-                    self.ids["*"] = "any_"
-                    yield 'any_(("*"))'
-                yield self._edge(source, label, rule.to or source)
+            if rule.text.get("guard") is not None:
+                label += f" [{_guard_text(rule.text['guard'])}]"
+            yield from ((source, label, rule.to or source) for source in rule.sources)
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
-                yield self._edge(node.name, kind, target)
-
-    def _edge(self, source: str, label: str, target: str) -> str:
-        return f'{self.id_of(source)} -->|"{_mermaid_label(label)}"| {self.id_of(target)}'
+                yield node.name, kind, target
 
 
 def _mermaid_label(text: str) -> str:
@@ -4558,17 +4302,18 @@ def _mermaid_label(text: str) -> str:
         else f"#{ord(char)};" for char in text)
 
 
-def _guard_text(guard: dict[str, Any]) -> str:
+def _guard_text(guard: Any) -> str:
     """Return a guard in a short form: `total > 0, vip == true`."""
+    if not isinstance(guard, dict):
+        return str(guard)
     parts = []
     for key, wanted in guard.items():
         if key in ("all", "any", "not"):
             inner = wanted if isinstance(wanted, list) else [wanted]
             parts.append(f"{key}({' | '.join(map(_guard_text, inner))})")
-        elif isinstance(wanted, dict):
-            parts += [f"{key} {op} {_shown(operand)}" for op, operand in wanted.items()]
         else:
-            parts.append(f"{key} == {_shown(wanted)}")
+            tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
+            parts += [f"{key} {op} {_shown(operand)}" for op, operand in tests]
     return ", ".join(parts)
 
 
@@ -4579,105 +4324,131 @@ def _guard_text(guard: dict[str, Any]) -> str:
 # and returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 message not accepted, 130
 # interrupted, 141 the reader went away. State lives in a store between two commands.
 
-NOT_ACCEPTED = 3
 CHUNK = 1 << 18  # bytes of NDJSON that are taken in at a time
-COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, tuple[Any, ...]]] = {}
+COMMANDS: dict[str, dict[str, Any]] = {}  # name -> run, opens, text, example, options
+OPTIONS: dict[str, dict[str, Any]] = {
+    "TYPE": {"help": "the message's type, or - to read messages from stdin"},
+    "RULES": {"help": 'a file with a list of rules, or an object with "rules"'},
+    "component": {"nargs": "?", "help": "a component's name; without it, all of them"},
+    "file": {"nargs": "?", "help": "the config (or --config)"},
+    "--config": {"metavar": "FILE", "help": "the component's config (or FLEXIFLOW_CONFIG)"},
+    "--name": {"help": "the component's name, where it is not the config's"},
+    "--db": {"metavar": "FILE", "help": "the store (or FLEXIFLOW_DB; default flexiflow.db)"},
+    "--json": {"action": "store_true", "help": "print JSON, one value a line"},
+    "--allow-import": {"metavar": "MODULE", "action": "append",
+        "help": "import code from this module only (again for more; '' for none)"},
+    "--no-imports": {"action": "store_true", "help": "run none of the config's code"},
+    "--start": {"action": "store_true", "help": 'send "start", if it has not begun yet'},
+    "--content": {"metavar": "TEXT", "help": "the message's content"},
+    "--data": {"metavar": "JSON", "help": "the message's other fields, as an object"},
+    "--id": {"help": "an id: the same one again repeats the answer, not the work"},
+    "--replace": {"action": "store_true", "help": "put the rules in place of the old ones"},
+    "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
+    "--format": {"default": "mermaid", "help": "mermaid"},
+    "-o --output": {"metavar": "FILE", "help": "write to a file"},
+}
 
 
-def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return names, settings
+def command(example: str, text: str, *options: str,
+        opens: str = "") -> Callable[[Function], Function]:
+    """Make a function a command: of its arguments and, if it `opens` a store, of an engine.
 
-
-_CONFIG = _option("--config", metavar="FILE", help="the component's config (or FLEXIFLOW_CONFIG)")
-_NAME = _option("--name", help="the component's name, where it is not the config's")
-_DB = _option("--db", metavar="FILE", help="the store (or FLEXIFLOW_DB; default flexiflow.db)")
-_JSON = _option("--json", action="store_true", help="print JSON, one value a line")
-_ALLOW = _option("--allow-import", action="append", metavar="MODULE",
-    help="import code from this module only (again for more; '' for none)")
-_WORK = (_CONFIG, _NAME, _DB, _JSON, _ALLOW)
-
-
-def command(name: str, text: str, example: str, *options: Any) -> Callable[[Function], Function]:
-    """Make a function a command."""
+    To "read" it is an ordinary function, to "write" a coroutine function.
+    """
 
     def add(run: Any) -> Any:
-        COMMANDS[name] = (run, text, example, options)
+        COMMANDS[example.split()[0]] = {"run": run, "opens": opens, "text": text,
+            "example": example, "options": (*options, "--json", *["--db"] * bool(opens))}
         return run
 
     return add
 
 
-def say(text: str = "") -> None:
-    """Print a line of data, whatever it holds."""
-    print(printable(text))
+def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False) -> None:
+    """Print text that holds no controls; all that a command says goes through here."""
+    try:
+        print(text, file=stream, end=end, flush=flush)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone from None
+        raise PersistenceError("The output cannot be written", why=str(error)) from error
 
 
-def say_json(value: Any) -> None:
-    """Print a JSON value on one line."""
-    print(json.dumps(value, default=str))
+class ReaderGone(BaseException):
+    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
-def hint(text: str) -> None:
-    """Print a suggestion to a person at a terminal."""
-    if sys.stderr.isatty():
-        print(printable(text), file=sys.stderr)
+def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -> int:
+    """Print facts with --json, a value a line; else lines of text. Return the exit code."""
+    for line in (json.dumps(fact, default=_plain) for fact in facts) if args.json else lines:
+        put(printable(line))
+    return code
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print columns, one record a line."""
-    lines = [list(header), *([printable(cell) for cell in row] for row in rows)]
+def _plain(value: Any) -> Any:
+    """Return what JSON is to show of an object: the fields that its repr shows, or its text."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
+
+
+def _error_text(error: BaseException) -> str:
+    """Return an error's lines, FlexiFlow's own or any other's."""
+    known = isinstance(error, FlexiFlowError)
+    return str(error) if known else f"{type(error).__name__}: {printable(error)}"
+
+
+def hint(text: str, end: str = "\n") -> None:
+    """Print a suggestion or progress to a person at a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        put(text, sys.stderr, end, flush=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield a header and rows in columns."""
+    lines = [header, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 
 def age(seconds: float) -> str:
     """Return a span of time in its largest unit: 40s, 3m, 2h, 12d."""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s"
+    units = (("d", 86400), ("h", 3600), ("m", 60))
+    unit, size = next((one for one in units if abs(seconds) >= one[1]), ("s", 1))
+    return f"{seconds / size:.0f}{unit}"
+
+
+def _when(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _config_path(args: Any) -> str | None:
-    return args.config or os.environ.get("FLEXIFLOW_CONFIG")
-
-
-def _engine(args: Any, readonly: bool = False) -> FlexiFlowEngine:
+def _store(args: Any, readonly: bool) -> SQLiteStore:
     path = args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
-    allowed = getattr(args, "allow_import", None)
-    store = SQLiteStore(path, readonly=readonly)
-    return FlexiFlowEngine(store, allow_imports=allowed)
+    return SQLiteStore(path, readonly=readonly)
 
 
-def _component(engine: FlexiFlowEngine, args: Any) -> AsyncComponent:
-    """Return the component that the arguments name, made from the config if it is new."""
-    path = _config_path(args)
-    if path is not None:
-        if os.path.dirname(os.path.abspath(path)) not in sys.path:
-            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # states beside the config
-        return engine.create_component(path, name=args.name)
-    if args.name is None:
+def _config_path(args: Any) -> str | None:
+    """Return the config's path, and let it import the code that lies beside it."""
+    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG")
+    if path and os.path.dirname(os.path.abspath(path)) not in sys.path:
+        sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: it hides no module
+    return path or None
+
+
+def _component(engine: FlexiFlowEngine, config: Any, name: str | None) -> AsyncComponent:
+    """Return the component of this name, made from the config if it is new."""
+    if config is not None:
+        return engine.create_component(config, name=name)
+    if name is None:
         raise ConfigError("No config and no name given",
             fix="use --config FILE, --name, or set FLEXIFLOW_CONFIG")
-    return engine._find(args.name)
-
-
-def _working(args: Any, work: Callable[[FlexiFlowEngine], Any]) -> int:
-    """Run `work(engine)` to its end and close the engine."""
-
-    async def session() -> int:
-        engine = _engine(args)
-        try:
-            return int(await work(engine))
-        finally:
-            await engine.close()
-
-    return asyncio.run(session())
+    return engine._find(name)
 
 
 async def _deliver_caused(engine: FlexiFlowEngine) -> None:
@@ -4686,415 +4457,351 @@ async def _deliver_caused(engine: FlexiFlowEngine) -> None:
         await engine.run(until_idle=True, component=engine.posted.pop())
 
 
-def _show_receipt(engine: FlexiFlowEngine, receipt: Receipt, kind: str, as_json: bool) -> int:
-    """Print a receipt; return the exit code it stands for."""
-    if as_json:
-        say_json(receipt.as_dict())
+async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
+        message: dict[str, Any]) -> int:
+    """Handle a message and what it causes, and print the receipt; return the exit code."""
+    receipt = await component.handle_message(message, _strict=False)
+    await _deliver_caused(engine)
+    lines = _receipt_lines(engine, receipt, message["type"])
+    return tell(args, [receipt.as_dict()], lines, 0 if receipt else 3)
+
+
+def _receipt_lines(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> Iterator[str]:
+    if receipt.outcome == "moved":
+        timers = [f"   timer in {age(timer['due'] - engine.clock())}"
+            for timer in engine.status(receipt.component)[0]["timers"]]
+        text = f"{receipt.from_state} -> {receipt.to_state}{''.join(timers)}"
+    elif receipt.outcome == "stayed":
+        text = f"stays in {receipt.to_state}"
+    elif receipt.outcome == "blocked":
+        text = f"blocked in {receipt.from_state}: {receipt.reason}"
     else:
-        again = "   (handled before)" * receipt.duplicate
-        if receipt.outcome == "moved":
-            timers = [f"   timer in {age(timer['due'] - engine.clock())}"
-                for timer in engine.status(receipt.component)[0]["timers"]]
-            say(f"{kind}: {receipt.from_state} -> {receipt.to_state}{''.join(timers)}{again}")
-        elif receipt:
-            say(f"{kind}: stays in {receipt.to_state}{again}")
-        elif receipt.outcome == "blocked":
-            say(f"{kind}: blocked in {receipt.from_state}: {receipt.reason}{again}")
-        else:
-            accepted = engine.accepts(receipt.component)
-            close = difflib.get_close_matches(kind, accepted, 1)
-            say(f"{kind}: not accepted in {receipt.from_state}"
-                f" (accepts: {', '.join(accepted) or 'nothing'})"
-                + (f'; did you mean "{close[0]}"?' if close else "") + again)
-    return 0 if receipt else NOT_ACCEPTED
+        accepted = engine.accepts(receipt.component)
+        text = f"not accepted in {receipt.from_state} (accepts: {', '.join(accepted) or 'nothing'})"
+        for close in difflib.get_close_matches(kind, accepted, 1):
+            text += f'; did you mean "{close}"?'
+    yield f"{kind}: {text}" + "   (handled before)" * receipt.duplicate
 
 
-@command("register", "create a component from a config and remember it",
-    "register --config order.json --start", *_WORK, _option("--start", action="store_true",
-    help='send "start", if it has not begun yet'))
-def _register(args: Any) -> int:
-    async def work(engine: FlexiFlowEngine) -> int:
-        component = _component(engine, args)
-        known = component.name not in engine._unborn
-        await engine.register_async(component)
-        await engine.run(until_idle=True, component=component.name)
-        definition = component.definition
-        assert definition is not None
-        timers = sum(rule.after is not None for rule in definition.rules)
-        facts = {"component": component.name, "new": not known, "state": component.state,
-            "states": len(definition.nodes), "rules": len(component.rules), "timers": timers}
-        if args.json:
-            say_json(facts)
-        elif known:
-            say(f"{component.name} is registered already, in {component.state}")
-        else:
-            counts = ", ".join(
-                _counted(facts[key + "s"], key) for key in ("state", "rule", "timer")  # type: ignore
-            )
-            assert engine.store is not None
-            say(f"{component.name} registered in {engine.store.path}: {counts}")
-        if not args.start:
-            return 0
-        if known and component.state != definition.birth.node.name:
-            return 0
-        receipt = await component.handle_message({"type": "start"}, _strict=False)
-        await _deliver_caused(engine)
-        return _show_receipt(engine, receipt, "start", args.json)
-
-    code = _working(args, work)
+@command("register --config order.json --start", "create a component from a config and remember it",
+    "--config", "--name", "--allow-import", "--start", opens="write")
+async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
+    component = _component(engine, _config_path(args), args.name)
+    new, definition = component.name in engine._unborn, component.definition
+    await engine.register_async(component)
+    await engine.run(until_idle=True, component=component.name)
+    counts = {"state": len(definition.nodes), "rule": len(component.rules),
+        "timer": sum(rule.after is not None for rule in definition.rules)}
+    text = f"{component.name} is registered already, in {component.state}"
+    if new:
+        parts = ", ".join(_counted(number, noun) for noun, number in counts.items())
+        text = f"{component.name} registered in {engine.queue.path}: {parts}"
+    tell(args, [{"component": component.name, "new": new, "state": component.state,
+        **{f"{noun}s": number for noun, number in counts.items()}}], [text])
     hint("next: flexiflow status")
-    return code
+    if args.start and (new or component.state == definition.birth.node.name):
+        return await _handled(args, engine, component, {"type": "start"})
+    return 0
 
 
-@command("handle", "send a message, or NDJSON messages from stdin (-)",
-    'handle --config order.json pay --data \'{"amount": 120}\'',
-    _option("message_type", metavar="TYPE", help="the message's type, or - to read stdin"), *_WORK,
-    _option("--content", help="the message's content"), _option("--data", metavar="JSON",
-    help="the message's other fields, as an object"), _option("--id",
-    help="an id: the same one again repeats the answer, not the work"))
-def _handle_command(args: Any) -> int:
-    if args.message_type == "-":
-        return _working(args, lambda engine: _Intake(engine, args).run())
-
-    async def work(engine: FlexiFlowEngine) -> int:
-        message: dict[str, Any] = {}
-        if args.data is not None:
-            message = read_json(args.data, "--data", ArgumentError)
-            if not isinstance(message, dict):
-                raise ArgumentError(f"--data is not an object: {args.data}")
-        if args.content:
-            message["content"] = args.content
-        if args.id:
-            message["id"] = args.id
-        message["type"] = args.message_type
-        component = _component(engine, args)
-        await engine.run(until_idle=True, component=component.name)
-        receipt = await component.handle_message(message, _strict=False)
-        await _deliver_caused(engine)
-        return _show_receipt(engine, receipt, args.message_type, args.json)
-
-    return _working(args, work)
+@command('handle --config order.json pay --data \'{"amount": 120}\'',
+    "send a message, or NDJSON messages from stdin (-)", "TYPE", "--config", "--name",
+    "--allow-import", "--content", "--data", "--id", opens="write")
+async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.TYPE == "-":
+        return await _Intake(args, engine).run()
+    message = {} if args.data is None else read_json(args.data, "--data", ArgumentError)
+    if not isinstance(message, dict):
+        raise ArgumentError(f"--data is not an object: {args.data}")
+    given = {"content": args.content, "id": args.id, "type": args.TYPE}
+    message.update((key, value) for key, value in given.items() if value is not None)
+    check_message(message)
+    component = _component(engine, _config_path(args), args.name)
+    await engine.run(until_idle=True, component=component.name)
+    return await _handled(args, engine, component, message)
 
 
 class _Intake:
     """NDJSON from stdin: lines that are ready together share transactions."""
 
-    def __init__(self, engine: FlexiFlowEngine, args: Any) -> None:
-        self.engine, self.args = engine, args
-        self.counts: dict[str, int] = {}
-        self.failed = self.again = self.lines = 0
-        self.seen: dict[str, None] = {}  # components, in the order of their first message
+    def __init__(self, args: Any, engine: FlexiFlowEngine) -> None:
+        path = _config_path(args)
+        self.args, self.engine, self.config = args, engine, path and engine._config(path)
+        self.name = args.name or (self.config and self.config.name)
+        self.lines = self.again = self.failed = 0
+        self.counts: collections.Counter[str] = collections.Counter()  # outcome -> messages
+        self.seen: dict[str, AsyncComponent] = {}  # in the order of their first message
 
     async def run(self) -> int:
         """Read to the end; return the exit code."""
-        import signal
-
-        # asyncio's own handling of Ctrl-C would wait for the read to end.
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        descriptor, rest = sys.stdin.fileno(), b""
-        if sys.stdin.isatty():
+        stdin: Any = sys.stdin
+        if stdin is None:
+            raise ArgumentError("No stdin to read from", fix="flexiflow handle - < messages.ndjson")
+        if stdin.isatty():
             hint("reading messages, a JSON object a line; end with Ctrl-D")
-        while True:
-            chunk = os.read(descriptor, CHUNK)
-            *lines, rest = (rest + chunk).split(b"\n") if chunk else (rest, b"")
-            await self._take(lines)
-            if not chunk:
-                break
-            if sys.stderr.isatty():
-                print(f"\r{self.lines:,} lines", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+        rest, chunk = b"", b"..."
+        while chunk:
+            before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
+            await asyncio.sleep(0)  # so what was cancelled before it must end here
+            chunk = stdin.buffer.read1(CHUNK)
+            _on_interrupt(before)
+            *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+            rest = rest[:MAX_JSON + 1]  # a longer line is refused anyway
+            await self.take(lines)
+            hint(f"\r{self.lines:,} lines", end="" if chunk else "\n")
         await _deliver_caused(self.engine)
-        self._summarise()
+        for line in self.summary():
+            put(line, sys.stderr if self.args.json else None)
         return 1 if self.failed else 0
 
-    async def _take(self, lines: list[bytes]) -> None:
+    async def take(self, lines: list[bytes]) -> None:
         """Handle some lines: components side by side, the messages of each in order."""
-        streams: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        streams: dict[AsyncComponent, list[tuple[int, dict[str, Any]]]] = {}
+        answers: dict[int, Receipt] = {}
         for line in lines:
             self.lines += 1
-            if not line.strip():
-                continue
             try:
-                message = check_message(read_json(line.strip(b"\r\n \t"), f"line {self.lines}",
-                    ArgumentError))
-                name = message.get("component") or self.args.name or self._component_name()
-                if not isinstance(name, str):
-                    raise ArgumentError(f"Not a component's name: {name!r}")
-                if name not in self.seen:
-                    await self._meet(name)
-            except FlexiFlowError as error:
-                self._fail(self.lines, error)
-                continue
-            streams.setdefault(name, []).append((self.lines, message))
-        answers: list[tuple[int, Receipt]] = []
-        streamed = [self._stream(name, given, answers) for name, given in streams.items()]
-        await asyncio.gather(*streamed)
-        for _, receipt in sorted(answers, key=operator.itemgetter(0)):
-            self.counts[receipt.outcome] = self.counts.get(receipt.outcome, 0) + 1
-            self.again += receipt.duplicate
-            if self.args.json:
-                say_json(receipt.as_dict())
-        sys.stdout.flush()
+                if line.strip():
+                    message = check_message(read_json(line, f"line {self.lines}", ArgumentError))
+                    component = await self.meet(message.get("component") or self.name)
+                    streams.setdefault(component, []).append((self.lines, message))
+            except Exception as error:
+                self.fail(self.lines, error)
+        await asyncio.gather(*[self.stream(*one, answers) for one in streams.items()])
+        receipts = [receipt for _, receipt in sorted(answers.items())]
+        self.counts.update(receipt.outcome for receipt in receipts)
+        self.again += sum(receipt.duplicate for receipt in receipts)
+        tell(self.args, [receipt.as_dict() for receipt in receipts], ())
+        put(end="", flush=True)
 
-    def _component_name(self) -> str:
-        path = _config_path(self.args)
-        if path is None:
-            raise ArgumentError('No "component" in the line', fix="add it, or use --name")
-        return self.engine._config(path).name
+    async def meet(self, name: Any) -> AsyncComponent:
+        """Make a component that is named for the first time, or deliver what is due for it."""
+        if not isinstance(name, str):
+            raise ArgumentError(f"Not a component's name: {name!r}",
+                fix='give the line a "component", or use --name')
+        if name not in self.seen:
+            if self.engine.get(name) is not None:
+                await self.engine.run(until_idle=True, component=name)
+            self.seen[name] = self.engine.get(name) or _component(self.engine, self.config, name)
+        return self.seen[name]
 
-    async def _meet(self, name: str) -> None:
-        """Make a component that is named for the first time, and deliver what is due for it."""
-        if self.engine.get(name) is None:
-            _component(self.engine, argparse.Namespace(config=self.args.config, name=name))
-        else:
-            await self.engine.run(until_idle=True, component=name)
-        self.seen[name] = None
-
-    async def _stream(self, name: str, given: list[tuple[int, dict[str, Any]]],
-            answers: list[Any]) -> None:
-        component = self.engine.components[name]
+    async def stream(self, component: AsyncComponent, given: list[tuple[int, dict[str, Any]]],
+            answers: dict[int, Receipt]) -> None:
         for number, message in given:
             try:
-                answers.append((number, await component.handle_message(message, _strict=False)))
-            except Exception as error:
-                self._fail(number, error)
+                answers[number] = await component.handle_message(message, _strict=False)
+            except (Exception, SystemExit) as error:
+                self.fail(number, error)
 
-    def _fail(self, number: int, error: Exception) -> None:
+    def fail(self, number: int, error: BaseException) -> None:
         self.failed += 1
-        text = str(error) if isinstance(error, FlexiFlowError) else f"{type(error).__name__}: {error}"
-        print(f"line {number}: " + "; ".join(map(printable, text.splitlines())), file=sys.stderr)
+        put(f"line {number}: " + "; ".join(_error_text(error).splitlines()), sys.stderr)
 
-    def _summarise(self) -> None:
-        states: dict[str, int] = {}
-        for name in self.seen:
-            state = self.engine.components[name].state
-            states[state] = states.get(state, 0) + 1
-        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(self.counts.items()))
-        text = f"{_counted(sum(self.counts.values()), 'message')} to "
-        text += _counted(len(self.seen), "component") + (f": {counts}" if counts else "")
-        text += f", {self.again:,} handled before" * bool(self.again)
-        text += f", {self.failed:,} failed" * bool(self.failed)
-        with contextlib.redirect_stdout(sys.stderr if self.args.json else sys.stdout):
-            say(text)
-            if states:
-                ranked = sorted(states.items(), key=lambda item: (-item[1], item[0]))
-                table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
+    def summary(self) -> Iterator[str]:
+        late = [("handled before", self.again), ("failed", self.failed)]
+        counts = ", ".join(f"{n:,} {what}" for what, n in sorted(self.counts.items()) + late if n)
+        yield (f"{_counted(sum(self.counts.values()), 'message')} to "
+            f"{_counted(len(self.seen), 'component')}" + ": " * bool(counts) + counts)
+        states = collections.Counter(component.state for component in self.seen.values())
+        if states:
+            ranked = sorted(states.items(), key=lambda item: (-item[1], item[0]))
+            yield from table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
 
 
-@command("update_rules", "add rules to a component, or replace them, without losing its state",
-    "update_rules --config order.json new_rules.json", _option("rule_file", metavar="FILE",
-    help='a list of rules, or an object with "rules"'), *_WORK,
-    _option("--replace", action="store_true", help="put them in place of the old ones"))
-def _update_rules(args: Any) -> int:
-    async def work(engine: FlexiFlowEngine) -> int:
-        component = _component(engine, args)
-        before = fresh(component.rules)
-        rules = ConfigLoader.load_rules(args.rule_file)
-        after = await component.update_rules(rules, replace=args.replace)
-        if args.json:
-            say_json({"component": component.name, "before": len(before), "after": len(after)})
-            return 0
-        say(f"{component.name}: rules {len(before)} -> {len(after)}")
-        for mark, ones, others in (("+", after, before), ("-", before, after)):
-            for rule in ones:
-                if rule not in others:
-                    say(f"  {mark} {_rule_text(rule)}")
-        return 0
-
-    return _working(args, work)
+@command("update_rules --config order.json new_rules.json",
+    "add rules to a component, or replace them, without losing its state",
+    "RULES", "--config", "--name", "--allow-import", "--replace", opens="write")
+async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
+    component = _component(engine, _config_path(args), args.name)
+    before, rules = fresh(component.rules), ConfigLoader.load_rules(args.RULES)
+    after = await component.update_rules(rules, replace=args.replace)
+    return tell(args, [{"component": component.name, "before": len(before), "after": len(after)}],
+        [f"{component.name}: rules {len(before)} -> {len(after)}",
+        *(f"  + {_rule_text(rule)}" for rule in after if rule not in before),
+        *(f"  - {_rule_text(rule)}" for rule in before if rule not in after)])
 
 
-def _rule_text(rule: Any) -> str:
+def _rule_text(rule: dict[str, Any]) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
-    if not isinstance(rule, dict) or not ("on" in rule or "after" in rule):
+    if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
     cause = rule.get("on") or f"after {rule['after']}"
-    shown = [", ".join(one) if isinstance(one, list) else str(one)
-        for one in (rule.get("from", "*"), cause, rule.get("to", "(stays)"))]
-    return f"{shown[0]} --{shown[1]}--> {shown[2]}"
+    words = (rule.get("from", "*"), cause, rule.get("to", "(stays)"))
+    return "{} --{}--> {}".format(
+        *(one if isinstance(one, str) else ", ".join(one) for one in words))
 
 
-@command("diagnose", "check this Python, this file and this store", "diagnose", _DB, _JSON)
-def _diagnose_command(args: Any) -> int:
-    checks: list[tuple[str, str, bool]] = [("flexiflow",
-        f"{__version__} in {os.path.abspath(__file__)}", True),
-        ("python", sys.version.split()[0], sys.version_info >= (3, 9)),
-        ("platform", sys.platform, True)]
-    try:
-        checks.append(("sqlite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 34)))
-        path = args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
-        if os.path.exists(path):
-            checks += _store_checks(path)
-        else:
-            checks.append(("store", f"{path}: not made yet", True))
-    except (ImportError, FlexiFlowError) as error:
-        checks.append(("store", str(error).splitlines()[0], False))
+@command("diagnose", "check this Python, this file and this store", "--db")
+def cmd_diagnose(args: Any) -> int:
+    checks = list(_checks(args))
     good = all(ok for _, _, ok in checks)
-    if args.json:
-        say_json({"ok": good, "checks": [{"check": c, "value": v, "ok": ok} for c, v,
-            ok in checks]})
-    else:
-        say(f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}")
-        for check, value, ok in checks:
-            say(f"  [{'OK' if ok else 'FAIL'}] {check}: {value}")
-    return 0 if good else 1
+    facts = [{"check": check, "value": value, "ok": ok} for check, value, ok in checks]
+    lines = (f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in checks)
+    title = f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}"
+    return tell(args, [{"ok": good, "checks": facts}], (title, *lines), 0 if good else 1)
 
 
-def _store_checks(path: str) -> Iterator[tuple[str, str, bool]]:
-    store = SQLiteStore(path, readonly=True)
-    with contextlib.closing(store):
-        ((answer,),) = store.rows("PRAGMA integrity_check(1)")
-        yield "store", f"{path}: {answer}", answer == "ok"
-        ((mode,),) = store.rows("PRAGMA journal_mode")
-        yield "journal", mode, True
-        ((components,),) = store.rows("SELECT COUNT(*) FROM flexiflow_components")
-        yield "components", f"{components:,}", True
+def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
+    """Yield what is checked, what was found, and whether that is good."""
+    yield "flexiflow", f"{__version__} in {os.path.abspath(__file__)}", True
+    yield "python", sys.version.split()[0], sys.version_info >= (3, 9)
+    yield "platform", sys.platform, True
+    try:
+        yield "sqlite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 34)
+        with contextlib.closing(_store(args, readonly=True)) as store:
+            if not os.path.exists(store.path):
+                yield "store", f"{store.path}: not made yet", True
+                return
+            ((answer,),) = store.rows("PRAGMA integrity_check(1)")
+            yield "store", f"{store.path}: {answer}", answer == "ok"
+            yield "journal", store.rows("PRAGMA journal_mode")[0][0], True
+            yield "components", f"{len(store.names()):,}", True
+    except (ImportError, FlexiFlowError) as error:
+        yield "store", "; ".join(str(error).splitlines()), False
 
 
-@command("status", "list the components, or show all about one", "status order-17",
-    _option("component", nargs="?", help="a component's name"), _DB, _JSON)
-def _status(args: Any) -> int:
-    engine = _engine(args, readonly=True)
-    with contextlib.closing(engine.store):  # type: ignore[type-var]
-        found = engine.status(args.component)
-        if args.json:
-            for facts in found:
-                say_json(facts)
-        elif args.component is not None:
-            _show_component(engine, found[0])
-        else:
-            now = engine.clock()
-            table(("COMPONENT", "STATE", "SINCE", "V", "WAITING", "NEXT TIMER", "DEAD"),
-                [(facts["name"], facts["state"], age(now - (facts["since"] or now)), facts["seq"],
-                facts["waiting"], _timer_text(facts["timers"][0], now) if facts["timers"] else "-",
-                facts["dead"] or "-") for facts in found])
-            waiting = sum(facts["waiting"] for facts in found)
-            dead = sum(facts["dead"] for facts in found)
-            say(f"{_counted(len(found), 'component')}, {_counted(waiting, 'message')} waiting, "
-                + _counted(dead, "dead letter"))
-    return 0
+@command("status order-17", "list the components, or show all about one", "component", opens="read")
+def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
+    found, now = engine.status(args.component), engine.clock()
+    every = args.component is None
+    return tell(args, found, _overview(found, now) if every else _details(engine, found[0], now))
+
+
+def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
+    rows = ((one["name"], one["state"], age(now - (one["since"] or now)), one["seq"],
+        one["waiting"], _timer_text(one["timers"][0], now) if one["timers"] else "-",
+        one["dead"] or "-") for one in found)
+    yield from table(("COMPONENT", "STATE", "SINCE", "V", "WAITING", "NEXT TIMER", "DEAD"), rows)
+    waiting, dead = (sum(one[key] for one in found) for key in ("waiting", "dead"))
+    yield (f"{_counted(len(found), 'component')}, {_counted(waiting, 'message')} waiting, "
+        + _counted(dead, "dead letter"))
 
 
 def _timer_text(timer: dict[str, Any], now: float) -> str:
     due = timer["due"] - now
-    return f"{timer['message']}, in {age(due)}" if due > 0 else f"{timer['message']}, due"
+    return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
-def _when(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def _show_component(engine: FlexiFlowEngine, facts: dict[str, Any]) -> None:
-    now = engine.clock()
+def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iterator[str]:
     since = facts["since"] or now
-    say(f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
+    yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
         f" ({age(now - since)})" + ", completed" * (facts["completed"] is not None))
     try:
-        say(f"accepts  {', '.join(engine.accepts(facts['name'])) or 'nothing'}")
-    except ImportError_ as error:
-        say(f"accepts  not known here: {error.what}")
-    for timer in facts["timers"]:
-        say(f"timer    {_timer_text(timer, now)}")
-    say(f"data     {json.dumps(facts['data'], ensure_ascii=False)}")
-    say(f"queue    {facts['waiting']} waiting, {facts['dead']} dead")
+        yield f"accepts  {', '.join(engine.accepts(facts['name'])) or 'nothing'}"
+    except FlexiFlowError as error:  # code that cannot be imported here
+        yield f"accepts  not known here: {error.what}"
+    yield from (f"timer    {_timer_text(timer, now)}" for timer in facts["timers"])
+    yield f"data     {json.dumps(facts['data'], ensure_ascii=False)}"
+    yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
 
 
-@command("history", "show what happened to a component, the newest last",
-    "history order-17 --limit 20", _option("component", nargs="?",
-    help="a component's name; without it, all of them"), _option("--limit", type=int, default=50,
-    help="how many steps (default 50)"), _DB, _JSON)
-def _history(args: Any) -> int:
-    engine = _engine(args, readonly=True)
-    with contextlib.closing(engine.store):  # type: ignore[type-var]
-        if args.component is not None:
-            engine.status(args.component)  # raises if there is none
-        steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
-        if args.json:
-            for step in steps:
-                say_json(step)
-            return 0
-        table(("V", "WHEN", "COMPONENT", "MESSAGE", "FROM", "TO", "OUTCOME", "ID"),
-            [(step["seq"], _when(step["time"]), step["component"], step["message"].get("type", "-"),
-            step["from_state"], step["to_state"], step["outcome"], step["id"]) for step in steps])
-    return 0
+@command("history order-17 --limit 20", "show what happened to a component, the newest last",
+    "component", "--limit", opens="read")
+def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.component is not None:
+        engine.status(args.component)  # raises if there is none
+    steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
+    header = ("V", "WHEN", "COMPONENT", "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
+    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]), step["component"],
+        step["message"].get("type", "-"), step["from_state"], step["to_state"], step["outcome"],
+        step["id"]) for step in steps)))
 
 
-_FILE = _option("file", nargs="?", help="the config (or --config)")
-
-
-def _given_config(args: Any) -> str:
-    path = args.file or _config_path(args)
+def _explained(args: Any) -> ConfigExplanation:
+    path = _config_path(args)
     if path is None:
         raise ConfigError("No config given", fix="name a file, or set FLEXIFLOW_CONFIG")
-    folder = os.path.dirname(os.path.abspath(path))
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return str(path)
+    return explain(path, imports=not args.no_imports, allow_imports=args.allow_import)
 
 
-@command("explain", "check a config and say what it means", "explain order.json", _FILE, _CONFIG,
-    _JSON, _ALLOW, _option("--no-imports", action="store_true",
-    help="run none of the config's code"))
-def _explain_command(args: Any) -> int:
-    found = explain(_given_config(args), imports=not args.no_imports,
-        allow_imports=args.allow_import)
-    if args.json:
-        facts = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)
-            if f.name not in ("errors", "warnings", "definition", "states", "packs")}
-        facts["states"] = [dataclasses.asdict(one) for one in found.states]
-        facts["packs"] = [dataclasses.asdict(one) for one in found.packs]
-        for level in ("errors", "warnings"):
-            facts[level] = [{"what": one.what, "why": one.why, "fix": one.fix}
-                for one in getattr(found, level)]
-        say_json({"valid": found.is_valid, **facts})
-    else:
-        print(found.format())
-    return 0 if found.is_valid else 1
+@command("explain order.json", "check a config and say what it means",
+    "file", "--config", "--allow-import", "--no-imports")
+def cmd_explain(args: Any) -> int:
+    found = _explained(args)
+    return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
+        0 if found.is_valid else 1)
 
 
-@command("visualize", "draw a config as a Mermaid flowchart", "visualize order.json", _FILE,
-    _CONFIG, _option("--format", default="mermaid", help="mermaid"),
-    _option("-o", "--output", metavar="FILE", help="write to a file"),
-    _option("--no-imports", action="store_true", help="run none of the config's code"))
-def _visualize_command(args: Any) -> int:
-    found = explain(_given_config(args), imports=not args.no_imports)
+@command("visualize order.json", "draw a config as a Mermaid flowchart",
+    "file", "--config", "--allow-import", "--no-imports", "--format", "-o --output")
+def cmd_visualize(args: Any) -> int:
+    found = _explained(args)
     if found.errors:
         raise _as_error(found.errors, found.config_path)
     text = visualize(found, format=args.format)
     if args.output:
         write_file(args.output, text + "\n")
-    else:
-        print(text)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    examples = "\n".join(f"  flexiflow {example}" for _, _, example, _ in COMMANDS.values())
-    parser = argparse.ArgumentParser(prog="flexiflow",
-        description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
-        epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (run, text, example, options) in COMMANDS.items():
-        one = commands.add_parser(name, help=text,
-            description=f"example: flexiflow {example}\n\n{text}",
-            formatter_class=argparse.RawDescriptionHelpFormatter, aliases=[name.replace("_", "-")]
-            if "_" in name else [], allow_abbrev=False)
-        for names, settings in options:
-            one.add_argument(*names, **settings)
-        one.set_defaults(run=run)
-    return parser
+    return tell(args, [{"format": args.format, "output": args.output, "text": text}],
+        () if args.output else text.splitlines())
 
 
 def _parse(argv: list[str]) -> Any:
-    parser = _parser()
-    known = [*COMMANDS, *(name.replace("_", "-") for name in COMMANDS)]
-    if argv and not argv[0].startswith("-") and argv[0] not in known:
+    # Without a width and a prog, argparse would import shutil and look at the terminal.
+    shape = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
+    common: Any = {"formatter_class": shape, "allow_abbrev": False}
+    examples = "\n".join(f"  flexiflow {one['example']}" for one in COMMANDS.values())
+    parser = argparse.ArgumentParser(prog="flexiflow", **common,
+        description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
+        epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
+    parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
+    commands = parser.add_subparsers(prog="flexiflow", metavar="COMMAND", required=True)
+    for name, one in COMMANDS.items():
+        aliases = [name.replace("_", "-")] if "_" in name else []
+        added = commands.add_parser(name, help=one["text"], aliases=aliases, **common,
+            description=f"example: flexiflow {one['example']}\n\n{one['text']}")
+        for option in one["options"] if argv[:1] in ([name], aliases) else ():
+            added.add_argument(*option.split(), **OPTIONS[option])
+        added.set_defaults(run=one["run"], opens=one["opens"])
+    if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}")
+    return args
+
+
+def _run(args: Any) -> Any:
+    """Call the command with what it opens, and close that; return the exit code."""
+    if not args.opens:
+        return args.run(args)
+    store = _store(args, readonly=args.opens == "read")
+    if args.opens == "write":
+        return asyncio.run(_session(args, store))
+    with contextlib.closing(store):
+        return args.run(args, FlexiFlowEngine(store))
+
+
+async def _session(args: Any, store: SQLiteStore) -> Any:
+    """Run a command that writes; Ctrl-C cancels it, because a cancelled turn undoes itself."""
+    log = logging.getLogger("flexiflow.cli")
+    log.addFilter(_brief)
+    log.addFilter(_one_line)
+    engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    before = _on_interrupt(lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        return await args.run(args, engine)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        await engine.close()
+        _on_interrupt(before)
+
+
+def _brief(record: logging.LogRecord) -> bool:
+    """Say of an exception what it is; FLEXIFLOW_DEBUG=1 keeps the traceback."""
+    if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
+        lines = _error_text(record.exc_info[1]).splitlines()
+        record.msg, record.args = f"{record.getMessage()}: {'; '.join(lines)}", None
+        record.exc_info = None
+    return True
+
+
+def _on_interrupt(action: Any) -> Any:
+    """Set what Ctrl-C does, and return what it did before; only the main thread can."""
+    with contextlib.suppress(ValueError, TypeError):
+        return signal.signal(signal.SIGINT, action)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5103,27 +4810,25 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # an ASCII console is no reason to die
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        get_logger(level=logging.WARNING)
-        code = args.run(args)
-        sys.stdout.flush()
-        return int(code)
-    except SystemExit as stop:  # argparse: help, version, usage
-        return stop.code if isinstance(stop.code, int) else 2
+        try:
+            args = _parse(sys.argv[1:] if argv is None else argv)
+        except SystemExit as stop:  # argparse: help, version, usage
+            code = int(stop.code or 0)
+        else:
+            code = int(_run(args))
+        put(end="", flush=True)
+        return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        put("interrupted", sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGone:
         return 141
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: out of a user's action
         if os.environ.get("FLEXIFLOW_DEBUG") == "1":
             raise
-        known = isinstance(error, FlexiFlowError)
-        text = str(error) if known else f"{type(error).__name__}: {printable(error)}"
-        print(f"error: {text}", file=sys.stderr)
-        if not known:
-            print("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", file=sys.stderr)
+        put(f"error: {_error_text(error)}", sys.stderr)
+        if not isinstance(error, FlexiFlowError):
+            put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
         return 1
 
 

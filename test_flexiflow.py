@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 import types
 import unittest
 from pathlib import Path
@@ -69,6 +68,13 @@ class Case(unittest.TestCase):
     def setUp(self):
         self.folder = Path(tempfile.mkdtemp(prefix="flexiflow-test-"))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.addCleanup(self.forget_states, ff.DEFAULT_REGISTRY.names())
+
+    @staticmethod
+    def forget_states(known) -> None:
+        """Take out of the default registry what the test has put into it."""
+        for name in set(ff.DEFAULT_REGISTRY.names()) - set(known):
+            ff.DEFAULT_REGISTRY.unregister(name)
 
     def path(self, name: str = "flow.db") -> str:
         return str(self.folder / name)
@@ -116,6 +122,2593 @@ class Case(unittest.TestCase):
         self.addCleanup(log.removeHandler, handler)
         return lines
 # --------------------------------------------------------------------------------------------
+# 1. Errors
+# --------------------------------------------------------------------------------------------
+
+
+class Errors(Case):
+    def test_an_error_prints_what_why_fix_and_context(self):
+        error = ConfigError(
+            "No initial state", why="nothing says where to begin",
+            fix='add "initial_state": "Idle"', config_path="a.json", count=2)
+        self.assertEqual(str(error), textwrap.dedent("""\
+            No initial state
+            Why: nothing says where to begin
+            Fix: add "initial_state": "Idle"
+            Context:
+              config_path='a.json'
+              count=2"""))
+
+    def test_what_is_not_known_is_left_out(self):
+        table = [
+            ({}, "Gone"),
+            ({"why": "it was removed"}, "Gone\nWhy: it was removed"),
+            ({"fix": ""}, "Gone"),
+            ({"n": 1}, "Gone\nContext:\n  n=1"),
+        ]
+        for given, expected in table:
+            with self.subTest(given):
+                self.assertEqual(str(FlexiFlowError("Gone", **given)), expected)
+
+    def test_a_context_is_built_by_hand_as_in_1_0_1(self):
+        context = ff.ErrorContext().add("key", "value").add("n", 1)
+        error = StateError("Gone", context=context)
+        self.assertEqual(context.format(), "  key='value'\n  n=1")
+        self.assertEqual(str(error), "Gone\nContext:\n  key='value'\n  n=1")
+        self.assertEqual(ff.ErrorContext().format(), "")
+        self.assertEqual(FlexiFlowError("Gone").context.items, {})
+
+    def test_one_base_class_stands_above_all(self):
+        builtin = {
+            ConfigError: False, StateError: False, PersistenceError: False, ImportError_: False,
+            ff.ArgumentError: True,
+        }
+        found = {
+            kind: issubclass(kind, ValueError) for kind in builtin
+            if issubclass(kind, FlexiFlowError) and not issubclass(kind, ImportError)
+        }
+        self.assertEqual(found, builtin)
+
+    def test_several_lines_of_a_fix_stand_below_each_other(self):
+        error = StateError("Gone", fix="register it\nor use another")
+        self.assertEqual(str(error), "Gone\nFix: register it\n     or use another")
+
+    def test_control_and_bidi_characters_are_printed_escaped(self):
+        bad = "a\n\x1b[2J\u202e\u2028\x85\ud800b"
+        safe = r"a\n\x1b[2J\u202e\u2028\x85\ud800b"
+        error = StateError(f"Gone: {bad}", why="it is\x07 bad", fix="\x9bdo", key="a\u202eb\u2066")
+        self.assertEqual(str(error), "\n".join([
+            f"Gone: {safe}", r"Why: it is\x07 bad", r"Fix: \x9bdo", "Context:",
+            r"  key='a\u202eb\u2066'",
+        ]))
+
+    def test_a_long_value_is_cut(self):
+        error = StateError("Gone", data="x" * 10_000)
+        shown = "'" + "x" * 496 + "..."
+        self.assertEqual(error.context.format(), f"  data={shown}")
+
+    def test_errors_survive_pickling(self):
+        config = {"name": "m", "initial_state": "A", "states": {"A": {}}, "rules": []}
+        engine = FlexiFlowEngine()
+        engine.create_component({**config, "rules": [{"on": "go"}]})
+        unknown = self.raises(StateError, self.run_async, engine.handle_message("m", "og"))
+        missing = self.raises(FileNotFoundError, ff.load_snapshot, self.path("none.json"))
+        given = [
+            ConfigError("No", why="w", fix="f", a=1), ff.ArgumentError("No", b=[2]), unknown,
+            missing,
+        ]
+        for error in given:
+            with self.subTest(type(error).__name__):
+                copy = pickle.loads(pickle.dumps(error))
+                expected = (type(error), str(error), error.args, vars(error).keys())
+                found = (type(copy), str(copy), copy.args, vars(copy).keys())
+                self.assertEqual(found, expected)
+        self.assertEqual(pickle.loads(pickle.dumps(unknown)).receipt, unknown.receipt)
+
+    def test_the_cause_is_chained(self):
+        table = [
+            (ConfigLoader.load_component_config, self.write("a.json", "{"), ConfigError,
+             json.JSONDecodeError),
+            (ff.load_snapshot, self.write("s.json", "{"), PersistenceError, json.JSONDecodeError),
+            (ff.load_symbol, "no_such_module_here:X", ImportError_, ModuleNotFoundError),
+            (ff.load_symbol, "json:no_such_name", ImportError_, AttributeError),
+        ]
+        for call, argument, kind, cause in table:
+            with self.subTest(argument):
+                error = self.raises(kind, call, argument)
+                self.assertIsInstance(error.__cause__, cause)
+
+    def test_a_module_whose_own_import_fails_shows_why(self):
+        """E3: the real cause was dropped, and the module called missing."""
+        self.write("broken_t01.py", "import the_missing_part")
+        child = self.python("-c", "import flexiflow; flexiflow.load_symbol('broken_t01:X')")
+        lines = child.stderr.splitlines()
+        self.assertIn("ModuleNotFoundError: No module named 'the_missing_part'", lines)
+        self.assertNotIn("not found: 'broken_t01'", child.stderr)
+
+    def test_a_close_match_is_suggested(self):
+        error = self.raises(ff.ArgumentError, ff.get_logger, "t01", style="jsno")
+        self.assertEqual(str(error), "Unknown log style: 'jsno'\nFix: did you mean 'json'?")
+
+
+# --------------------------------------------------------------------------------------------
+# 2. Ground: strict JSON, ids, logging
+# --------------------------------------------------------------------------------------------
+
+
+class ReadingJson(Case):
+    def read(self, source):
+        return ff.read_json(source, "a.json", ConfigError)
+
+    def suite(self, *expected):
+        """Yield name and bytes of the documents of JSONTestSuite that a parser is to take so."""
+        import base64
+
+        path = SHARED / "json_test_suite.ndjson"
+        if not path.exists():
+            self.skipTest(f"{path} is missing")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["expect"] in expected:
+                text, count = entry.get("repeat", ("", 0))
+                source = base64.b64decode(entry.get("base64", ""))
+                yield entry["name"], source or (text * count + entry.get("tail", "")).encode()
+
+    def test_every_document_to_reject_is_refused(self):
+        taken, count = [], 0
+        for name, source in self.suite("reject"):
+            count += 1
+            with self.subTest(name), contextlib.suppress(ConfigError):
+                taken.append((name, self.read(source)))
+        self.assertEqual((taken, count), ([], 188))
+
+    def test_every_document_to_accept_is_taken_but_those_with_duplicate_keys(self):
+        refused, count = set(), 0
+        for name, source in self.suite("accept"):
+            count += 1
+            try:
+                self.assertEqual(self.read(source), json.loads(source))
+            except ConfigError:
+                refused.add(name)
+        duplicates = {"y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"}
+        self.assertEqual((refused, count), (duplicates, 95))
+
+    def test_every_other_document_is_taken_or_refused_by_name(self):
+        for name, source in self.suite("either"):
+            with self.subTest(name), contextlib.suppress(ConfigError):
+                value = self.read(source)
+                self.assertEqual(self.read(ff.write_json(value)), value)
+
+    def test_what_is_not_strict_json_is_refused(self):
+        """P8: raw UnicodeDecodeError, RecursionError and ValueError; the rest was accepted."""
+        table = [
+            (b'"\xff"', "'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
+            ('{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice in one object"),
+            ("[NaN]", "NaN is not JSON"),
+            ("[-Infinity]", "-Infinity is not JSON"),
+            ("[1e400]", "the number 1e400 is too large"),
+            ("1" * 5000, "a number of 5000 digits; 4300 are allowed"),
+            ("[" * 101 + "]" * 101, "more than 100 brackets within brackets"),
+            ('{"":' * 101 + "1" + "}" * 101, "more than 100 brackets within brackets"),
+            (b'"' + b"a" * 1_000_000 + b'"', "more than 1000000 bytes"),
+            ('"' + "a" * 1_000_000 + '"', "more than 1000000 bytes"),
+            ('"' + "\u20ac" * 400_000 + '"', "more than 1000000 bytes"),
+            ("", "Expecting value: line 1 column 1 (char 0)"),
+            ("{} {}", "Extra data: line 1 column 4 (char 3)"),
+        ]
+        for source, why in table:
+            with self.subTest(why, source=source[:20]):
+                error = self.raises(PersistenceError, ff.read_json, source, "a", PersistenceError)
+                self.assertEqual(str(error), f"Not valid JSON: a\nWhy: {why}")
+
+    def test_lone_surrogates_are_refused_wherever_they_stand(self):
+        sources = ['"\\ud800"', '{"\\udc00": 1}', '["\\ud83d x"]', '"\ud800"', b'"\xed\xa0\x80"']
+        for source in sources:
+            with self.subTest(source):
+                self.raises(ConfigError, self.read, source)
+        self.assertEqual(self.read('"\\ud83d\\ude00"'), "\U0001f600")
+
+    def test_a_hundred_levels_are_taken_and_brackets_in_text_do_not_count(self):
+        deep = "[" * 100 + "]" * 100
+        text = '["' + "[{" * 200 + '\\"[[[\\\\", {"a}]": "' + "{" * 101 + '"}]'
+        self.assertEqual(self.read(deep), json.loads(deep))
+        self.assertEqual(self.read(text), json.loads(text))
+
+    def test_the_depth_is_checked_before_parsing_also_on_a_small_stack(self):
+        child = self.python("-c", textwrap.dedent("""\
+            import threading
+            import flexiflow as ff
+
+            def main():
+                for source in ("[" * 10**5, '{"a":' * 10**5, '[{"":' * 50_000, "[[]," * 10**5):
+                    try:
+                        ff.read_json(source, "deep", ff.ConfigError)
+                    except ff.ConfigError as error:
+                        print(error.why)
+
+            threading.stack_size(256 * 1024)
+            thread = threading.Thread(target=main)
+            thread.start()
+            thread.join()
+            """))
+        lines = ["more than 100 brackets within brackets"] * 4
+        self.assertEqual((child.returncode, child.stdout.splitlines()), (0, lines), child.stderr)
+
+
+class WritingJson(Case):
+    def test_what_is_written_reads_back_the_same(self):
+        table = [
+            None, True, 0, -7, 1.5, -0.0, 1e-320, 10**400, "", "a\u2028\u0000\U0001f600\"\\",
+            [], {}, [1, [2, {"b": [], "a": {}}]], {"": None, "\u00e9": [False]},
+            json.loads("[" * 100 + "]" * 100),
+        ]
+        for value in table:
+            with self.subTest(str(value)[:40]):
+                text = ff.write_json(value)
+                self.assertEqual(ff.read_json(text, "a", ConfigError), value)
+
+    def test_the_text_is_compact_and_its_keys_are_sorted(self):
+        text = ff.write_json({"b": [1, 2.0], "a": {"d": "\u00e9", "c": None}})
+        self.assertEqual(text, '{"a":{"c":null,"d":"\u00e9"},"b":[1,2.0]}')
+
+    def test_what_would_change_is_refused_by_name(self):
+        table = [
+            ((1, 2), "data is a tuple"),
+            ({"a": [{"b": (1,)}]}, "data.a[0].b is a tuple"),
+            ({"a": {1: 2}}, "the key 1 at data.a is not a string"),
+            ({None: 2}, "the key None at data is not a string"),
+            ({True: 2}, "the key True at data is not a string"),
+            ({"x": float("nan")}, "data.x is nan"),
+            ([float("-inf")], "data[0] is -inf"),
+            ({"x": {1, 2}}, "data.x is a set"),
+            ({"x": b"1"}, "data.x is a bytes"),
+            ({"x": Path("a")}, f"data.x is a {type(Path()).__name__}"),
+            ("a" * 1_000_000, "data takes 1000002 bytes; 1000000 are allowed"),
+            ("\u00e9" * 500_000, "data takes 1000002 bytes; 1000000 are allowed"),
+        ]
+        for value, problem in table:
+            with self.subTest(problem):
+                error = self.raises(ValueError, ff.write_json, value, "data")
+                self.assertEqual(str(error), problem)
+
+    def test_what_the_reader_refuses_is_not_written(self):
+        circle = []
+        circle.append(circle)
+        deep = []
+        for _ in range(100):
+            deep = [deep]
+        for value in ({"x": "\ud800"}, {"\udc00": 1}, deep, circle, 10**5000, {"x": -(10**5000)}):
+            with self.subTest(repr(type(value))):
+                error = self.raises(ValueError, ff.write_json, value, "data")
+                self.assertRegex(str(error), "^data")
+
+    def test_what_is_far_too_deep_is_refused_also_on_a_small_stack(self):
+        child = self.python("-c", textwrap.dedent("""\
+            import threading
+            import flexiflow as ff
+
+            def main():
+                for key in (None, "a"):
+                    value = 1
+                    for _ in range(10**5):
+                        value = [value] if key is None else {key: value}
+                    try:
+                        ff.write_json(value, "deep")
+                    except ValueError as error:
+                        print(str(error)[:4])
+                    while value != 1:
+                        value = value[key or 0]
+
+            threading.stack_size(256 * 1024)
+            thread = threading.Thread(target=main)
+            thread.start()
+            thread.join()
+            """))
+        lines = ["deep"] * 2
+        self.assertEqual((child.returncode, child.stdout.splitlines()), (0, lines), child.stderr)
+
+    def test_a_limit_is_the_size_that_still_passes(self):
+        self.assertEqual(ff.write_json("\u00e9a", limit=5), '"\u00e9a"')
+        error = self.raises(ValueError, ff.write_json, "\u00e9ab", "text", 5)
+        self.assertEqual(str(error), "text takes 6 bytes; 5 are allowed")
+
+
+class Ids(Case):
+    def test_every_new_id_is_another(self):
+        import contextvars
+
+        ids = {contextvars.copy_context().run(ff.set_correlation_id) for _ in range(1000)}
+        self.assertEqual((len(ids), {type(one) for one in ids}), (1000, {str}))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+    def test_parent_and_child_make_different_ids(self):
+        child = self.python("-c", textwrap.dedent("""\
+            import os, flexiflow
+            flexiflow.set_correlation_id()
+            pid = os.fork()
+            os.write(1, flexiflow.set_correlation_id().encode() + b"\\n")
+            pid and os.waitpid(pid, 0)
+            """))
+        self.assertEqual(len(set(child.stdout.split())), 2, child)
+
+    def test_an_id_is_set_for_this_task_only(self):
+        async def task(value):
+            ff.set_correlation_id(value)
+            await asyncio.sleep(0)
+            return ff.get_correlation_id()
+
+        async def main():
+            ff.set_correlation_id("outer")
+            inner = await asyncio.gather(task("a"), task("b"))
+            return [*inner, ff.get_correlation_id()]
+
+        self.assertEqual(self.run_async(main()), ["a", "b", "outer"])
+
+    def test_a_task_starts_with_the_id_of_who_made_it(self):
+        async def task():
+            return ff.get_correlation_id()
+
+        async def main():
+            before = await asyncio.ensure_future(task())
+            ff.set_correlation_id("outer")
+            return before, await asyncio.ensure_future(task())
+
+        self.assertEqual(self.run_async(main()), (None, "outer"))
+
+
+class LogCase(Case, unittest.IsolatedAsyncioTestCase):
+    CONFIG = {
+        "name": "m", "initial_state": "A", "states": {"A": {}, "B": {}},
+        "rules": [{"from": "A", "on": "go", "to": "B", "action": "code_of_t02:act"}],
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.module = types.ModuleType("code_of_t02")
+        sys.modules["code_of_t02"] = self.module
+        self.addCleanup(sys.modules.pop, "code_of_t02", None)
+        self.log = logging.getLogger("flexiflow")
+
+    async def asyncSetUp(self):
+        self.engine = FlexiFlowEngine()
+        self.addAsyncCleanup(self.engine.close)
+
+    def printed(self, style="text", name="flexiflow.test"):
+        """Return a logger as `get_logger` makes it, and the stream that it prints to."""
+        stream = io.StringIO()
+        for one in map(logging.getLogger, {"", "flexiflow", name}):
+            self.addCleanup(one.setLevel, one.level)
+            self.addCleanup(setattr, one, "handlers", one.handlers)
+            self.addCleanup(setattr, one, "propagate", one.propagate)
+            one.handlers = []
+        with contextlib.redirect_stderr(stream):
+            return ff.get_logger(name, style=style), stream
+
+    def controls(self, text):
+        """Return the characters that could forge a line or turn the text around."""
+        import unicodedata
+
+        bidi = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+        kinds = ("Cc", "Cs", "Zl", "Zp")
+        return [one for one in text if one in bidi or unicodedata.category(one) in kinds]
+
+    def naughty(self):
+        path = SHARED / "naughty_strings.json"
+        if not path.exists():
+            self.skipTest(f"{path} is missing")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+class CorrelationIds(LogCase):
+    async def test_a_message_brings_its_id_to_actions_handlers_and_their_tasks(self):
+        async def task():
+            self.log.info("task")
+
+        async def act(message, component):
+            self.log.info("action")
+            await asyncio.ensure_future(task())
+
+        async def handler(data):
+            self.log.info("handler")
+
+        self.module.act = act
+        self.engine.create_component(self.CONFIG)
+        for delivery in ("state.changed", "component.message.received"):
+            await self.engine.event_bus.subscribe(delivery, "test", handler)
+        lines = self.logged()
+        await self.engine.handle_message("m", "go", correlation_id="c-1")
+        found = [line for line in lines if line.split()[-1] in ("action", "task", "handler")]
+        self.assertEqual(found, [
+            "INFO c-1 action", "INFO c-1 task", "INFO c-1 handler", "INFO c-1 handler"])
+
+    async def test_a_message_without_an_id_takes_that_of_its_context_or_a_new_one(self):
+        seen = []
+        self.module.act = lambda message, component: seen.append(ff.get_correlation_id())
+        for name in ("m", "n", "o"):
+            self.engine.create_component(self.CONFIG, name=name)
+        await self.engine.handle_message("m", "go")
+        ff.set_correlation_id("mine")
+        await self.engine.handle_message("n", "go")
+        await self.engine.handle_message("o", "go", correlation_id="its own")
+        self.assertEqual(seen[1:], ["mine", "its own"])
+        self.assertRegex(seen[0], "^[0-9a-f-]{8,}$")
+
+    async def test_the_id_is_restored_by_value_after_the_message(self):
+        self.module.act = lambda message, component: ff.set_correlation_id("changed inside")
+        self.engine.create_component(self.CONFIG)
+        ff.set_correlation_id("before")
+        await self.engine.handle_message("m", "go", correlation_id="c-1")
+        self.assertEqual(ff.get_correlation_id(), "before")
+
+    async def test_the_id_is_restored_after_a_failure(self):
+        def act(message, component):
+            raise KeyError("k")
+
+        self.module.act = act
+        self.engine.create_component(self.CONFIG)
+        ff.set_correlation_id("before")
+        with self.assertRaises(KeyError):
+            await self.engine.handle_message("m", "go", correlation_id="c-1")
+        self.assertEqual(ff.get_correlation_id(), "before")
+
+    async def test_components_at_once_keep_their_ids_apart(self):
+        async def act(message, component):
+            await asyncio.sleep(0)
+            self.log.info("in %s", component.name)
+
+        self.module.act = act
+        names = [f"m{number}" for number in range(5)]
+        for name in names:
+            self.engine.create_component(self.CONFIG, name=name)
+        lines = self.logged()
+        await asyncio.gather(*(
+            self.engine.handle_message(name, "go", correlation_id=f"c-{name}") for name in names))
+        found = sorted(line for line in lines if " in m" in line)
+        self.assertEqual(found, [f"INFO c-{name} in {name}" for name in names])
+
+    async def test_a_record_that_has_an_id_keeps_it(self):
+        lines = self.logged()
+        self.log.info("mine", extra={"correlation_id": "given"})
+        self.log.info("none")
+        self.assertEqual(lines, ["INFO given mine", "INFO - none"])
+
+    def test_the_filter_of_1_0_1_works_on_any_handler(self):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        handler.addFilter(ff.CorrelationIdFilter())
+        handler.setFormatter(logging.Formatter("%(correlation_id)s %(message)s"))
+        log = logging.Logger("of the application")
+        log.addHandler(handler)
+
+        def work():
+            ff.set_correlation_id("c-9")
+            log.warning("%s at %d", "fire", 5)
+
+        import contextvars
+
+        contextvars.copy_context().run(work)
+        self.assertEqual(stream.getvalue(), "c-9 fire at 5\n")
+
+
+class Logging(LogCase):
+    async def test_a_name_with_line_breaks_forges_no_line(self):
+        """L1: a newline in a name wrote a second line, and ESC went to the terminal."""
+        self.module.act = print
+        log, stream = self.printed(name="flexiflow")
+        log.setLevel(logging.DEBUG)
+        name = "m\n2026-01-01 INFO flexiflow paid\x1b[2J\u202e\u2028x"
+        engine = FlexiFlowEngine()
+        engine.register(AsyncComponent(name))
+        with contextlib.suppress(StateError):
+            await engine.handle_message(name, "no such message\n\x1b[31m")
+        log.warning("Component %r and %s", name, name)
+        *lines, last = stream.getvalue().split("\n")
+        self.assertEqual((self.controls("".join(lines)), last), ([], ""))
+        self.assertEqual([line for line in lines if line.startswith("2026-01-01 INFO")], [])
+
+    def test_a_record_is_one_line_whatever_the_data_holds(self):
+        log, stream = self.printed()
+        strings = [*self.naughty(), "a\r\nb\x00\x0b\x0c\x1b\x85\u2028\u2029\u202e\ud800", "%s %d"]
+        for text in strings:
+            log.error("Bad %s and %r", text, {text: text})
+        lines = stream.getvalue().split("\n")[:-1]
+        bad = [one for line in lines for one in self.controls(line)]
+        self.assertEqual((len(lines), bad), (len(strings), []))
+
+    def test_a_traceback_stands_in_the_line(self):
+        log, stream = self.printed()
+        for text in ("simple", "two\nlines\u2028x", "\x1b[2J\ud800"):
+            try:
+                raise ValueError(text)
+            except ValueError:
+                log.exception("Failed")
+        lines = stream.getvalue().splitlines()
+        self.assertEqual([line.partition(" Failed | ")[2].split(" | ")[0] for line in lines], [
+            "Traceback (most recent call last):"] * 3)
+        self.assertEqual([line.split("ValueError: ")[1] for line in lines], [
+            "simple", r"two\nlines\u2028x", r"\x1b[2J\ud800"])
+
+    def test_a_line_says_when_how_bad_who_and_which_message(self):
+        log, stream = self.printed()
+        log.warning("Full: %d%%", 100, extra={"correlation_id": "c-1"})
+        self.assertRegex(
+            stream.getvalue(), r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING flexiflow\.test "
+            r"correlation_id=c-1 Full: 100%\n$")
+
+    def test_json_style_prints_an_object_a_line(self):
+        log, stream = self.printed("json")
+        log.warning("Full: %s", "\u00e9\n\"", extra={"correlation_id": "c-1"})
+        entry = json.loads(stream.getvalue())
+        self.assertRegex(entry.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$")
+        self.assertEqual(entry, {
+            "level": "WARNING", "logger": "flexiflow.test", "correlation_id": "c-1",
+            "message": "Full: \u00e9\\n\""})
+
+    def test_json_style_holds_whatever_the_data_holds(self):
+        log, stream = self.printed("json")
+        strings = self.naughty()
+        for text in strings:
+            log.error("Bad %s", text, extra={"correlation_id": text})
+        entries = [json.loads(line) for line in stream.getvalue().splitlines()]
+        self.assertTrue([entry["correlation_id"] for entry in entries] == strings)
+
+    def test_an_unknown_style_is_refused(self):
+        error = self.raises(ff.ArgumentError, ff.get_logger, "t02", style="xml")
+        self.assertEqual(str(error), "Unknown log style: 'xml'\nFix: use one of 'json', 'text'")
+
+    def test_get_logger_works_as_the_users_of_1_0_1_call_it(self):
+        """L2: every call set the level again."""
+        log, _ = self.printed(name="t02")
+        first = log.level, len(log.handlers)
+        log.setLevel(logging.ERROR)
+        again = ff.get_logger("t02")
+        second = again is log, again.level, len(again.handlers)
+        third = ff.get_logger("t02", logging.DEBUG).level
+        self.assertEqual(
+            (first, second, third, ff.get_logger().name),
+            ((logging.INFO, 1), (True, logging.ERROR, 1), logging.DEBUG, "flexiflow"))
+
+    def test_nothing_is_printed_twice(self):
+        """L2: an application with logging.basicConfig() saw every line twice."""
+        setup = "logging.basicConfig(level='INFO', format='APP %(message)s')"
+        work = (
+            "bus = flexiflow.FlexiFlowEngine().event_bus\n"
+            "asyncio.run(bus.subscribe('e', 'c', lambda data: 1 / 0))\n"
+            "asyncio.run(bus.publish('e'))\n"
+            "logging.getLogger('flexiflow').warning('two')\n"
+        )
+        table = {
+            "no set-up": f"{work}",
+            "set up before": f"{setup}\n{work}",
+            "set up after": f"flexiflow.FlexiFlowEngine()\n{setup}\n{work}",
+            "get_logger first": f"flexiflow.get_logger()\n{setup}\n{work}",
+            "get_logger last": f"{setup}\nflexiflow.get_logger()\n{work}",
+            "get_logger often": f"[flexiflow.get_logger() for _ in range(3)]\n{work}",
+            "an own logger": f"{setup}\nflexiflow.get_logger('flexiflow.own')\n{work}",
+        }
+        for name, code in table.items():
+            with self.subTest(name):
+                child = self.python("-c", f"import asyncio, logging, flexiflow\n{code}")
+                lines = child.stderr.splitlines()
+                found = [line.rpartition("ZeroDivisionError")[1] or line[-3:] for line in lines]
+                self.assertEqual((found, child.stdout), (["ZeroDivisionError", "two"], ""), lines)
+
+    def test_an_import_changes_nothing_of_the_application_s_logging(self):
+        child = self.python("-c", textwrap.dedent("""\
+            import logging, flexiflow
+            log = logging.getLogger("flexiflow")
+            flexiflow.FlexiFlowEngine()
+            print(logging.root.handlers, logging.root.level, log.handlers, log.level, log.propagate)
+            """))
+        self.assertEqual((child.stdout, child.stderr), ("[] 30 [] 0 True\n", ""))
+
+    async def test_a_message_is_logged_at_debug_only(self):
+        self.module.act = lambda message, component: None
+        lines = self.logged()
+        self.engine.create_component(self.CONFIG)
+        await self.engine.handle_message("m", "go")
+        await self.engine.handle_message("m", "go")
+        self.assertEqual({line.split()[0] for line in lines} - {"DEBUG"}, set())
+
+    async def test_secrets_are_masked(self):
+        self.module.act = lambda message, component: 1 / 0
+        lines = self.logged()
+        self.engine.create_component(self.CONFIG)
+        await self.engine.event_bus.subscribe("state.changed", "test", lambda data: 1 / 0)
+        for field in ("token", "password", "client_secret"):
+            with contextlib.suppress(ZeroDivisionError):
+                await self.engine.handle_message("m", "go", **{field: "hunter2"})
+        await self.engine.send("m", "go", password="hunter2")
+        await self.engine.run(until_idle=True)
+        self.assertEqual([line for line in lines if "hunter2" in line], [])
+
+
+# --------------------------------------------------------------------------------------------
+# 3. Retry
+# --------------------------------------------------------------------------------------------
+
+
+class Retry(Case):
+    """Calls, pauses and time are kept by the test: nothing sleeps."""
+
+    def setUp(self):
+        super().setUp()
+        from unittest import mock
+
+        self.calls, self.pauses, self.chance = [], [], 0.0
+        now = [1000.0]
+
+        def sleep(seconds):
+            self.pauses.append(seconds)
+            now[0] += seconds
+
+        async def sleep_async(seconds, *result):
+            sleep(seconds)
+
+        self.spend = lambda seconds: now.__setitem__(0, now[0] + seconds)
+        changes = [
+            ("time.sleep", sleep), ("asyncio.sleep", sleep_async),
+            ("time.monotonic", lambda: now[0]), ("random.random", lambda: self.chance),
+        ]
+        for name, value in changes:
+            patch = mock.patch(name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def try_plain(self, errors, **settings):
+        """Call a plain function whose calls end in these errors, then in "done"."""
+
+        @ff.retry_async(ff.RetryConfig(**settings))
+        def job(*args, **kwargs):
+            self.calls.append((args, kwargs))
+            if len(self.calls) <= len(errors):
+                raise errors[len(self.calls) - 1]
+            return "done"
+
+        return job(1, two=2)
+
+    def try_async(self, errors, **settings):
+        """The same with a coroutine function."""
+
+        @ff.retry_async(ff.RetryConfig(**settings))
+        async def job(*args, **kwargs):
+            self.calls.append((args, kwargs))
+            if len(self.calls) <= len(errors):
+                raise errors[len(self.calls) - 1]
+            return "done"
+
+        return self.run_async(job(1, two=2))
+
+    def outcome(self, way, errors, **settings):
+        """Return the result or error, the number of calls and the pauses, rounded."""
+        self.calls.clear()
+        self.pauses.clear()
+        try:
+            end = way(errors, **settings)
+        except BaseException as error:
+            end = error
+        return end, len(self.calls), [round(pause, 6) for pause in self.pauses]
+
+    def check(self, expected, errors, **settings):
+        """Compare the outcome of both ways of calling."""
+        for way in (self.try_plain, self.try_async):
+            with self.subTest(way.__name__):
+                self.assertEqual(self.outcome(way, errors, **settings), expected)
+
+    def test_a_call_that_works_is_made_once(self):
+        self.check(("done", 1, []), [])
+
+    def test_a_failed_call_is_made_again_with_the_same_arguments(self):
+        self.check(("done", 3, [0.1, 0.2]), [OSError(), KeyError()])
+        self.assertEqual(self.calls, [((1,), {"two": 2})] * 3)
+
+    def test_the_last_exception_is_raised_as_it_was(self):
+        errors = [OSError(number) for number in range(9)]
+        self.check((errors[3], 4, [0.1, 0.2, 0.4]), errors, max_attempts=4)
+
+    def test_one_attempt_is_no_retry(self):
+        error = OSError()
+        self.check((error, 1, []), [error], max_attempts=1)
+
+    def test_pauses_grow_up_to_the_cap(self):
+        self.check(
+            ("done", 7, [1, 3, 9, 20, 20, 20]), [OSError()] * 6,
+            max_attempts=7, base_delay=1, backoff=3, max_delay=20)
+
+    def test_jitter_survives_the_cap(self):
+        """R1: jitter was 0 at the cap, so all clients knocked together."""
+        self.chance = 0.5
+        self.check(
+            ("done", 5, [1.25, 2.5, 5, 5]), [OSError()] * 4,
+            max_attempts=5, base_delay=1, max_delay=4, jitter=0.5)
+
+    def test_a_pause_that_would_pass_the_timeout_is_not_begun(self):
+        error = OSError()
+        self.check(
+            (error, 3, [1, 2]), [error] * 9, max_attempts=9, base_delay=1, max_delay=9, timeout=6)
+
+    def test_a_pause_that_ends_with_the_timeout_is_taken(self):
+        error = OSError()
+        self.check(
+            (error, 3, [1, 2]), [error] * 9, max_attempts=9, base_delay=1, max_delay=9, timeout=3)
+
+    def test_the_calls_count_for_the_timeout(self):
+        error, spend = OSError(), self.spend
+
+        class Slow(list):
+            def __getitem__(self, index):
+                spend(3)
+                return error
+
+        self.check((error, 2, [1]), Slow([0] * 9), max_attempts=9, base_delay=1, timeout=8)
+
+    def test_a_thousand_attempts_do_not_overflow(self):
+        pauses = [0.1, 0.2, 0.4] + [0.5] * 1097
+        self.check(
+            ("done", 1101, pauses), [OSError()] * 1100, max_attempts=1101, max_delay=0.5)
+
+    def test_only_what_is_named_is_tried_again(self):
+        error = KeyError("k")
+        self.check((error, 2, [0.1]), [OSError(), error], max_attempts=9, retry_on=(OSError,))
+
+    def test_no_exception_that_ends_a_program_is_tried_again(self):
+        for kind in (KeyboardInterrupt, SystemExit, GeneratorExit):
+            error = kind()
+            with self.subTest(kind.__name__):
+                self.assertEqual(self.outcome(self.try_plain, [error]), (error, 1, []))
+
+    def test_a_cancellation_is_never_tried_again(self):
+        for way in (self.try_plain, self.try_async):
+            with self.subTest(way.__name__):
+                end, calls, pauses = self.outcome(
+                    way, [asyncio.CancelledError()] * 2, retry_on=(BaseException,))
+                self.assertEqual((type(end), calls, pauses), (asyncio.CancelledError, 1, []))
+
+    def test_a_task_cancelled_in_a_pause_ends(self):
+        from unittest import mock
+
+        @ff.retry_async()
+        async def job():
+            self.calls.append("job")
+            raise OSError
+
+        async def main():
+            paused = asyncio.Event()
+
+            async def sleep(seconds):
+                paused.set()
+                await asyncio.Event().wait()
+
+            with mock.patch("asyncio.sleep", sleep):
+                task = asyncio.ensure_future(job())
+                await paused.wait()
+                task.cancel()
+                await asyncio.wait([task])
+            return task.cancelled()
+
+        self.assertEqual((self.run_async(main()), self.calls), (True, ["job"]))
+
+    def test_the_function_keeps_its_name_and_kind(self):
+        """R1: functools.wraps was missing."""
+
+        async def fetch(url: str) -> str:
+            """Fetch it."""
+
+        def load(url: str) -> str:
+            """Load it."""
+
+        import inspect
+
+        for function in (fetch, load):
+            with self.subTest(function.__name__):
+                again = ff.retry_async()(function)
+                found = (
+                    again.__name__, again.__doc__, again.__wrapped__, inspect.signature(again),
+                    inspect.iscoroutinefunction(again),
+                )
+                self.assertEqual(found, (
+                    function.__name__, function.__doc__, function, inspect.signature(function),
+                    inspect.iscoroutinefunction(function),
+                ))
+
+    def test_partials_and_callable_objects_are_awaited(self):
+        import functools
+
+        class Job:
+            async def __call__(self, value):
+                return value
+
+            async def method(self, value):
+                return value
+
+        async def job(first, value):
+            return value
+
+        for function in (Job(), Job().method, functools.partial(job, 1)):
+            with self.subTest(function):
+                again = ff.retry_async()(functools.partial(function))
+                self.assertEqual(self.run_async(again("x")), "x")
+
+    def test_settings_that_make_no_sense_are_refused(self):
+        """R1: max_attempts=1.5 and base_delay=nan were accepted."""
+        table = [
+            *(("max_attempts", value) for value in (0, -1, 1.5, True, "3", None)),
+            *(("base_delay", value) for value in (-1, float("nan"), float("inf"), "1", True)),
+            *(("max_delay", value) for value in (-0.1, float("nan"), float("inf"), None)),
+            *(("backoff", value) for value in (0.5, -2, float("nan"), float("inf"))),
+            *(("jitter", value) for value in (-0.1, 1.1, float("nan"), "0")),
+            *(("timeout", value) for value in (-1, float("nan"), "1")),
+        ]
+        for name, value in table:
+            with self.subTest(name, value=value):
+                error = self.raises(ValueError, ff.RetryConfig, **{name: value})
+                self.assertIsInstance(error, FlexiFlowError)
+                self.assertIn(f"{name} is", error.what)
+                self.assertIn(repr(value), error.what)
+
+    def test_the_defaults_of_1_0_1_hold(self):
+        settings = ff.RetryConfig()
+        found = (
+            settings.max_attempts, settings.base_delay, settings.max_delay, settings.backoff,
+            settings.jitter, settings.retry_on,
+        )
+        self.assertEqual(found, (3, 0.1, 2.0, 2.0, 0.0, (Exception,)))
+
+    def test_something_else_than_settings_is_refused(self):
+        error = self.raises(ff.ArgumentError, ff.retry_async, 5)
+        self.assertEqual(str(error), "Not a RetryConfig: 5\nFix: @retry_async(RetryConfig())")
+
+
+# --------------------------------------------------------------------------------------------
+# 4. Events: the bus
+# --------------------------------------------------------------------------------------------
+
+
+class BusCase(Case, unittest.IsolatedAsyncioTestCase):
+    """Tests on one bus; handlers leave their names in `self.heard`."""
+
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().set_debug(False)
+        self.bus = AsyncEventManager()
+        self.heard = []
+        self.lines = self.logged()
+
+    def plain(self, name):
+        return lambda data: self.heard.append(name)
+
+    def waiting(self, name, passes=2):
+        """Return an async handler that notes its begin and its end, a few passes later."""
+
+        async def handler(data):
+            self.heard.append(f"{name} begins")
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            self.heard.append(f"{name} ends")
+
+        return handler
+
+    def failing(self, error):
+        def handler(data):
+            raise error
+
+        return handler
+
+    async def on(self, handler, event="e", owner="c", **settings):
+        return await self.bus.subscribe(event, owner, handler, **settings)
+
+    def take(self):
+        """Return what was heard since the last time."""
+        heard = list(self.heard)
+        self.heard.clear()
+        return heard
+
+    def failures(self):
+        """Return what was logged as failed: level, correlation id, text, exception."""
+        found = [line.split(" | ") for line in self.lines if "Traceback" in line]
+        self.lines.clear()
+        return [(parts[0], parts[-1]) for parts in found]
+
+
+class Publishing(BusCase):
+    async def test_publish_returns_when_every_handler_is_done(self):
+        await self.on(self.waiting("a"))
+        await self.on(self.waiting("b"))
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["a begins", "a ends", "b begins", "b ends"])
+        await self.bus.publish("e", delivery="concurrent")
+        self.assertEqual(self.take(), ["a begins", "b begins", "a ends", "b ends"])
+
+    async def test_handlers_are_called_by_priority_then_subscription(self):
+        for number, priority in enumerate([3, 5, 1, 3, 2, 1, 4]):
+            await self.on(self.plain(f"{priority}-{number}"), priority=priority)
+        await self.on(self.plain("3-default"))
+        expected = ["1-2", "1-5", "2-4", "3-0", "3-3", "3-default", "4-6", "5-1"]
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(self.take(), expected)
+
+    async def test_a_later_subscription_finds_its_place(self):
+        await self.on(self.plain("a"), priority=2)
+        await self.bus.publish("e")
+        await self.on(self.plain("b"), priority=1)
+        await self.on(self.plain("c"), "*", priority=1)
+        self.take()
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["b", "c", "a"])
+
+    async def test_whatever_can_be_called_is_a_handler_and_what_is_awaitable_is_awaited(self):
+        """B5: a plain handler in concurrent delivery raised TypeError."""
+        import functools
+
+        heard = self.heard
+
+        class Callable:
+            async def __call__(self, data):
+                await asyncio.sleep(0)
+                heard.append("object")
+
+            async def method(self, data):
+                await asyncio.sleep(0)
+                heard.append("method")
+
+        class Awaitable:
+            def __init__(self, name):
+                self.name = name
+
+            def __await__(self):
+                yield from asyncio.sleep(0).__await__()
+                heard.append(self.name)
+
+        async def two(name, data):
+            await asyncio.sleep(0)
+            heard.append(name)
+
+        def future(data):
+            made = asyncio.get_running_loop().create_future()
+            made.add_done_callback(lambda done: heard.append("future"))
+            asyncio.get_running_loop().call_soon(made.set_result, None)
+            return made
+
+        @types.coroutine
+        def generator(data):
+            yield
+            heard.append("generator")
+
+        handlers = [
+            self.plain("plain"), functools.partial(two, "partial"), Callable(), Callable().method,
+            lambda data: Awaitable("awaitable"), lambda data: asyncio.ensure_future(two("task", 0)),
+            future, generator, lambda data: heard.append("answers") or [1],
+        ]
+        for handler in handlers:
+            await self.on(handler)
+        names = "plain partial object method awaitable task future generator answers".split()
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery, on_error="raise")
+                heard_now = self.take()
+                order = names if delivery == "sequential" else sorted(names)
+                found = heard_now if delivery == "sequential" else sorted(heard_now)
+                self.assertEqual(found, order)
+
+    async def test_a_handler_gets_the_data_and_nothing_else(self):
+        recorder = Recorder()
+        await self.on(recorder)
+        for data in (None, {"a": 1}, "text", 0):
+            await self.bus.publish("e", data)
+        self.assertEqual(recorder.take(), [None, {"a": 1}, "text", 0])
+
+    async def test_what_one_handler_does_to_the_payload_no_other_sees(self):
+        """B14: handler 1 changed what handler 2 saw."""
+        recorder = Recorder()
+
+        def spoil(data):
+            data["items"].append("forged")
+            data.clear()
+
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                self.bus.unsubscribe_all("c")
+                await self.on(spoil)
+                await self.on(recorder)
+                data = {"items": [1]}
+                await self.bus.publish("e", data, delivery=delivery)
+                self.assertEqual((recorder.take(), data), ([{"items": [1]}], {"items": [1]}))
+
+    async def test_concurrent_handlers_run_at_once(self):
+        first, second = asyncio.Event(), asyncio.Event()
+
+        async def one(data):
+            first.set()
+            await asyncio.wait_for(second.wait(), 10)
+            self.heard.append("one")
+
+        async def two(data):
+            await asyncio.wait_for(first.wait(), 10)
+            second.set()
+            self.heard.append("two")
+
+        await self.on(one)
+        await self.on(two)
+        await self.bus.publish("e", delivery="concurrent", on_error="raise")
+        self.assertEqual(sorted(self.take()), ["one", "two"])
+
+    async def test_other_events_are_not_heard(self):
+        await self.on(self.plain("e"))
+        await self.on(self.plain("f"), "f")
+        await self.bus.publish("f")
+        await self.bus.publish("nobody hears this")
+        self.assertEqual(self.take(), ["f"])
+
+    async def test_the_star_hears_everything(self):
+        await self.on(self.plain("e"), priority=2)
+        await self.on(self.plain("all"), "*", priority=2)
+        await self.on(self.plain("first of all"), "*", priority=1)
+        for event in ("e", "f", "*"):
+            await self.bus.publish(event)
+            self.heard.append("|")
+        self.assertEqual(self.take(), [
+            "first of all", "e", "all", "|", "first of all", "all", "|", "first of all", "all", "|",
+        ])
+
+    async def test_a_star_with_a_filter_learns_the_event_s_name(self):
+        recorder = Recorder()
+        await self.on(recorder, "*", filter_fn=lambda event, data: event.startswith("order."))
+        for event in ("order.paid", "state.changed", "order.sent"):
+            await self.bus.publish(event, event)
+        self.assertEqual(recorder.take(), ["order.paid", "order.sent"])
+
+    async def test_a_filter_decides_with_the_event_and_the_data(self):
+        asked, recorder = [], Recorder()
+
+        def only_even(event, data):
+            asked.append((event, data))
+            return data % 2 == 0
+
+        await self.on(recorder, filter_fn=only_even)
+        for delivery in ("sequential", "concurrent"):
+            for number in range(3):
+                await self.bus.publish("e", number, delivery=delivery)
+        self.assertEqual(recorder.take(), [0, 2, 0, 2])
+        self.assertEqual(asked, [("e", number) for number in (0, 1, 2)] * 2)
+
+    async def test_publishing_within_publishing_goes_depth_first(self):
+        async def outer(data):
+            self.heard.append("outer begins")
+            await self.bus.publish("inner")
+            self.heard.append("outer ends")
+
+        await self.on(outer)
+        await self.on(self.plain("next"))
+        await self.on(self.plain("inner"), "inner")
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["outer begins", "inner", "outer ends", "next"])
+
+    async def test_a_sequential_handler_runs_in_the_publisher_s_context(self):
+        async def handler(data):
+            self.heard.append((ff.get_correlation_id(), asyncio.current_task()))
+
+        await self.on(handler)
+        ff.set_correlation_id("c-1")
+        await self.bus.publish("e")
+        await self.bus.publish("e", delivery="concurrent")
+        (first, task), (second, _) = self.take()
+        self.assertEqual((first, task, second), ("c-1", asyncio.current_task(), "c-1"))
+
+    async def test_words_that_are_not_known_are_refused(self):
+        table = [
+            ({"delivery": "all"}, "Unknown delivery: 'all'\nFix: sequential or concurrent"),
+            ({"on_error": "ignore"}, "Unknown error policy: 'ignore'\nFix: continue or raise"),
+        ]
+        for given, text in table:
+            with self.subTest(given):
+                with self.assertRaises(ff.ArgumentError) as caught:
+                    await self.bus.publish("nobody", **given)
+                self.assertEqual(str(caught.exception), text)
+
+
+class Subscribing(BusCase):
+    async def test_a_priority_is_a_whole_number_from_1_to_5(self):
+        """B17: True and 2.5 were accepted; "3" and None were raw TypeErrors."""
+        for priority in (0, 6, -1, True, False, 2.5, 3.0, "3", None, [1]):
+            with self.subTest(priority=priority):
+                with self.assertRaises(ValueError) as caught:
+                    await self.on(print, priority=priority)
+                self.assertIsInstance(caught.exception, FlexiFlowError)
+                self.assertEqual(
+                    str(caught.exception), f"Priority must be an integer from 1 to 5: {priority!r}")
+
+    async def test_an_async_filter_is_refused(self):
+        import functools
+
+        async def always(event, data):
+            return False
+
+        class Always:
+            async def __call__(self, event, data):
+                return False
+
+        for filter_fn in (always, functools.partial(always), Always(), Always().__call__):
+            with self.subTest(filter_fn):
+                with self.assertRaises(ff.ArgumentError) as caught:
+                    await self.on(print, filter_fn=filter_fn)
+                self.assertEqual(str(caught.exception), (
+                    f"Async filter: {filter_fn!r}\n"
+                    "Why: a coroutine is always true, so every event would pass\n"
+                    "Fix: write `def` instead of `async def`"))
+
+    async def test_what_cannot_be_called_is_refused(self):
+        for given in ({"handler": 5}, {"handler": print, "filter_fn": "yes"}):
+            with self.subTest(given):
+                with self.assertRaises(ff.ArgumentError) as caught:
+                    await self.bus.subscribe("e", "c", **given)
+                self.assertRegex(str(caught.exception), r"^Not a function: (5|'yes')\nWhy: ")
+        await self.bus.publish("e")
+        self.assertEqual(self.failures(), [])
+
+    async def test_arguments_may_be_given_by_position_as_in_1_0_1(self):
+        recorder = Recorder()
+        handle = await self.bus.subscribe("e", "c", recorder, 2, lambda event, data: data > 1)
+        for number in (1, 2):
+            await self.bus.publish("e", number)
+        found = recorder.take(), handle.event_name, handle.component_name, handle.priority
+        self.assertEqual(found, ([2], "e", "c", 2))
+        self.assertIsInstance(handle, ff.SubscriptionHandle)
+        self.assertIsInstance(handle.subscription_id, str)
+
+    async def test_unsubscribe_says_whether_there_was_something_to_end(self):
+        handle = await self.on(self.plain("a"))
+        other = await AsyncEventManager().subscribe("e", "c", self.plain("b"))
+        found = [self.bus.unsubscribe(one) for one in (other, handle, handle)]
+        await self.bus.publish("e")
+        self.assertEqual((found, self.take()), ([False, True, False], []))
+
+    async def test_the_same_handler_may_subscribe_twice(self):
+        handler = self.plain("a")
+        first = await self.on(handler)
+        await self.on(handler)
+        await self.bus.publish("e")
+        self.bus.unsubscribe(first)
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["a", "a", "a"])
+
+    async def test_unsubscribe_all_ends_what_one_component_has(self):
+        for owner, event in (("c", "e"), ("c", "f"), ("c", "*"), ("d", "e")):
+            await self.on(self.plain(f"{owner} {event}"), event, owner)
+        counts = [self.bus.unsubscribe_all(owner) for owner in ("c", "c", "nobody")]
+        await self.bus.publish("e")
+        await self.bus.publish("f")
+        self.assertEqual((counts, self.take()), ([3, 0, 0], ["d e"]))
+        self.assertEqual(self.bus.unsubscribe_all("d"), 1)
+
+    async def test_once_is_once(self):
+        handle = await self.on(self.plain("once"), once=True)
+        await self.on(self.plain("always"))
+        for _ in range(3):
+            await self.bus.publish("e")
+        self.assertEqual(self.take(), ["once", "always", "always", "always"])
+        self.assertEqual((self.bus.unsubscribe(handle), self.bus.unsubscribe_all("c")), (False, 1))
+
+    async def test_once_is_once_for_publishes_at_the_same_time(self):
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.on(self.waiting("once"), once=True)
+                await asyncio.gather(*(
+                    self.bus.publish("e", delivery=delivery) for _ in range(3)))
+                self.assertEqual(self.take(), ["once begins", "once ends"])
+
+    async def test_once_is_not_used_up_by_an_event_that_its_filter_refuses(self):
+        recorder = Recorder()
+        await self.on(recorder, once=True, filter_fn=lambda event, data: data > 1)
+        for number in range(5):
+            await self.bus.publish("e", number)
+        self.assertEqual(recorder.take(), [2])
+
+    async def test_once_is_used_up_by_a_handler_that_fails(self):
+        await self.on(self.failing(KeyError("k")), once=True)
+        await self.bus.publish("e")
+        await self.bus.publish("e")
+        self.assertEqual(self.failures(), [
+            ("ERROR - Handler of 'c' for event 'e' failed", "KeyError: 'k'")])
+
+    async def test_a_handler_unsubscribed_during_a_publish_is_not_called(self):
+        """B10: it still ran."""
+        ends = (lambda: self.bus.unsubscribe(victim), lambda: self.bus.unsubscribe_all("v"))
+        for delivery in ("sequential", "concurrent"):
+            for end in ends:
+                with self.subTest(delivery):
+                    await self.on(lambda data, end=end: end(), priority=1, once=True)
+                    victim = await self.on(self.plain("victim"), owner="v")
+                    await self.on(self.plain("next"), once=True)
+                    await self.bus.publish("e", delivery=delivery)
+                    self.assertEqual(self.take(), ["next"])
+
+    async def test_a_handler_subscribed_during_a_publish_waits_for_the_next(self):
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                async def first(data):
+                    self.heard.append("first")
+                    await self.on(self.plain("late"), owner="late", priority=5)
+
+                self.bus.unsubscribe_all("c")
+                await self.on(first)
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(self.take(), ["first"])
+                self.bus.unsubscribe_all("c")
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(self.take(), ["late"])
+                self.bus.unsubscribe_all("late")
+
+    async def test_the_bus_alone_keeps_a_handler_alive(self):
+        import gc
+
+        class Handler:
+            def __init__(self, test):
+                self.test = test
+
+            def hear(self, data):
+                self.test.heard.append("method")
+
+        await self.on(Handler(self).hear)
+        await self.on(lambda data: self.heard.append("lambda"))
+        gc.collect()
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["method", "lambda"])
+
+    async def test_an_ended_subscription_keeps_nothing_alive(self):
+        import gc
+        import weakref
+
+        class Handler:
+            def __call__(self, data):
+                raise ValueError
+
+        alive = weakref.WeakSet()
+        for end in ("unsubscribe", "unsubscribe_all", "once"):
+            handler = Handler()
+            alive.add(handler)
+            handle = await self.on(handler, once=end == "once")
+            del handler
+            if end == "unsubscribe":
+                self.bus.unsubscribe(handle)
+            await self.bus.publish("e")
+            self.bus.unsubscribe_all("c")
+            del handle
+        gc.collect()
+        self.assertEqual(list(alive), [])
+
+    def sizes(self):
+        """Return the sizes of whatever containers the bus has."""
+        names = getattr(self.bus, "__dict__", type(self.bus).__slots__)
+        found = {name: getattr(self.bus, name, None) for name in names}
+        return {name: len(one) for name, one in found.items() if hasattr(one, "__len__")}
+
+    async def test_a_hundred_thousand_subscriptions_leave_nothing_behind(self):
+        for number in range(50_000):
+            handle = await self.bus.subscribe(f"e{number % 7}", "c", print)
+            await self.bus.subscribe(f"e{number}", f"c{number}", print)
+            self.bus.unsubscribe(handle)
+            self.bus.unsubscribe_all(f"c{number}")
+        self.assertEqual(set(self.sizes().values()), {0}, self.sizes())
+
+    async def test_events_published_leave_nothing_behind(self):
+        await self.on(self.plain("all"), "*", once=True)
+        for number in range(1000):
+            await self.bus.publish(f"e{number}")
+        self.assertEqual(set(self.sizes().values()), {0}, self.sizes())
+
+    async def steps(self):
+        """Return how many instructions a round of the bus takes; each time the same number."""
+        count = [0]
+
+        def trace(frame, event, argument):
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            count[0] += event == "opcode"
+            return trace
+
+        kept = sys.gettrace()
+        for _ in range(3):
+            count[0] = 0
+            sys.settrace(trace)
+            try:
+                first = await self.bus.subscribe("mine", "me", self.nothing)
+                await self.bus.subscribe("mine", "me", self.nothing)
+                await self.bus.publish("mine")
+                self.bus.unsubscribe(first)
+                self.bus.unsubscribe_all("me")
+            finally:
+                sys.settrace(kept)
+        return count[0]
+
+    def nothing(self, data):
+        """Hear, and do nothing."""
+
+    async def test_nothing_takes_longer_because_others_are_subscribed(self):
+        alone = await self.steps()
+        for number in range(2000):
+            await self.on(self.nothing, f"e{number % 50}", f"c{number % 50}")
+        self.assertGreater(alone, 100)
+        self.assertEqual(await self.steps(), alone)
+
+    async def test_two_threads_of_a_program_may_have_a_bus_each(self):
+        def work():
+            async def main():
+                bus = AsyncEventManager()
+                await bus.subscribe("e", "c", self.plain("thread"))
+                await bus.publish("e", delivery="concurrent", on_error="raise")
+
+            asyncio.run(main())
+
+        await asyncio.gather(*(
+            asyncio.get_running_loop().run_in_executor(None, work) for _ in range(4)))
+        self.assertEqual(self.take(), ["thread"] * 4)
+
+
+class Failing(BusCase):
+    BOOM = ("ERROR - Handler of 'c' for event 'e' failed", "ValueError: boom")
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.failed = Recorder()
+        await self.on(self.failed, "event.handler.failed", "observer")
+
+    def failure(self, exception="ValueError('boom')", owner="c", **changes):
+        return {
+            "event_name": "e", "component_name": owner, "exception": exception, "seq": None,
+            "correlation_id": None, **changes}
+
+    async def test_continue_logs_and_publishes_every_failure_and_goes_on(self):
+        await self.on(self.failing(ValueError("boom")), priority=1)
+        await self.on(self.plain("next"))
+        await self.on(self.failing(KeyError("k")), owner="d", priority=5)
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(self.take(), ["next"])
+                self.assertEqual(self.failed.take(), [
+                    self.failure(), self.failure("KeyError('k')", "d")])
+                self.assertEqual(self.failures(), [
+                    self.BOOM, ("ERROR - Handler of 'd' for event 'e' failed", "KeyError: 'k'")])
+
+    async def test_an_async_handler_fails_the_same_way(self):
+        async def handler(data):
+            await asyncio.sleep(0)
+            raise ValueError("boom")
+
+        await self.on(handler)
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(
+                    (self.failed.take(), self.failures()), ([self.failure()], [self.BOOM]))
+
+    async def test_the_failure_tells_what_the_payload_told(self):
+        await self.on(self.failing(ValueError("boom")))
+        ff.set_correlation_id("c-1")
+        await self.bus.publish("e", {"seq": 7, "correlation_id": "c-1"})
+        self.assertEqual(self.failed.take(), [self.failure(seq=7, correlation_id="c-1")])
+
+    async def test_a_filter_that_raises_is_the_failure_of_its_subscription_alone(self):
+        """B4: the exception reached the publisher, before any handler was called."""
+        def broken(event, data):
+            raise ValueError("boom")
+
+        await self.on(self.plain("filtered"), filter_fn=broken, priority=1)
+        await self.on(self.plain("other"))
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                found = self.take(), self.failed.take(), self.failures()
+                self.assertEqual(found, (["other"], [self.failure()], [self.BOOM]))
+
+    async def test_a_filter_that_raises_stops_no_message(self):
+        """B4: handle_message raised before the state machine, and the message was lost."""
+        engine = FlexiFlowEngine()
+        engine.create_component({
+            "name": "m", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"on": "go", "to": "B"}]})
+        await engine.event_bus.subscribe(
+            "*", "observer", print, filter_fn=lambda event, data: data["no such key"])
+        receipt = await engine.handle_message("m", "go")
+        self.assertEqual((receipt.outcome, engine.get("m").state), ("moved", "B"))
+
+    async def test_raise_stops_a_sequential_publish_at_the_first_failure(self):
+        error = ValueError("boom")
+        await self.on(self.plain("before"), priority=1)
+        await self.on(self.failing(error))
+        await self.on(self.plain("after"))
+        with self.assertRaises(ValueError) as caught:
+            await self.bus.publish("e", on_error="raise")
+        self.assertIs(caught.exception, error)
+        self.assertEqual((self.take(), self.failures()), (["before"], [self.BOOM]))
+
+    async def test_raise_waits_for_all_concurrent_handlers_then_raises_the_one_failure(self):
+        error = ValueError("boom")
+        await self.on(self.failing(error), priority=1)
+        await self.on(self.waiting("slow"))
+        with self.assertRaises(ValueError) as caught:
+            await self.bus.publish("e", delivery="concurrent", on_error="raise")
+        self.assertIs(caught.exception, error)
+        self.assertEqual(
+            (self.take(), self.failures(), self.failed.take()),
+            (["slow begins", "slow ends"], [self.BOOM], [self.failure()]))
+
+    async def test_several_concurrent_failures_are_raised_together(self):
+        """B8: of three failures one was raised, none logged, none published."""
+        errors = [ValueError("boom"), KeyError("k"), OSError("o")]
+        for number, error in enumerate(errors):
+            await self.on(self.failing(error), priority=5 - number)
+        with self.assertRaises(Exception) as caught:
+            await self.bus.publish("e", delivery="concurrent", on_error="raise")
+        group = sys.version_info >= (3, 11) and ExceptionGroup or Exception  # noqa: F821
+        self.assertIsInstance(caught.exception, group)
+        self.assertEqual(caught.exception.exceptions, tuple(reversed(errors)))
+        self.assertEqual([text for _, text in self.failures()], [
+            "OSError: o", "KeyError: 'k'", "ValueError: boom"])
+        self.assertEqual([one["exception"] for one in self.failed.take()], [
+            "OSError('o')", "KeyError('k')", "ValueError('boom')"])
+
+    async def test_an_observer_of_failures_that_fails_is_logged_and_no_more(self):
+        await self.on(self.failing(KeyError("k")), "event.handler.failed", "broken")
+        await self.on(self.failing(ValueError("boom")))
+        await self.bus.publish("e")
+        self.assertEqual((self.failed.take(), self.failures()), ([self.failure()], [
+            self.BOOM,
+            ("ERROR - Handler of 'broken' for event 'event.handler.failed' failed",
+             "KeyError: 'k'"),
+        ]))
+
+    async def test_a_star_that_fails_does_not_hear_itself_fail_for_ever(self):
+        self.bus.unsubscribe_all("observer")
+        await self.on(self.failing(ValueError("boom")), "*")
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(self.failures(), [
+                    self.BOOM,
+                    ("ERROR - Handler of 'c' for event 'event.handler.failed' failed",
+                     "ValueError: boom"),
+                ])
+
+    async def test_a_failure_is_logged_by_the_logger_of_the_bus(self):
+        log = logging.Logger("mine")
+        records = []
+        log.addFilter(lambda record: records.append(record.exc_info[1]))
+        self.bus = AsyncEventManager(log)
+        error = ValueError("boom")
+        await self.on(self.failing(error))
+        await self.bus.publish("e")
+        self.assertEqual((records, self.failures()), ([error], []))
+
+    async def test_what_ends_the_program_is_nobody_s_failure(self):
+        for kind in (SystemExit, KeyboardInterrupt):
+            with self.subTest(kind.__name__):
+                handle = await self.on(self.failing(kind()))
+                await self.on(self.plain("after"), once=True)
+                with self.assertRaises(kind):
+                    await self.bus.publish("e")
+                self.bus.unsubscribe_all("c")
+                found = self.take(), self.failures(), self.bus.unsubscribe(handle)
+                self.assertEqual(found, ([], [], False))
+
+
+class Cancelling(BusCase):
+    """Who is cancelled: the publisher, or a handler for itself."""
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.failed = Recorder("event_name", "component_name", "exception")
+        await self.on(self.failed, "event.handler.failed", "observer")
+
+    def told(self):
+        """Return the failures that were published; how an error is shown differs by version."""
+        return [(*who, error.partition("(")[0]) for *who, error in self.failed.take()]
+
+    async def own(self, data):
+        """Await something that somebody else has cancelled."""
+        other = asyncio.get_running_loop().create_future()
+        other.cancel()
+        await other
+
+    def parked(self, name):
+        """Return a handler that waits for ever, and takes its time to end when cancelled."""
+        async def handler(data):
+            self.heard.append(f"{name} waits")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                self.heard.append(f"{name} cleans up")
+
+        return handler
+
+    async def cancelled(self, **settings):
+        """Publish in a task, cancel it when its handlers wait; return whether that arrived."""
+        task = asyncio.ensure_future(self.bus.publish("e", **settings))
+        while not self.heard:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    async def test_a_cancelled_publisher_cancels_and_awaits_its_handler(self):
+        await self.on(self.parked("a"))
+        await self.on(self.plain("b"))
+        arrived = await self.cancelled()
+        self.assertEqual(
+            (arrived, self.take(), self.failures(), self.failed.take()),
+            (True, ["a waits", "a cleans up"], [], []))
+
+    async def test_a_cancelled_publisher_cancels_and_awaits_its_concurrent_handlers(self):
+        await self.on(self.parked("a"))
+        await self.on(self.plain("b"))
+        await self.on(self.parked("c"))
+        for on_error in ("continue", "raise"):
+            with self.subTest(on_error):
+                arrived = await self.cancelled(delivery="concurrent", on_error=on_error)
+                self.assertEqual(
+                    (arrived, self.take(), self.failures(), self.failed.take()),
+                    (True, ["a waits", "b", "c waits", "a cleans up", "c cleans up"], [], []))
+
+    async def test_a_publisher_cancelled_twice_still_awaits_its_handlers(self):
+        async def stubborn(data):
+            self.heard.append("waits")
+            for _ in range(2):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+            self.heard.append("ends")
+
+        await self.on(stubborn)
+        task = asyncio.ensure_future(self.bus.publish("e", delivery="concurrent"))
+        while not self.heard:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            task.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        await asyncio.wait([task], timeout=10)
+        self.assertEqual((task.cancelled(), self.take()), (True, ["waits", "ends"]))
+
+    async def test_a_bus_works_on_after_a_cancelled_publish(self):
+        await self.on(self.parked("a"), once=True)
+        await self.cancelled()
+        await self.on(self.plain("b"))
+        self.take()
+        await self.bus.publish("e")
+        self.assertEqual(self.take(), ["b"])
+
+    async def test_a_sequential_handler_s_own_cancelled_error_is_its_failure(self):
+        """B7: publish raised CancelledError although nobody had cancelled it."""
+        await self.on(self.own)
+        await self.on(self.plain("next"))
+        if sys.version_info >= (3, 11):
+            await self.bus.publish("e")
+            self.assertEqual(
+                (self.take(), self.told()), (["next"], [("e", "c", "CancelledError")]))
+        else:  # nothing tells whose it is: it counts as the publisher's
+            with self.assertRaises(asyncio.CancelledError):
+                await self.bus.publish("e")
+            self.assertEqual((self.take(), self.failed.take()), ([], []))
+
+    async def test_a_concurrent_handler_s_own_cancelled_error_is_its_failure(self):
+        """B6: publish returned as if nothing had been, and nothing was reported."""
+        await self.on(self.own)
+        await self.on(self.plain("next"))
+        await self.bus.publish("e", delivery="concurrent")
+        self.assertEqual(
+            (self.take(), self.told(), [text for text, _ in self.failures()]),
+            (["next"], [("e", "c", "CancelledError")],
+             ["ERROR - Handler of 'c' for event 'e' failed"]))
+        with self.assertRaises(asyncio.CancelledError):
+            await self.bus.publish("e", delivery="concurrent", on_error="raise")
+        self.assertEqual(self.told(), [("e", "c", "CancelledError")])
+
+    async def test_a_cancelled_error_among_several_failures_is_told_with_them(self):
+        await self.on(self.own)
+        await self.on(self.failing(ValueError("boom")))
+        with self.assertRaises(Exception) as caught:
+            await self.bus.publish("e", delivery="concurrent", on_error="raise")
+        first, second = caught.exception.exceptions
+        self.assertIn("CancelledError", repr(first))
+        self.assertEqual(repr(second), "ValueError('boom')")
+
+    async def test_a_handler_that_lets_time_run_out_fails_alone(self):
+        async def late(data):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.001)
+
+        await self.on(late)
+        await self.on(self.plain("next"))
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                await self.bus.publish("e", delivery=delivery)
+                self.assertEqual(
+                    (self.take(), self.failed.take()),
+                    (["next"], [("e", "c", "TimeoutError()")]))
+
+
+class Nesting(BusCase):
+    def publisher(self, event, **settings):
+        """Return a handler that publishes another event."""
+        async def handler(data):
+            await self.bus.publish(event, **settings)
+
+        return handler
+
+    async def chain(self, length, **settings):
+        """Let e1 publish e2, and so on; somebody hears the last."""
+        for number in range(1, length):
+            await self.on(self.publisher(f"e{number + 1}", **settings), f"e{number}")
+        await self.on(self.plain(f"e{length}"), f"e{length}")
+
+    async def test_events_within_events_may_be_32_deep(self):
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                self.bus.unsubscribe_all("c")
+                await self.chain(32, delivery=delivery, on_error="raise")
+                await self.bus.publish("e1", delivery=delivery, on_error="raise")
+                self.assertEqual(self.take(), ["e32"])
+
+    async def test_a_deeper_one_is_an_error_that_prints_the_chain(self):
+        for delivery in ("sequential", "concurrent"):
+            with self.subTest(delivery):
+                self.bus.unsubscribe_all("c")
+                await self.chain(33, delivery=delivery, on_error="raise")
+                with self.assertRaises(StateError) as caught:
+                    await self.bus.publish("e1", delivery=delivery, on_error="raise")
+                self.assertEqual(str(caught.exception), textwrap.dedent("""\
+                    Events published within events, 33 deep: 'e33'
+                    Why: a handler publishes, and what it publishes leads back to it
+                    Fix: break the circle, or publish from a task of its own
+                    Context:
+                      chain='e26 -> e27 -> e28 -> e29 -> e30 -> e31 -> e32 -> e33'"""))
+                self.assertEqual(self.take(), [])
+
+    async def test_a_circle_comes_to_an_end(self):
+        await self.on(self.publisher("ping"), "pong")
+        await self.on(self.publisher("pong"), "ping")
+        await self.bus.publish("ping")
+        ((_, text),) = self.failures()
+        self.assertEqual(
+            text.partition("chain=")[2],
+            "'pong -> ping -> pong -> ping -> pong -> ping -> pong -> ping'")
+
+    async def test_a_failure_at_the_bottom_is_still_published(self):
+        failed = Recorder("event_name", "exception")
+        await self.on(failed, "event.handler.failed", "observer")
+        await self.chain(32)
+        await self.on(self.failing(ValueError("boom")), "e32")
+        await self.bus.publish("e1")
+        self.assertEqual(failed.take(), [("e32", "ValueError('boom')")])
+
+    async def test_many_publishes_at_once_are_not_nested(self):
+        gate = asyncio.Event()
+
+        async def handler(data):
+            await gate.wait()
+            await self.bus.publish("inner", on_error="raise")
+
+        await self.on(handler)
+        await self.on(self.plain("inner"), "inner")
+        tasks = [
+            asyncio.ensure_future(self.bus.publish("e", delivery=delivery, on_error="raise"))
+            for delivery in ("sequential", "concurrent") for _ in range(50)]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*tasks)
+        self.assertEqual(self.take(), ["inner"] * 100)
+
+    async def test_a_handler_that_publishes_to_many_is_not_nested(self):
+        async def handler(data):
+            for _ in range(100):
+                await self.bus.publish("inner", on_error="raise")
+
+        await self.on(handler)
+        await self.on(self.plain("inner"), "inner")
+        await self.bus.publish("e", on_error="raise")
+        self.assertEqual(self.take(), ["inner"] * 100)
+
+    async def test_a_task_of_its_own_begins_a_chain_of_its_own(self):
+        """As the error's own advice says; it may outlive the publish that made it."""
+        gate, tasks, rounds = asyncio.Event(), [], iter(range(100))
+
+        async def again():
+            await self.bus.publish("e", delivery="concurrent", on_error="raise")
+
+        def handler(data):
+            if next(rounds, None) is not None:
+                tasks.append(asyncio.ensure_future(again()))
+
+        await self.on(handler)
+        await self.on(lambda data: gate.wait(), "park")
+        parked = [asyncio.ensure_future(self.bus.publish("park")) for _ in range(40)]
+        await asyncio.sleep(0)
+        await again()
+        while len(tasks) < 100 or not tasks[-1].done():
+            await asyncio.sleep(0)
+            if any(task.done() and task.exception() for task in tasks):
+                break
+        gate.set()
+        await asyncio.gather(*parked)
+        failed = [task.exception() for task in tasks if task.exception()]
+        self.assertEqual((len(tasks), failed), (100, []))
+
+    async def test_two_buses_count_for_themselves(self):
+        other, depth = AsyncEventManager(), []
+
+        async def there(data):
+            depth.append(1)
+            if len(depth) < 30:
+                await other.publish("e", on_error="raise")
+
+        async def here(data):
+            depth.append(1)
+            if len(depth) < 60:
+                await self.bus.publish("e", on_error="raise")
+            else:
+                depth.clear()
+
+        await other.subscribe("e", "c", there)
+        await self.on(here)
+        await other.publish("e", on_error="raise")
+        await self.bus.publish("e", on_error="raise")
+        self.assertEqual(depth, [])
+
+
+class EventsOfTheEngine(BusCase):
+    CONFIG = {
+        "name": "m", "initial_state": "A", "data": {"n": 0},
+        "states": {"A": {}, "B": {}, "End": {"final": True}},
+        "rules": [
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "B", "on": "back", "to": "A"},
+            {"on": "note", "assign": {"noted": True}},
+            {"on": "break", "assign": {"x": "$data.missing"}},
+            {"on": "end", "to": "End"},
+        ],
+    }
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.engine = FlexiFlowEngine()
+        self.addAsyncCleanup(self.engine.close)
+        self.bus = self.engine.event_bus
+        self.events = []
+
+        def note(event, data):
+            self.events.append((event, data))
+            return False
+
+        await self.bus.subscribe("*", "note", print, 1, note)
+        self.component = self.engine.create_component(self.CONFIG)
+        await self.send("note")
+        self.events.clear()
+
+    async def send(self, kind, **fields):
+        return await self.engine.handle_message("m", kind, correlation_id="c-1", **fields)
+
+    def event(self, name, seq=2, **facts):
+        return name, {"component": "m", **facts, "seq": seq, "correlation_id": "c-1"}
+
+    def received(self, kind, seq=2):
+        return self.event(
+            "component.message.received", seq, message={"type": kind, "correlation_id": "c-1"})
+
+    def changed(self, before, after, seq=2):
+        return self.event("state.changed", seq, from_state=before, to_state=after, state=after)
+
+    async def test_a_move_is_told_when_it_is_committed_and_before_the_receipt(self):
+        seen = []
+        await self.on(lambda data: seen.append((self.component.state, data["to_state"])),
+                      "state.changed")
+        receipt = await self.send("go")
+        self.assertEqual((receipt.outcome, seen), ("moved", [("B", "B")]))
+        self.assertEqual(self.events, [self.received("go"), self.changed("A", "B")])
+
+    async def test_a_message_that_stays_or_is_ignored_is_told_as_received_only(self):
+        found = [(await self.send(kind)).outcome for kind in ("note", "back")]
+        self.assertEqual(found, ["stayed", "ignored"])
+        self.assertEqual(self.events, [self.received("note"), self.received("back", 3)])
+
+    async def test_a_message_that_fails_is_told_as_received(self):
+        with self.assertRaises(FlexiFlowError):
+            await self.send("break")
+        self.assertEqual(self.events, [self.received("break", 1)])
+
+    async def test_completion_is_told_last(self):
+        await self.send("end")
+        self.assertEqual(self.events, [
+            self.received("end"), self.changed("A", "End"),
+            self.event("component.completed", state="End")])
+
+    async def test_new_rules_are_told(self):
+        await self.engine.update_rules("m", [{"on": "new", "to": "B"}])
+        (event,) = self.events
+        self.assertEqual((event[0], event[1]["component"], event[1]["seq"]), (
+            "rules.updated", "m", 2))
+
+    async def test_a_dead_message_is_told(self):
+        await self.engine.send("m", "no such message")
+        await self.engine.run(until_idle=True)
+        found = [data for event, data in self.events if event == "message.dead"]
+        self.assertEqual([(one["component"], one["message"]["type"]) for one in found], [
+            ("m", "no such message")])
+
+    async def test_a_registration_is_told_once(self):
+        """B1: register_async published it twice."""
+        self.engine.register(AsyncComponent("by hand"))
+        await self.engine.register_async(AsyncComponent("awaited"))
+        self.engine.create_component(self.CONFIG, name="n")
+        await self.engine.handle_message("n", "go")
+        await asyncio.sleep(0)
+        names = [data["component"] for event, data in self.events
+                 if event == "engine.component.registered"]
+        self.assertEqual(names, ["by hand", "awaited", "n"])
+
+    async def test_the_registration_survives_a_garbage_collection(self):
+        """B2: nothing kept the task that published it."""
+        import gc
+
+        gate = asyncio.Event()
+
+        async def handler(data):
+            await gate.wait()
+            self.heard.append(data["component"])
+
+        handle = await self.on(handler, "engine.component.registered")
+        self.engine.register(AsyncComponent("x"))
+        await asyncio.sleep(0)
+        self.bus.unsubscribe(handle)
+        gc.collect()
+        gate.set()
+        await self.engine.close()
+        self.assertEqual(self.take(), ["x"])
+
+    def test_a_registration_without_a_running_loop_is_told_later(self):
+        """B3: it was never published."""
+        engine, recorder = FlexiFlowEngine(), Recorder("component")
+        engine.register(AsyncComponent("x"))
+
+        async def main():
+            await engine.event_bus.subscribe("engine.component.registered", "test", recorder)
+            await engine.handle_message("x", "start")
+
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(main())
+        self.assertEqual(recorder.take(), [("x",)])
+
+    async def test_handlers_that_fail_change_nothing_about_the_outcome(self):
+        def broken(data):
+            raise ValueError("boom")
+
+        for event in ("component.message.received", "state.changed"):
+            await self.on(broken, event)
+        receipt = await self.send("go")
+        self.assertEqual((receipt.outcome, self.component.state, self.component.data["n"]), (
+            "moved", "B", 1))
+
+        def failure(event):
+            return ("event.handler.failed", {
+                "event_name": event, "component_name": "c", "exception": "ValueError('boom')",
+                "seq": 2, "correlation_id": "c-1"})
+
+        self.assertEqual(self.events, [
+            self.received("go"), failure("component.message.received"),
+            self.changed("A", "B"), failure("state.changed")])
+
+    async def test_what_a_handler_does_to_a_payload_reaches_neither_message_nor_data(self):
+        """B14: the payload was shared with the message and with the other handlers."""
+        def spoil(data):
+            data["message"]["type"] = "end"
+            data["message"]["items"].append("forged")
+            data["component"] = "other"
+
+        message = {"type": "note", "items": [1], "correlation_id": "c-1"}
+        recorder = Recorder("component", "message")
+        await self.on(spoil, "component.message.received", priority=1)
+        await self.on(recorder, "component.message.received", priority=2)
+        await self.engine.handle_message("m", message)
+        unchanged = {"type": "note", "items": [1], "correlation_id": "c-1"}
+        self.assertEqual((recorder.take(), message), ([("m", unchanged)], unchanged))
+
+    async def test_what_a_handler_sends_to_the_component_is_queued_and_runs_next(self):
+        receipts = []
+
+        async def handler(data):
+            receipts.append((await self.engine.handle_message("m", "back")).outcome)
+            self.heard.append(self.component.state)
+
+        await self.on(handler, "state.changed", once=True)
+        receipt = await self.send("go")
+        self.assertEqual(
+            (receipt.outcome, receipts, self.take(), self.component.state),
+            ("moved", ["queued"], ["B"], "A"))
+        moves = [(data["from_state"], data["to_state"], data["seq"])
+                 for event, data in self.events if event == "state.changed"]
+        self.assertEqual(moves, [("A", "B", 2), ("B", "A", 3)])
+
+    async def test_events_come_in_the_order_of_seq_from_the_caller_s_task(self):
+        tasks, seqs = [], []
+
+        async def handler(data):
+            await asyncio.sleep(0)
+            tasks.append(asyncio.current_task())
+            seqs.append(data["seq"])
+
+        await self.on(handler, "component.message.received")
+        senders = [asyncio.ensure_future(self.send("note")) for _ in range(5)]
+        receipts = await asyncio.gather(*senders)
+        self.assertEqual(([one.seq for one in receipts], seqs, tasks), (
+            [2, 3, 4, 5, 6], [2, 3, 4, 5, 6], senders))
+
+    async def test_a_circle_of_events_and_messages_changes_no_outcome(self):
+        async def circle(data):
+            await self.bus.publish("state.changed", data, on_error="raise")
+
+        await self.on(circle, "state.changed")
+        receipt = await self.send("go")
+        self.assertEqual((receipt.outcome, self.component.state), ("moved", "B"))
+
+    async def test_a_message_is_logged_at_debug(self):
+        for kind in ("go", "back", "note", "end", "go"):
+            await self.send(kind)
+        self.assertEqual([line for line in self.lines if not line.startswith("DEBUG")], [])
+
+
+# --------------------------------------------------------------------------------------------
+# 5. Guards and values
+# --------------------------------------------------------------------------------------------
+
+
+class GuardCase(Case):
+    """Tests of one rule on `go`, through an engine in memory."""
+
+    def setUp(self):
+        super().setUp()
+        self.module = types.ModuleType("code_of_t05")
+        sys.modules["code_of_t05"] = self.module
+        self.addCleanup(sys.modules.pop, "code_of_t05", None)
+
+    def config(self, data=None, **rule):
+        return {
+            "name": "m", "initial_state": "A", "data": data or {},
+            "states": {"A": {}, "B": {}}, "rules": [{"from": "A", "on": "go", **rule}]}
+
+    def go(self, data=None, message=None, rule=None):
+        """Handle one message under one rule; return the component and the receipt."""
+        engine = FlexiFlowEngine(clock=Clock())
+        component = engine.create_component(self.config(data, **rule))
+        message = {"type": "go", **(message or {})}
+        return component, self.run_async(engine.handle_message("m", message))
+
+    def holds(self, guard, data=None, /, **message):
+        """Ask a guard about a message and data."""
+        _, receipt = self.go(data, message, {"guard": guard, "to": "B"})
+        return {"moved": True, "blocked": False}[receipt.outcome]
+
+    def check(self, table):
+        """Ask guards about `{"x": left}`; rows are (op, left, right, says)."""
+        for op, left, right, says in table:
+            with self.subTest(op, left=left, right=right):
+                self.assertIs(self.holds({"x": {op: right}}, x=left), says)
+                asked = self.holds({"x": {op: "$data.y"}}, {"y": right}, x=left)
+                self.assertIs(asked, says)
+
+    def refused(self, error=ConfigError, **rule):
+        """Return the error that refuses a rule at load; explaining it gives an error, too."""
+        config = self.config(**rule)
+        self.assertFalse(explain(config).is_valid)
+        return self.raises(error, ConfigLoader.load_component_config, config)
+
+
+class Guards(GuardCase):
+    def test_equality_compares_any_two_json_values(self):
+        equal = [
+            (1, 1), (1, 1.0), (0, -0.0), ("a", "a"), (None, None), (True, True), ([], []), ({}, {}),
+            ([1, [2]], [1.0, [2]]), ({"a": {"b": 1}}, {"a": {"b": 1.0}}), (10**30, 10**30),
+        ]
+        unequal = [
+            (1, 2), (1, True), (0, False), (True, 1.0), ("1", 1), ("a", "A"), (None, 0),
+            (None, False), ("", None), ([1], [True]), ([1], [1, 1]), ({"a": 1}, {"a": True}),
+            ({"a": 1}, {"b": 1}), ({"a": 1}, {"a": 1, "b": 1}), ([], {}), (10**30, 1e30 * 1.01),
+        ]
+        self.check([("==", left, right, True) for left, right in equal])
+        self.check([("==", left, right, False) for left, right in unequal])
+        self.check([("!=", left, right, False) for left, right in equal])
+        self.check([("!=", left, right, True) for left, right in unequal])
+
+    def test_order_compares_numbers_with_numbers_and_text_with_text(self):
+        rows = [(1, 2, "<"), (2, 1.5, ">"), (1, 1.0, "="), ("a", "b", "<"), ("b", "a", ">"),
+                ("a", "a", "="), ("", "a", "<"), (10**400, 1.5, ">"), (-1, 10**400, "<")]
+        true = {"<": ("<", "<="), ">": (">", ">="), "=": ("<=", ">=")}
+        for left, right, order in rows:
+            self.check([
+                (op, left, right, op in true[order]) for op in ("<", "<=", ">", ">=")])
+
+    def test_what_cannot_be_compared_is_false(self):
+        values = [True, False, None, [], [1], {}, {"a": 1}]
+        rows = [(1, "1"), ("1", 1), *((one, 1) for one in values), *((one, "a") for one in values)]
+        self.check([
+            (op, left, right, False) for op in ("<", "<=", ">", ">=") for left, right in rows])
+        for op in ("<", "<=", ">", ">="):
+            for left, right in ((1, True), (1, None), ([1], [2]), (True, True), ({}, {})):
+                with self.subTest(op, left=left, right=right):
+                    asked = self.holds({"x": {op: "$data.y"}}, {"y": right}, x=left)
+                    self.assertIs(asked, False)
+
+    def test_in_and_not_in_look_into_lists_and_text(self):
+        self.check([
+            ("in", 1, [1, 2], True), ("in", 1.0, [1, 2], True), ("in", True, [1, 2], False),
+            ("in", "b", "abc", True), ("in", "d", "abc", False), ("in", None, [None], True),
+            ("in", [1], [[1]], True), ("in", 1, "123", False), ("in", "a", [], False),
+            ("not_in", 1, [1, 2], False), ("not_in", 3, [1, 2], True),
+            ("not_in", True, [1, 2], True), ("not_in", "d", "abc", True),
+            ("not_in", "b", "abc", False), ("not_in", "a", [], True),
+        ])
+
+    def test_not_in_is_false_where_in_cannot_be_asked(self):
+        for left, right in ((5, "abc"), (None, "abc"), ([1], "abc"), (5, 5), ("a", None)):
+            with self.subTest(left=left, right=right):
+                for op in ("in", "not_in"):
+                    asked = self.holds({"x": {op: "$data.y"}}, {"y": right}, x=left)
+                    self.assertIs(asked, False)
+
+    def test_contains_looks_into_the_value_of_the_path(self):
+        self.check([
+            ("contains", [1, 2], 1, True), ("contains", [1, 2], True, False),
+            ("contains", "abc", "b", True), ("contains", "abc", 1, False),
+            ("contains", {"a": 1}, "a", True), ("contains", {"a": 1}, 1, False),
+            ("contains", 5, 5, False), ("contains", None, "a", False), ("contains", [], "a", False),
+        ])
+
+    def test_startswith_and_endswith_are_for_text(self):
+        self.check([
+            ("startswith", "abc", "ab", True), ("startswith", "abc", "b", False),
+            ("startswith", ["a"], "a", False), ("startswith", None, "a", False),
+            ("startswith", 12, "1", False), ("endswith", "abc", "bc", True),
+            ("endswith", "abc", "b", False), ("endswith", {"a": 1}, "a", False),
+        ])
+
+    def test_exists_asks_whether_the_path_leads_to_anything(self):
+        table = [
+            ({"x": 1}, True), ({"x": None}, True), ({"x": False}, True), ({}, False),
+        ]
+        for message, there in table:
+            with self.subTest(message):
+                for wanted in (True, False):
+                    asked = self.holds({"x": {"exists": wanted}}, **message)
+                    self.assertIs(asked, there is wanted)
+
+    def test_missing_is_false_for_every_operator_but_exists(self):
+        operands = {
+            "==": None, "!=": 1, "<": 1, "<=": 1, ">": 1, ">=": "a", "in": [None, 1], "not_in": [1],
+            "contains": None, "startswith": "a", "endswith": "a",
+        }
+        for op, operand in operands.items():
+            for path in ("x", "message.x", "message.a.b", "data.x", "data.d.x", "data.l.3", "l.x"):
+                with self.subTest(op, path=path):
+                    asked = self.holds({path: {op: operand}}, {"d": {}, "l": [1]}, a=5, l=[])
+                    self.assertIs(asked, False)
+            with self.subTest(op, right="missing"):
+                self.assertIs(self.holds({"x": {op: "$data.none"}}, x="a"), False)
+
+    def test_paths_lead_into_message_and_data(self):
+        data = {"a": {"b": [{"c": 1}, {"c": 2}]}, "message": "in data", "0": "zero"}
+        message = {"order": {"total": 5, "0": "key"}, "items": [7, [8]], "data": "in message"}
+        table = [
+            ("data.a.b.1.c", 2), ("message.order.total", 5), ("order.total", 5), ("items.0", 7),
+            ("items.1.0", 8), ("message.items.1", [8]), ("order.0", "key"), ("data.0", "zero"),
+            ("data", "in message"), ("data.message", "in data"), ("message.data", "in message"),
+            ("type", "go"), ("message.type", "go"),
+        ]
+        for path, value in table:
+            with self.subTest(path):
+                self.assertTrue(self.holds({path: value}, data, **message))
+        for path in ("items.2", "items.-1", "items.x", "items.00x", "order.total.x", "a.b.0.c"):
+            with self.subTest(path):
+                self.assertFalse(self.holds({path: {"exists": True}}, data, **message))
+
+    def test_a_value_is_compared_with_equality(self):
+        table = [(5, 5), ("a", "a"), (None, None), (True, True), ([1], [1])]
+        for wanted, value in table:
+            with self.subTest(wanted):
+                self.assertTrue(self.holds({"x": wanted}, x=value))
+                self.assertFalse(self.holds({"x": wanted}, x="other"))
+                self.assertFalse(self.holds({"x": wanted}))
+        self.assertFalse(self.holds({"x": 1}, x=True))
+        self.assertTrue(self.holds({"x": {"==": {"a": 1}}}, x={"a": 1}))
+
+    def test_all_entries_hold_and_all_any_and_not_combine_them(self):
+        one, two, no = {"a": 1}, {"b": {">": 1}}, {"c": {"exists": True}}
+        table = [
+            ({**one, **two}, True), ({**one, **no}, False), ({"b": {">": 1, "<": 3}}, True),
+            ({"b": {">": 1, "<": 2}}, False), ({"all": [one, two]}, True),
+            ({"all": [one, no]}, False), ({"any": [no, two]}, True), ({"any": [no]}, False),
+            ({"not": no}, True), ({"not": one}, False), ({"not": {**one, **no}}, True),
+            ({"any": [{"all": [one, no]}, {"not": {"any": [no]}}], **one}, True),
+            ({"not": {"not": {"all": [one, {"any": [no, two]}]}}}, True),
+        ]
+        for guard, says in table:
+            with self.subTest(guard):
+                self.assertIs(self.holds(guard, a=1, b=2), says)
+
+    def test_an_operand_may_be_a_value_of_message_data_or_the_moment(self):
+        table = [
+            {"x": {">=": "$data.limit"}}, {"x": "$message.y"}, {"who": "$component"},
+            {"where": "$state"}, {"x": {"<": "$now"}}, {"cost": "$$5"}, {"x": {"in": "$data.list"}},
+            {"x": {"==": {"+": ["$data.limit", 2]}}},
+        ]
+        for guard in table:
+            with self.subTest(guard):
+                self.assertTrue(self.holds(
+                    guard, {"limit": 5, "list": [6, 7]}, x=7, y=7, who="m", where="A", cost="$5"))
+
+    def test_the_receipt_names_each_guard_with_the_values_it_saw(self):
+        table = [
+            ({"message.total": {">": 0}}, "message.total > 0 (saw -5)"),
+            ({"total": {">=": "$data.limit"}}, 'total >= "$data.limit" = 10 (saw -5)'),
+            ({"none.x": 1}, "none.x == 1 (saw nothing)"),
+            ({"total": -5, "who": "you"}, 'who == "you" (saw "me")'),
+            ({"total": 1, "who": "you"}, 'total == 1 (saw -5); who == "you" (saw "me")'),
+            ({"not": {"who": "me"}}, 'not (who == "me" (saw "me"))'),
+            ({"any": [{"total": 1}, {"total": 2}]},
+             "none of: total == 1 (saw -5) | total == 2 (saw -5)"),
+            ({"total": {"exists": False}}, "total exists false (saw -5)"),
+        ]
+        for guard, reason in table:
+            with self.subTest(guard):
+                _, receipt = self.go(
+                    {"limit": 10}, {"total": -5, "who": "me"}, {"guard": guard, "to": "B"})
+                self.assertEqual(receipt, Receipt(
+                    "blocked", "m", None, "A", "A", 1, f"rules[0] wants {reason}", {"limit": 10}))
+
+    def test_huge_numbers_are_compared_and_shown_like_others(self):
+        for value in (10**400, -(10**400), 10**5000):
+            with self.subTest(digits=str(value > 0)):
+                _, receipt = self.go(None, {"x": value}, {"guard": {"x": "a"}, "to": "B"})
+                self.assertEqual(receipt.outcome, "blocked")
+
+    def test_what_can_never_hold_is_refused_at_load(self):
+        table = [
+            ({"x": {"<": True}}, "'<' can never hold for True"),
+            ({"x": {">": None}}, "'>' can never hold for None"),
+            ({"x": {"<=": [1]}}, "'<=' can never hold for [1]"),
+            ({"x": {"in": 5}}, "'in' can never hold for 5"),
+            ({"x": {"not_in": {"a": 1}}}, "'not_in' can never hold for {'a': 1}"),
+            ({"x": {"startswith": 1}}, "'startswith' can never hold for 1"),
+            ({"x": {"exists": 1}}, "'exists' can never hold for 1"),
+            ({"x": {"exists": "yes"}}, "'exists' can never hold for 'yes'"),
+            ({"x": {"=>": 1}}, "Unknown operator: '=>'"),
+            ({"x": {"a": 1}}, "Unknown operator: 'a'"),
+            ({"x": {}}, "No operator under 'x'"),
+            ({"any": []}, "'any' takes a list of guards: []"),
+            ({"all": {"x": 1}}, "'all' takes a list of guards: {'x': 1}"),
+            ({"all": [5]}, "Not a guard: 5"),
+            ({"not": [{"x": 1}]}, "Not a guard: [{'x': 1}]"),
+            ({}, "Empty guard"),
+            ([], "Not a guard: []"),
+            (True, "Not a guard: True"),
+            (5, "Not a guard: 5"),
+        ]
+        for guard, what in table:
+            with self.subTest(guard):
+                self.assertIn(what, str(self.refused(guard=guard, to="B")))
+
+    def test_a_misspelt_operator_gets_a_close_match(self):
+        error = self.refused(guard={"x": {"start_with": "a"}}, to="B")
+        self.assertIn("did you mean 'startswith'?", str(error))
+
+
+class Escapes(GuardCase):
+    """What has broken out of other machines' guards is refused when the config is loaded."""
+
+    CODE = [
+        "__import__('os').system('touch pwned')", "().__class__.__bases__[0].__subclasses__()",
+        "[x for x in ().__class__.__mro__]", "(lambda: 1)()", "data.__class__", "exec('1')",
+        "open('/etc/passwd').read()", "eval:__import__('os')", "1 and 1", "x if y else z",
+        "message.total > 0", "f'{1}'", "9**9**9**9", "!True", "a^b", "not a", "", "  ", ":", "a:",
+        ":b", "os.path", "a b:c", "__import__('os'):system", "../x:y", "/etc/passwd:x", "m:a.b.c()",
+    ]
+    PATHS = [
+        "__class__", "message.__class__", "data.x.__init__.__globals__", "().__class__",
+        "message.x()", "data[0]", "message.items[0].x", "x.__len__", "a..b", ".a", "a.", "data.",
+        "{x}", "message.x(1).y", "items.99999999999", "data.items." + "9" * 5000,
+    ]
+
+    def test_a_guard_is_no_expression(self):
+        for code in self.CODE:
+            with self.subTest(code):
+                self.refused((ConfigError, ImportError_), guard=code, to="B")
+                config, engine = self.config(guard=code, to="B"), FlexiFlowEngine(allow_imports=())
+                self.raises((ConfigError, ImportError_), engine.create_component, config)
+
+    def test_a_path_is_no_code(self):
+        for path in self.PATHS:
+            with self.subTest(path[:40]):
+                self.refused(guard={path: 1}, to="B")
+                self.refused(guard={"all": [{"not": {path: {"exists": True}}}]}, to="B")
+
+    def test_a_value_is_no_code(self):
+        values = [
+            *("$" + path for path in self.PATHS), "$message.__class__", "$data.x()", "$os",
+            "$__import__('os')", "${7*7}", "$(id)", "$", "$ data.x", "$DATA.x",
+            "$component.__class__", "$state.name", "$now.year", "$id.x", "$message..x",
+        ]
+        for value in values:
+            with self.subTest(value[:40]):
+                self.refused(assign={"x": value})
+                self.refused(assign={"x": [{"y": {"append": [[], value]}}]})
+                self.refused(guard={"x": {"==": value}}, to="B")
+                self.refused(emit={"name": "e", "with": {"x": value}})
+                self.refused(send={"to": "m", "type": "go", "with": {"x": value}})
+
+    def test_a_sum_of_something_else_than_numbers_is_refused(self):
+        operands = [
+            [True, 1], [1, False], ["a", "b"], [1, None], [[1], 1], [1], [1, 2, 3], [], 5, "ab",
+            {"a": 1}, [1, "1"],
+        ]
+        for given in operands:
+            for op in ("+", "-"):
+                with self.subTest(op, operands=given):
+                    self.refused(assign={"x": {op: given}})
+        for given in ([1, 2], ["ab", "c"], [{"a": [1]}["a"]], [None, 1], 5):
+            with self.subTest("append", operands=given):
+                self.refused(assign={"x": {"append": given}})
+
+    def test_text_that_looks_like_code_is_only_text(self):
+        for text in (*self.CODE, "{{7*7}}", "%s%n", "'; DROP TABLE x; --"):
+            with self.subTest(text):
+                self.assertTrue(self.holds({"x": {"==": text}}, x=text))
+                rule = {"assign": {"a": text, "b": "$message.x"}}
+                component, _ = self.go(None, {"x": text}, rule)
+                self.assertEqual(component.data, {"a": text, "b": text})
+
+    def test_numbers_that_are_no_json_are_refused(self):
+        for number in ("1e400", "NaN", "-Infinity", "9" * 5000):
+            with self.subTest(number[:10]):
+                text = json.dumps(self.config(guard={"x": {"<": "NUMBER"}}, to="B"))
+                path = self.write("m.json", text.replace('"NUMBER"', number))
+                self.raises(ConfigError, ConfigLoader.load_component_config, path)
+                self.assertFalse(explain(path).is_valid)
+
+    def test_attributes_of_python_objects_are_out_of_reach(self):
+        class Item(str):
+            secret = 1
+
+        for path in ("message.item.secret", "item.secret", "item.real", "items.count", "n.real"):
+            with self.subTest(path):
+                asked = self.holds({path: {"exists": True}}, item=Item("a"), items=[1], n=5)
+                self.assertFalse(asked)
+
+    def test_a_pure_json_component_imports_opens_and_evaluates_nothing(self):
+        config = {
+            "name": "m", "initial_state": "A", "data": {"n": 0, "list": []},
+            "states": {"A": {"exit": {"assign": {"left": "$now"}}}, "B": {"initial": "B.C"},
+                       "B.C": {"entry": {"emit": "entered"}}},
+            "rules": [
+                {"from": "A", "on": "go", "guard": {"any": [{"x": {">": 1}}, {"not": {"y": 1}}]},
+                 "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+                {"from": "B", "on": "back", "guard": {"why": {"startswith": "be"}}, "to": "A"},
+                {"on": "note", "assign": {"list": {"append": ["$data.list", "$message.text"]}},
+                 "send": {"to": "m", "type": "echo", "after": "1h"}},
+                {"on": "echo"},
+                {"on": "fail", "assign": {"x": "$data.none"}},
+            ],
+        }
+        self.write("m.json", config)
+        child = self.python("-c", textwrap.dedent("""\
+            import asyncio, sys
+            import flexiflow
+
+            seen = []
+            watching = False
+
+            def hook(event, args):
+                if watching and event in ("import", "exec", "compile", "open"):
+                    seen.append((event, str(args)[:200]))
+
+            async def main():
+                global watching
+                engine = flexiflow.FlexiFlowEngine()
+                engine.create_component("m.json")
+                await engine.handle_message("m", "note", text="warm")
+                sys.addaudithook(hook)
+                watching = True
+                outcomes = []
+                for kind, fields in [
+                    ("go", {"y": 1}), ("back", {}), ("go", {"x": 2}), ("back", {"why": "late"}),
+                    ("back", {"why": "because"}), ("note", {"text": "__import__('os')"}),
+                    ("echo", {"id": "i-1"}), ("go", {}), ("fail", {}),
+                ]:
+                    try:
+                        receipt = await engine.handle_message("m", kind, **fields)
+                        outcomes.append(receipt.outcome)
+                    except flexiflow.FlexiFlowError as error:
+                        outcomes.append(type(error).__name__)
+                watching = False
+                print(*outcomes)
+                print(seen)
+                await engine.close()
+
+            asyncio.run(main())
+            """))
+        self.assertEqual((child.stdout, child.stderr), (
+            "blocked ignored moved blocked moved stayed stayed moved StateError\n[]\n", ""))
+
+
+class Predicates(GuardCase):
+    def code(self, function):
+        setattr(self.module, function.__name__, function)
+        return f"code_of_t05:{function.__name__}"
+
+    def test_a_predicate_sees_message_and_component(self):
+        seen = []
+
+        def rich(message, component):
+            seen.append((message["x"], component.name, component.state, component.data))
+            return component.data["money"] > message["x"]
+
+        guard = self.code(rich)
+        found = [self.holds(guard, {"money": 5}, x=price) for price in (4, 6)]
+        self.assertEqual(found, [True, False])
+        self.assertEqual(seen, [(price, "m", "A", {"money": 5}) for price in (4, 6)])
+
+    def test_predicates_combine_with_comparisons(self):
+        def yes(message, component):
+            return 1
+
+        def no(message, component):
+            return ""
+
+        yes, no = self.code(yes), self.code(no)
+        table = [
+            ({"all": [yes, {"x": 1}]}, True), ({"all": [yes, no]}, False),
+            ({"any": [no, yes]}, True), ({"not": no}, True),
+        ]
+        for guard, says in table:
+            with self.subTest(guard):
+                self.assertIs(self.holds(guard, x=1), says)
+
+    def test_a_predicate_that_says_no_is_named(self):
+        def no(message, component):
+            return False
+
+        _, receipt = self.go(rule={"guard": self.code(no), "to": "B"})
+        self.assertEqual(receipt.reason, "rules[0] wants code_of_t05:no said no")
+
+    def test_a_predicate_that_raises_opens_no_later_door(self):
+        error = KeyError("k")
+
+        def broken(message, component):
+            raise error
+
+        config = self.config(guard=self.code(broken), to="B")
+        config["rules"].append({"on": "go", "to": "B"})
+        engine = FlexiFlowEngine()
+        component = engine.create_component(config)
+        found = self.raises(KeyError, self.run_async, engine.handle_message("m", "go"))
+        self.assertEqual((found is error, component.state, component.seq), (True, "A", 0))
+
+    def test_an_async_predicate_is_refused_at_load(self):
+        async def later(message, component):
+            return True
+
+        class Later:
+            async def __call__(self, message, component):
+                return True
+
+        self.module.Object = Later()
+        for guard in (self.code(later), "code_of_t05:Object"):
+            with self.subTest(guard):
+                error = self.refused(guard=guard, to="B")
+                self.assertIn(f"Not a plain function: {guard!r}", str(error))
+        self.module.number = 5
+        self.refused(guard="code_of_t05:number", to="B")
+
+    def test_a_predicate_that_answers_with_an_awaitable_fails_the_message(self):
+        async def later():
+            return False
+
+        def sly(message, component):
+            return later()
+
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
+            error = self.raises(StateError, self.holds, self.code(sly))
+        self.assertIn("code_of_t05:sly", str(error))
+
+
+class Values(GuardCase):
+    def value(self, value, data=None, /, **message):
+        """Return what a value in an `assign` comes to."""
+        component, receipt = self.go(data, message, {"assign": {"found": value}})
+        self.assertEqual((receipt.outcome, receipt.data), ("stayed", component.data))
+        return component.data["found"]
+
+    def test_json_is_itself(self):
+        for value in (None, True, 0, -1.5, "", "a", [], {}, [1, {"a": [None]}], "a$b", {"$x": 1}):
+            with self.subTest(value=value):
+                self.assertEqual(self.value(value), value)
+
+    def test_references_lead_into_message_data_and_the_moment(self):
+        data = {"n": 1, "d": {"list": [10, {"x": "deep"}]}}
+        message = {"a": {"b": [5, [6]]}, "id": "i-1", "none": None}
+        table = [
+            ("$message.a.b", [5, [6]]), ("$message.a.b.1.0", 6), ("$data.n", 1),
+            ("$data.d.list.1.x", "deep"), ("$component", "m"), ("$state", "A"), ("$id", "i-1"),
+            ("$now", 1_000_000.0), ("$message.none", None), ("$message.type", "go"),
+            ("$data", data), ({"x": ["$data.n", {"y": "$message.a.b.0"}]}, {"x": [1, {"y": 5}]}),
+        ]
+        for value, found in table:
+            with self.subTest(value):
+                self.assertEqual(self.value(value, data, **message), found)
+        self.assertEqual(self.value("$message", x=1), {"type": "go", "x": 1})
+
+    def test_two_dollars_start_a_literal_one(self):
+        table = {"$$": "$", "$$data.n": "$data.n", "$$$": "$$", "$$5": "$5", "5$": "5$"}
+        for value, found in table.items():
+            with self.subTest(value):
+                self.assertEqual(self.value(value), found)
+                self.assertEqual(self.value([{"x": value}]), [{"x": found}])
+
+    def test_sums_and_lists_with_one_item_more(self):
+        data = {"n": 5, "list": [1], "x": 0.5}
+        table = [
+            ({"+": ["$data.n", 1]}, 6), ({"-": ["$data.n", "$data.x"]}, 4.5), ({"-": [1, 5]}, -4),
+            ({"+": [{"-": ["$data.n", 1]}, {"+": [1, 1]}]}, 6),
+            ({"append": ["$data.list", {"a": "$data.n"}]}, [1, {"a": 5}]),
+            ({"append": [[], None]}, [None]), ({"append": ["$data.list", [2]]}, [1, [2]]),
+            ({"append": [{"append": ["$data.list", 2]}, 3]}, [1, 2, 3]),
+            ({"+": [10**400, 1]}, 10**400 + 1),
+        ]
+        for value, found in table:
+            with self.subTest(str(value)[:60]):
+                self.assertEqual(self.value(value, data), found)
+
+    def failing(self, value, data):
+        """Return the error of a message whose value cannot be computed; nothing has changed."""
+        engine = FlexiFlowEngine()
+        config = self.config(data, assign={"first": 1, "found": value}, to="B")
+        component = engine.create_component(config)
+        sent = engine.handle_message("m", {"type": "go"})
+        error = self.raises(FlexiFlowError, self.run_async, sent)
+        self.assertEqual(
+            (component.state, component.data, component.seq), ("A", data, 0))
+        return error
+
+    def test_a_missing_path_fails_the_message_and_is_named(self):
+        data = {"d": {"x": 1}, "list": [1]}
+        for path in ("$data.none", "$data.d.y.z", "$data.list.1", "$data.d.x.y", "$message.none",
+                     "$data.list.-1", "$data.list.x", "$message.type.x"):
+            for value in (path, [{"x": path}], {"append": [[], path]}, {"+": [path, 1]}):
+                with self.subTest(path, value=value):
+                    self.assertIn(path, self.failing(value, data).what)
+
+    def test_what_cannot_be_computed_fails_the_message(self):
+        data = {
+            "text": "a", "flag": True, "none": None, "list": [1], "big": 1e308, "huge": 10**400}
+        table = [
+            {"+": ["$data.text", 1]}, {"+": ["$data.flag", 1]}, {"-": [1, "$data.none"]},
+            {"+": ["$data.list", "$data.list"]}, {"+": ["$data.text", "$data.text"]},
+            {"append": ["$data.text", "b"]}, {"append": ["$data.none", 1]},
+            {"+": ["$data.big", "$data.big"]}, {"-": [-1e308, "$data.big"]},
+            {"+": ["$data.huge", 0.5]},
+        ]
+        for value in table:
+            with self.subTest(value):
+                self.failing(value, data)
+
+    def test_all_values_are_seen_before_any_is_set(self):
+        component, _ = self.go({"a": 1, "b": 2}, None, {"assign": {"a": "$data.b", "b": "$data.a"}})
+        self.assertEqual(component.data, {"a": 2, "b": 1})
+
+    def test_assign_sets_top_level_keys(self):
+        component, _ = self.go({"a": {"x": 1}}, None, {"assign": {"a.x": 2, "b": {"y": 3}}})
+        self.assertEqual(component.data, {"a": {"x": 1}, "a.x": 2, "b": {"y": 3}})
+
+    def test_an_emit_sees_the_data_after(self):
+        engine, recorder = FlexiFlowEngine(clock=Clock()), Recorder()
+        engine.create_component(self.config(
+            {"n": 1}, to="B", assign={"n": {"+": ["$data.n", 1]}},
+            emit={"name": "told", "with": {"n": "$data.n", "x": "$message.x"}}))
+
+        async def main():
+            await engine.event_bus.subscribe("told", "test", recorder)
+            await engine.handle_message("m", "go", x=[5])
+
+        self.run_async(main())
+        self.assertEqual(recorder.take(), [{"n": 2, "x": [5]}])
+
+
+class Aliasing(GuardCase):
+    """Message, data, config, receipts and payloads share nothing that can be changed."""
+
+    def setUp(self):
+        super().setUp()
+        self.engine = FlexiFlowEngine()
+
+    def handle(self, message, name="m"):
+        return self.run_async(self.engine.handle_message(name, message))
+
+    def test_data_keeps_its_own_copy_of_a_message(self):
+        component = self.engine.create_component(self.config(assign={"kept": "$message.order"}))
+        message = {"type": "go", "order": {"items": [1]}}
+        receipt = self.handle(message)
+        message["order"]["items"].append("forged")
+        receipt.data["kept"]["items"].append("forged")
+        self.assertEqual(component.data, {"kept": {"items": [1]}})
+        self.assertEqual(receipt.data, {"kept": {"items": [1]}})
+
+    def test_data_keeps_its_own_copy_of_the_config(self):
+        config = self.config({"list": [1]}, assign={"new": [{"x": []}]})
+        component = self.engine.create_component(config)
+        config["data"]["list"].append("forged")
+        config["rules"][0]["assign"]["new"].append("forged")
+        self.handle({"type": "go"})
+        self.assertEqual(component.data, {"list": [1], "new": [{"x": []}]})
+
+    def test_what_is_read_from_data_changes_neither_data_nor_config(self):
+        component = self.engine.create_component(
+            self.config({"list": [1]}, assign={"new": [{"x": []}]}))
+        for _ in range(2):
+            self.handle({"type": "go"})
+            with contextlib.suppress(TypeError):
+                component.data["list"].append("forged")
+                component.data["new"][0]["x"].append("forged")
+        self.handle({"type": "go"})
+        self.assertEqual(component.data["new"], [{"x": []}])
+
+    def test_data_given_at_creation_is_copied(self):
+        data = {"list": [1]}
+        config = self.config({"own": [1]}, assign={"a": {"append": ["$data.list", 2]}})
+        one = self.engine.create_component(config, data=data)
+        two = self.engine.create_component(config, name="n", data=data)
+        data["list"].append("forged")
+        self.handle({"type": "go"})
+        self.assertEqual((one.data, two.data), (
+            {"own": [1], "list": [1], "a": [1, 2]}, {"own": [1], "list": [1]}))
+
+    def test_two_keys_set_from_one_value_are_two(self):
+        config = self.config({"list": [1]}, assign={"a": "$data.list", "b": "$data.list"})
+        config["rules"].append({
+            "from": "A", "on": "more", "assign": {"a": {"append": ["$data.a", 2]}}})
+        component = self.engine.create_component(config)
+        self.handle({"type": "go"})
+        first = self.handle({"type": "more"})
+        second = self.handle({"type": "more"})
+        self.assertEqual(
+            (first.data["a"], second.data), ([1, 2], {"list": [1], "a": [1, 2, 2], "b": [1]}))
+        self.assertEqual(component.data, second.data)
+
+    def test_an_action_s_change_of_the_message_is_not_in_the_data(self):
+        def act(message, component):
+            message["order"].append("forged")
+
+        self.module.act = act
+        component = self.engine.create_component(
+            self.config(assign={"kept": "$message.order"}, action="code_of_t05:act"))
+        self.handle({"type": "go", "order": [1]})
+        self.assertEqual(component.data, {"kept": [1]})
+
+    def test_a_payload_is_a_copy(self):
+        def spoil(data):
+            data["list"].append("forged")
+
+        component = self.engine.create_component(self.config(
+            {"list": [1]}, emit={"name": "told", "with": {"list": "$data.list"}}))
+
+        async def main():
+            await self.engine.event_bus.subscribe("told", "test", spoil)
+            await self.engine.handle_message("m", "go")
+
+        self.run_async(main())
+        self.assertEqual(component.data, {"list": [1]})
+
+
+# --------------------------------------------------------------------------------------------
 # 6. States, registry, packs, imports
 # --------------------------------------------------------------------------------------------
 
@@ -125,19 +2718,22 @@ class CodeCase(Case):
 
     def setUp(self):
         super().setUp()
-        path, modules, names = list(sys.path), set(sys.modules), set(ff.DEFAULT_REGISTRY.names())
+        self.known = ff.DEFAULT_REGISTRY.names()
+        self.addCleanup(self.forget_states)
+        self.addCleanup(self.forget_modules, list(sys.path))
         sys.path.insert(0, str(self.folder))
-        self.addCleanup(self.restore, path, modules, names)
 
-    @staticmethod
-    def restore(path, modules, names):
-        sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            if not getattr(sys.modules[name], "__file__", None) or "flexiflow-test-" in str(
-                    sys.modules[name].__file__):
-                del sys.modules[name]
-        for name in set(ff.DEFAULT_REGISTRY.names()) - names:
+    def forget_states(self):
+        """Take out of the default registry what the test has put there."""
+        for name in set(ff.DEFAULT_REGISTRY.names()) - set(self.known):
             ff.DEFAULT_REGISTRY.unregister(name)
+
+    def forget_modules(self, path):
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            if str(self.folder) in str(getattr(module, "__file__", None)) + str(
+                    getattr(module, "__path__", None)):
+                del sys.modules[name]
 
     def module(self, name: str, source: str = "") -> None:
         """Write a module that the test's configs may import; folders of packages are made."""
@@ -240,6 +2836,16 @@ class StateMachines(Case):
                     (caught.exception.what, caught.exception.fix, machine.current_state),
                     (f"State Odd answered {answer!r}",
                      "return True, NextState() or return False, self", before))
+
+    def test_a_refusal_needs_no_state_beside_it(self):
+        class Refusing(State):
+            async def handle_message(self, message, component):
+                return False, message["state"]
+
+        for beside in (None, ff.InitialState(), "Done"):
+            machine = StateMachine(Refusing())
+            took = asyncio.run(machine.handle_message({"type": "x", "state": beside}, None))
+            self.assertEqual((took, type(machine.current_state)), (False, Refusing))
 
     def test_an_exception_of_a_state_passes_and_moves_nothing(self):
         class Broken(State):
@@ -855,7 +3461,8 @@ class RuleDecide(RuleCase):
         definition = self.definition(
             {"from": "A", "on": "go", "guard": {"message.items": {"contains": 1}}, "to": "B",
              "assign": {"items": {"append": ["$message.items", "$data.n"]}, "n":
-                {"+": ["$data.n", 1]}},
+                {"+": ["$data.n", 1]}, "kept": "$message.items", "deep": "$data.deep",
+                "made": [[]]},
              "emit": {"name": "gone", "with": ["$data.items"]},
              "send": {"to": "$message.who", "type": "hi", "with": {"items": "$data.items"}}},
             {"from": "B", "after": "$data.n", "to": "A"},
@@ -866,12 +3473,16 @@ class RuleDecide(RuleCase):
         plans = [self.decide(definition, "A", message, data) for _ in range(2)]
         for plan in plans:  # what comes out belongs to nobody else
             plan["data"]["items"].append("changed")
+            for changed in ("kept", "made"):
+                plan["data"][changed][-1].append("changed")
+            plan["data"]["deep"]["list"].append("changed")
             plan["sends"][0][1]["items"].append("changed too")
         plans.append(self.decide(definition, "A", message, data))
         items = [1, [2], 1]
         self.assertEqual((plans[2], json.dumps([message, data])), ({
             "outcome": "moved", "reason": None, "emits": [("gone", [items])],
-            "data": {"n": 2, "deep": {"list": [1]}, "left": 1000.0, "items": items},
+            "data": {"n": 2, "deep": {"list": [1]}, "left": 1000.0, "items": items,
+                "kept": [1, [2]], "made": [[]]},
             "sends": [("w", {"type": "hi", "items": items}, 0.0, None)],
             "timers": [(1002.0, "B", 1)]}, inputs))
 
@@ -897,6 +3508,18 @@ class RuleDecide(RuleCase):
             "emits": [("added", 2)], "timers": [],
             "sends": [("x", {"type": "n", "n": 2}, 2.0, "id-1"),
                       ("m", {"type": "again"}, 7200.0, None)]})
+
+    def test_a_send_to_or_of_what_is_no_text_fails_the_message(self):
+        for key in ("to", "type", "id"):
+            for value in (5, None, True, "", [], ["x"], {}):
+                if key == "id" and value is None:
+                    continue  # an id of its own is made
+                with self.subTest(key, value=value):
+                    definition = self.definition({"on": "go", "send":
+                        {"to": "x", "type": "t", "id": "i", key: "$data.value"}})
+                    error = self.raises(StateError, self.decide, definition, "A", {"type": "go"},
+                        {"value": value})
+                    self.assertIn(repr(value), str(error))
 
     def test_an_emit_without_a_payload_of_its_own_leaves_it_to_the_engine(self):
         definition = self.definition({"on": "go", "emit": ["a", {"name": "b", "with": None}]})
@@ -1034,6 +3657,22 @@ class RuleTimers(RuleCase):
             (1000.0, "A", 1), (1059.9, "A", 1), (1060.0, "B", 1), (1119.9, "B", 1),
             (1120.0, "B", 0), (9999.0, "B", 0)])
 
+    def test_a_final_state_completes_only_at_the_top(self):
+        config = self.config({"on": "in", "to": "B.end"}, {"on": "out", "to": "End"},
+            states={"A": {}, "B": {"initial": "B.end"}, "B.end": {"final": True},
+                "End": {"final": True}})
+
+        async def run():
+            component = FlexiFlowEngine(clock=Clock(1000.0)).create_component(config)
+            completed = []
+            for kind in ("in", "out", "in"):
+                receipt = await component.handle_message({"type": kind})
+                completed.append((receipt.outcome, component.state, component.completed))
+            return completed
+
+        self.assertEqual(self.run_async(run()), [("moved", "B.end", None),
+            ("moved", "End", 1000.0), ("ignored", "End", 1000.0)])
+
     def test_a_completed_component_starts_no_timers(self):
         config = self.config({"from": "A", "on": "end", "to": "End"}, {"after": 5, "to": "A"},
             states={"A": {}, "End": {"final": True}})
@@ -1089,7 +3728,7 @@ class Statecharts(RuleCase):
 
     def test_there_are_twenty(self):
         names = [name for name, _ in self.charts()]
-        self.assertEqual((len(names), self.SHADOWED | self.NOT_OURS <= set(names)), (20, True))
+        self.assertEqual((len(names), set(names) >= self.SHADOWED | self.NOT_OURS), (20, True))
 
     def test_fourteen_reach_the_expected_configuration_after_every_event(self):
         played = 0
@@ -1476,6 +4115,8 @@ class ConfigRefusals(ConfigCase):
             {"on": "x", "send": {"to": "y", "type": "z", "after": "soon"}},
             {"on": "x", "send": {"to": "y", "type": "z", "with": {"id": 1}}},
             {"on": "x", "send": {"to": "y", "type": "z", "with": []}},
+            {"on": "x", "send": {"to": "y", "type": "z", "with": {"+": [1, 2]}}},
+            {"on": "x", "send": {"to": "y", "type": "z", "with": {"append": [[], 2]}}},
             {"on": "x", "tpo": "A"}, {"on": "x", "fro": "A"}, {"after": "soon"}, {"on": True}]
         others = [{"name": ""}, {"name": None}, {"data": []}, {"data": {"x": float("nan")}},
             {"data": {1: 2}}, {"data": {"x": {1}}}, {"retry": {"max_attempts": 0}},
@@ -1680,7 +4321,7 @@ class Strangers(ConfigCase):
 
     ATOMS = [None, True, False, 0, -1, 1, 1.5, 10**30, 1e300, float("nan"), float("inf"), "", "*",
         "A", "$", "$$", "$data", "$data.x", "$message.", "A.b", "x:y", "5m", "on", "\0", "\ud800",
-        "flexiflow:ErrorHandling", "flexiflow:main", [], {}, [[]], {"": {}}, {"on": "x"},
+        "flexiflow:ErrorHandling", "flexiflow:__version__", [], {}, [[]], {"": {}}, {"on": "x"},
         {"+": [1, 2]}, {"append": ["$data.x", 1]}, {"to": "x", "type": "y"}, {"name": "e"},
         {"all": [{"x": 1}]}, {"not": {"x": {"exists": True}}}, ["a", "b"], ["*"], (1,), b"x", 1j]
 
@@ -1714,7 +4355,7 @@ class Strangers(ConfigCase):
         if kind == 0:
             del container[key]
         elif kind == 1:
-            container[key] = chance.choice(self.ATOMS)
+            container[key] = pickle.loads(pickle.dumps(chance.choice(self.ATOMS)))
         elif kind == 2:
             other, place = chance.choice(self.places(config, []))
             container[key] = json.loads(json.dumps(other[place], default=str))
@@ -1728,7 +4369,7 @@ class Strangers(ConfigCase):
             container[key[:at] + letter + key[at + chance.randrange(2):]] = container.pop(key)
 
     def test_of_mutated_configs_explain_calls_good_exactly_what_loads(self):
-        seed = random.randrange(2**32)
+        seed = int(os.environ.get("FLEXIFLOW_SEED") or random.randrange(2**32))
         chance = random.Random(seed)
         good = 0
         with self.subTest(seed=seed):
@@ -1738,9 +4379,11 @@ class Strangers(ConfigCase):
                     self.mutate(chance, config)
                 with self.subTest(config=config):
                     loaded = self.agree(config)
+                    self.forget_states()
                     if loaded is not None:
                         good += 1
-                        self.run_async(self.play(loaded))
+                        if str(config).count("flexiflow:") < 2:  # no code but the class Legacy
+                            self.run_async(self.play(loaded))
             self.assertTrue(20 < good < 380, good)
 
     async def play(self, config):
@@ -1889,12 +4532,11 @@ class ConfigRegistries(ConfigCase):
             "Done": "others_of_test:Done"}}
         self.load(config)
         self.load(other)
-        plain = {"name": "plain"}
+        found = ff.DEFAULT_REGISTRY.get("InitialState"), ff.DEFAULT_REGISTRY.get("Done").__module__
         self.assertEqual(
-            (self.talk(config, "x"), self.talk(plain, "start"),
-             ff.DEFAULT_REGISTRY.get("InitialState"), ff.DEFAULT_REGISTRY.get("Done").__module__), (
-                ["InitialState", "Done"], ["InitialState", "AwaitingConfirmation"],
-                ff.InitialState, "states_of_test"))
+            (found, self.talk({"name": "plain"}, "start"), self.talk(config, "x")), (
+                (ff.InitialState, "states_of_test"), ["InitialState", "AwaitingConfirmation"],
+                ["InitialState", "Done"]))
 
     def test_two_configs_use_one_name_for_two_classes(self):
         configs = [{"name": module, "initial_state": "S", "states": {"S": f"{module}:Waiting",
@@ -1926,6 +4568,14 @@ class ConfigRegistries(ConfigCase):
             "states": {"Idle": "states_of_test:Waiting"}})
         self.assertEqual((before, explain(other).is_valid), (False, False))
 
+    def test_a_built_in_class_under_another_name_keeps_its_own_elsewhere(self):
+        steps = ["start", {"type": "confirm", "content": "confirmed"}, "error", "acknowledge"]
+        states = self.talk({"name": "m", "initial_state": "Oops",
+            "states": {"Oops": "flexiflow:ErrorHandling"}}, "acknowledge")
+        self.assertEqual((states, self.talk({"name": "plain"}, *steps)), (
+            ["Oops", "InitialState"], ["InitialState", "AwaitingConfirmation",
+                "ProcessingRequest", "ErrorHandling", "InitialState"]))
+
     def test_a_class_that_the_program_registers_itself_may_be_named(self):
         class Mine(State):
             async def handle_message(self, message, component):
@@ -1947,7 +4597,7 @@ class ConfigRegistries(ConfigCase):
         config = {"name": "m", "states": {"X": "states_of_test:NotAState"}}
         found = explain(config)
         self.assertEqual((found.states, found.errors[0].what), ([ff.StateResolution("X",
-            "states_of_test:NotAState", True, False, "states.X: Not a State class")],
+            "states_of_test:NotAState", True, False, "Not a State class")],
             "states.X: Not a State class"))
 
 
@@ -2222,7 +4872,8 @@ class Pictures(ConfigCase):
         names = ["a-b", "a_b", "a b", "end", "End", "subgraph", "click", "style", "graph",
             'x"]\nclick x "javascript:alert(1)', "<img src=x onerror=alert(1)>", "`code`",
             "%%{init}", "#quot;", "&lt;", "1", "_", "__proto__", "日本", "naïve", "\u202eback",
-            "tab\t", "state_0", "state_1", "start_", "any_", "pack_0", "--> b", "a|b", "{x}", "\\", "'"]
+            "tab\t", "state_0", "state_1", "start_", "any_", "pack_0", "--> b", "a|b", "{x}",
+            "\\", "'"]
         config = {"name": "m", "initial_state": "a-b", "states": {name: {} for name in names},
             "rules": [{"from": name, "on": name, "guard": {"x": name}, "to": "a-b"}
                 for name in names] + [{"on": "all", "to": "a_b"}]}
@@ -2466,7 +5117,8 @@ class SnapshotFiles(SnapshotCase):
         texts = ["", "{", "[]", "5", "null", "{}", '{"name": "c"}', '{"current_state": "A"}',
             '{"name": 5, "current_state": "A"}', '{"name": "c", "current_state": null}',
             '{"name": "", "current_state": "A"}', good + ', "rules": {}}',
-            good + ', "rules": null}', good + ', "metadata": []}', good + ', "data": []}', good + ', "attributes": 1}',
+            good + ', "rules": null}', good + ', "metadata": []}', good + ', "data": []}',
+            good + ', "attributes": 1}',
             good + ', "name": "d"}', good + ', "metadata": {"f": NaN}}',
             good + ', "metadata": {"s": "\\ud800"}}', good + f', "x": {"9" * 5000}' "}",
             good + ', "x": ' + "[" * 5000 + "]" * 5000 + "}", good + ', "x": 1e999}',
@@ -3252,32 +5904,40 @@ class StoreDamage(StoreCase):
         facts = self.engine.status("lamp")[0]
         self.assertEqual((facts["waiting"], facts["dead"]), (0, 1))
 
-    async def test_a_flipped_byte_gives_the_same_answer_or_an_error(self):
-        expected = self.engine.status(), self.engine.history()
+    async def test_a_damaged_file_gives_the_same_answer_or_an_error(self):
+        for name in ("a", "b"):
+            self.engine.create_component(self.LAMP, name=name)
+            await self.engine.handle_message(name, "press")
+            await self.engine.send(name, "press", delay=60)
+        expected = self.answers(self.engine)
         await self.engine.close()
-        for end in ("-wal", "-shm"):
-            self.assertFalse(os.path.exists(self.path() + end))
         good = Path(self.path()).read_bytes()
-        chance = random.Random(7)
-        wrong = []
-        for _ in range(150):
+        chance, wrong = random.Random(7), []
+        for number in range(300):
             place = chance.randrange(len(good))
+            page, other = (chance.randrange(len(good) // 4096) * 4096 for _ in range(2))
             bad = bytearray(good)
-            bad[place] ^= 1 << chance.randrange(8)
+            if number % 3 == 0:
+                bad[place] ^= 1 << chance.randrange(8)
+            elif number % 3 == 1:
+                bad[place:place + 64] = bytes(len(bad[place:place + 64]))
+            else:
+                bad[page:page + 4096] = good[other:other + 4096]
             Path(self.path("bad.db")).write_bytes(bad)
             engine = FlexiFlowEngine(self.path("bad.db"), clock=self.clock)
-            try:
-                found = engine.status(), engine.history()
-                if found != expected:
-                    wrong.append(place)
-            except PersistenceError:
-                pass
-            finally:
-                engine.store.close()
-                for end in ("", "-wal", "-shm"):
-                    with contextlib.suppress(OSError):
-                        os.unlink(self.path("bad.db") + end)
+            with contextlib.suppress(FlexiFlowError):
+                if self.answers(engine) != expected:
+                    wrong.append(number)
+            engine.store.close()
+            for end in ("", "-wal", "-shm"):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path("bad.db") + end)
         self.assertEqual(wrong, [])
+
+    def answers(self, engine):
+        """Return what an engine says of its components and their history."""
+        keys = ("name", "state", "seq", "data", "completed", "since")
+        return [[one[key] for key in keys] for one in engine.status()], engine.history()
 
 
 class StoreWrites(StoreCase):
@@ -5866,7 +8526,9 @@ class ChangedRulesStored(ChangedRules):
 
 EXAMPLES = HERE / "examples"
 LAMP = {
-    "name": "lamp", "initial_state": "Off", "states": {"Off": {}, "On": {}, "Broken": {"final": True}},
+    "name": "lamp",
+    "initial_state": "Off",
+    "states": {"Off": {}, "On": {}, "Broken": {"final": True}},
     "rules": [
         {"from": "Off", "on": "press", "guard": {"not": {"power": "none"}}, "to": "On"},
         {"from": "On", "on": "press", "to": "Off"},
@@ -5876,11 +8538,15 @@ LAMP = {
 
 
 def plain(text: str) -> str:
-    """Return output with times, ages, made ids and widths of columns made equal."""
+    """Return output with times, ages, made ids and widths of columns made equal.
+
+    What asyncio's debug mode says about a slow machine is left out.
+    """
     import re
 
     for pattern, name in (
-        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?", "TIME"), (r"\b[0-9a-f]{12}-\d+", "ID"),
+        (r"(?m)^Executing <.*\n", ""), (r"\b[0-9a-f]{12}-\d+", "ID"),
+        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?", "TIME"),
         (r"\b\d+s\b", "0s"), (r"\d{9,}\.\d+", "0.0"), (r" {2,}", "  "), (r" +\n", "\n"),
     ):
         text = re.sub(pattern, name, text)
@@ -5931,6 +8597,23 @@ class CommandSession(Shell):
                 (0, "warehouse is registered already, in AwaitingConfirmation\n", ""),
             ),
         )
+
+    def test_register_start_starts_what_is_still_in_its_initial_state(self):
+        config = ("--config", str(EXAMPLES / "config.json"))
+        self.shown("register", *config)
+        self.assertEqual(self.shown("register", *config, "--start"), (
+            0,
+            "warehouse is registered already, in InitialState\n"
+            "start: InitialState -> AwaitingConfirmation\n",
+            "",
+        ))
+
+    def test_register_json_counts_states_rules_and_timers(self):
+        done = self.flexiflow("register", "--config", str(EXAMPLES / "order.json"), "--json")
+        self.assertEqual(json.loads(done.stdout), {
+            "component": "order", "new": True, "state": "Draft", "states": 6, "rules": 7,
+            "timers": 2,
+        })
 
     def test_handle_creates_the_component_and_remembers_it(self):
         self.assertEqual(
@@ -6182,7 +8865,7 @@ class QuickStart(Shell):
     def test_the_embedded_app_goes_on_where_it_stopped(self):
         shutil.copytree(EXAMPLES / "embedded_app", self.folder / "app",
             ignore=shutil.ignore_patterns("*.db", "__pycache__"))
-        first, second = (self.python("-X", "dev", "-W", "error", "app/app.py") for _ in range(2))
+        first, second = (self.python("-W", "error", "app/app.py") for _ in range(2))
         self.assertEqual(
             (first.stderr, first.stdout, second.stderr, second.stdout),
             (
@@ -6363,7 +9046,8 @@ class Intake(Shell):
 
     def test_a_failing_action_is_named_by_its_line_and_stops_nobody(self):
         self.write("shop.py",
-            "def ship(message, component):\n    if message['n'] == 2:\n        raise OSError('no')\n")
+            "def ship(message, component):\n"
+            "    if message['n'] == 2:\n        raise OSError('no')\n")
         self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}},
             "data": {"sum": 0}, "rules": [{"on": "go", "action": "shop:ship",
             "assign": {"sum": {"+": ["$data.sum", "$message.n"]}}}]})
@@ -6479,8 +9163,7 @@ class MainJob(Shell):
         """Return final state and unhandled messages of each component, read from the store."""
         store = SQLiteStore(self.path("flexiflow.db"), readonly=True)
         with contextlib.closing(store):
-            states = {name: state for name, state in store.rows(
-                "SELECT name, state FROM flexiflow_components")}
+            states = dict(store.rows("SELECT name, state FROM flexiflow_components"))
             unhandled = dict(sent)
             for step in store.journal():
                 unhandled[step["component"]] -= step["outcome"] in ("moved", "stayed")
@@ -6505,7 +9188,7 @@ class MainJob(Shell):
             (0, 15_214, 556, self.SUMMARY.format("")))
         expected = self.expected()
         self.assertEqual(
-            (self.found(sent), {name: refused[name] for name in sent}),
+            (self.found(sent), refused),
             (expected, {name: unhandled for name, (_, unhandled) in expected.items()}),
         )
 
@@ -6607,7 +9290,8 @@ class OldPaths(Case):
         config = ConfigLoader.load_component_config(self.write("lamp.json", LAMP))
         error = self.raises(StateError, StateMachine.from_name, "Nope")
         again = pickle.loads(pickle.dumps(error))
-        self.assertEqual((type(again), str(again), again.what), (StateError, str(error), error.what))
+        self.assertEqual((type(again), str(again), again.what),
+            (StateError, str(error), error.what))
         for record in (
             self.run_async(receipt()), config,
             ff.ComponentSnapshot("c", "InitialState", [{"note": 1}], {"by": "test"}),
@@ -6700,7 +9384,8 @@ class OneIdentity(Case):
     def test_loaded_by_path(self):
         code = (
             "import importlib.util, sys\n"
-            f"spec = importlib.util.spec_from_file_location('mine', {str(HERE / 'flexiflow.py')!r})\n"
+            f"path = {str(HERE / 'flexiflow.py')!r}\n"
+            "spec = importlib.util.spec_from_file_location('mine', path)\n"
             "sys.modules['mine'] = module = importlib.util.module_from_spec(spec)\n"
             "spec.loader.exec_module(module)\n"
             "from mine.engine import FlexiFlowEngine\n"
@@ -6729,14 +9414,15 @@ class Portability(Shell):
         self.write("lamp.json", LAMP)
 
     def test_odd_switches_change_nothing(self):
-        switches = [["-I", "-S"], ["-O"], ["-OO"], ["-bb", "-X", "dev", "-W", "error"], ["-B", "-E"]]
+        switches = [["-I", "-S"], ["-O"], ["-OO"], ["-B", "-E"],
+            ["-bb", "-X", "dev", "-W", "error"]]
         if sys.version_info >= (3, 10):
             switches.append(["-X", "warn_default_encoding", "-W", "error"])
         for number, switch in enumerate(switches):
             with self.subTest(" ".join(switch)):
                 done = self.python(*switch, str(HERE / "flexiflow.py"), "handle", "--config",
                     "lamp.json", "press", "--db", f"{number}.db")
-                self.assertEqual((done.returncode, done.stdout, done.stderr),
+                self.assertEqual((done.returncode, done.stdout, plain(done.stderr)),
                     (0, "press: Off -> On\n", ""))
 
     def test_help_is_there_without_docstrings(self):
@@ -6823,7 +9509,7 @@ class Portability(Shell):
             (0, "COMPONENT  STATE  SINCE  V  WAITING  NEXT TIMER  DEAD\nlamp  On  0s  1  0  -  -\n"
                 "1 component, 0 messages waiting, 0 dead letters\n", ""),
             (0, "V  WHEN  COMPONENT  MESSAGE  FROM  TO  OUTCOME  ID\n"
-                "0  TIME  lamp  -  Off  Off  created  created\n"
+                "0  TIME  lamp  -  Off  Off  created\n"
                 "1  TIME  lamp  press  Off  On  moved  ID\n", ""),
             (0, "state  On, version 1, since TIME (0s)\naccepts  press, drop\ndata  {}\n"
                 "queue  0 waiting, 0 dead\n", ""),
@@ -6864,6 +9550,131 @@ class Portability(Shell):
             "print(len(found), len(set(found)))\n"
         )
         self.assertEqual(self.python("-c", code).stdout, "20 1\n")
+
+
+# ---- README.md, and the example in the file's own header
+
+
+@unittest.skipIf(os.name == "nt", "the sessions are those of a POSIX shell")
+class Readme(Shell):
+    """Every code block and every terminal session is run, and shows what the page shows."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not (HERE / "README.md").exists():
+            raise unittest.SkipTest("README.md is not here")
+        cls.PAGE = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, kind: str):
+        """Return the blocks of one kind, in the page's order."""
+        import re
+
+        return re.findall(rf"^```{kind}\n(.*?)^```", self.PAGE, re.M | re.S)
+
+    def setUp(self):
+        super().setUp()
+        os.symlink(EXAMPLES, self.folder / "examples")
+        (self.folder / "bin").mkdir()
+        python = self.folder / "bin" / "python"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+
+    def shell(self, script: str, **settings):
+        """Run a script in which `python` is this Python; return all that it shows."""
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "PYTHONPATH": str(HERE)}
+        for name in ("FLEXIFLOW_CONFIG", "FLEXIFLOW_DB"):
+            env.pop(name, None)
+        return subprocess.run(["sh", "-c", script], cwd=self.folder, env=env, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings).stdout
+
+    def test_the_programs_print_what_is_shown(self):
+        programs, outputs = self.blocks("python"), self.blocks("text")
+        self.write("lamp.py", programs[0])
+        self.write("order.py", programs[1])
+        self.assertEqual(
+            ["".join(self.python("lamp.py").stdout for _ in range(3)),
+                self.python("-W", "error", "order.py").stdout],
+            outputs,
+        )
+
+    def test_the_first_program_has_fifteen_lines(self):
+        lines = [line for line in self.blocks("python")[0].split("\n") if line.strip()]
+        self.assertLessEqual(len(lines), 15)
+
+    def test_the_terminal_sessions_show_what_they_show(self):
+        mark = "\x01"
+        for block in self.blocks("console"):
+            commands = [line[2:] for line in block.split("\n") if line.startswith("$ ")]
+            with self.subTest(commands[0]):
+                script = "".join(f"{command}\ncode=$?\nprintf '\\001'\n(exit $code)\n"
+                    for command in commands)
+                shown = self.shell(script).split(mark)
+                session = "".join(f"$ {command}\n{text}" for command, text in zip(commands, shown))
+                self.assertEqual(plain(session), plain(block))
+
+    def test_the_picture_is_what_visualize_prints(self):
+        self.assertEqual(
+            [self.shell("python -m flexiflow visualize examples/order.json")],
+            self.blocks("mermaid"),
+        )
+
+    def test_the_config_is_a_good_one(self):
+        (text,) = self.blocks("json")
+        found = explain(json.loads(text), imports=False)
+        self.assertEqual((found.errors, found.warnings), ([], []))
+
+    def test_yaml_is_converted_as_shown(self):
+        (command,) = self.blocks("sh")
+        if self.python("-c", "import yaml").returncode:
+            self.skipTest("PyYAML is not here")
+        self.write("config.yaml", "name: c\nrules: [{rule1: '1'}]\n")
+        shown = self.shell(command)
+        self.assertEqual((shown, explain(self.path("config.json")).is_valid), ("", True))
+
+    def test_the_two_commands_are_those_that_run_here(self):
+        first, second = (line.strip() for line in
+            self.PAGE.split("## The two commands\n")[1].split("\n") if line.startswith("    "))
+        self.assertEqual((f"$ {first}\n" in self.blocks("console")[1], second),
+            (True, "python -m unittest test_flexiflow"))
+
+    def test_every_named_test_is_there(self):
+        import re
+
+        module = sys.modules[__name__]
+        named = re.findall(r"`([A-Z]\w+)\.(test_\w+)`", self.PAGE)
+        self.assertEqual(
+            [pair for pair in named if not hasattr(getattr(module, pair[0], None), pair[1])], [])
+        self.assertGreater(len(named), 15)
+
+    def test_every_import_link_command_and_method_is_there(self):
+        import re
+
+        for line in re.findall(r"`(from flexiflow import [^`]+)`", self.PAGE):
+            with self.subTest(line):
+                exec(line, {})
+        for path in re.findall(r"\]\(([^)]+)\)", self.PAGE):
+            with self.subTest(path):
+                self.assertTrue((HERE / path).exists())
+        methods = re.search(r"^Engine: (.*?)\. Events", self.PAGE, re.M | re.S)[1]
+        for name in re.findall(r"`(\w+)`", methods):
+            with self.subTest(name):
+                self.assertTrue(callable(getattr(FlexiFlowEngine, name, None)))
+
+    def test_the_commands_are_those_of_the_help(self):
+        import re
+
+        table = self.PAGE.split("### Command line")[1].split("\n### ")[0]
+        named = set(re.findall(r"^\| `(\w+)", table, re.M))
+        shown = self.flexiflow("--help").stdout
+        self.assertEqual(named, set(re.findall(r"^    (\w+)(?:  | \()", shown, re.M)))
+
+    def test_the_example_in_the_files_header_runs(self):
+        source = (HERE / "flexiflow.py").read_text(encoding="utf-8")
+        example = source.split("and nothing else.\n\n")[1].split("\n\nStarted again")[0]
+        self.write("door.py", textwrap.dedent(example))
+        first, again = (self.python("door.py").stdout for _ in range(2))
+        self.assertEqual((first, again), ("moved Open\n", "ignored Open\n"))
 
 
 if __name__ == "__main__":
