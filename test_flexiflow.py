@@ -68,10 +68,10 @@ class Case(unittest.TestCase):
     def setUp(self):
         self.folder = Path(tempfile.mkdtemp(prefix="flexiflow-test-"))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.addCleanup(self.forget_states, ff.DEFAULT_REGISTRY.names())
+        self.addCleanup(self._forget_new_states, ff.DEFAULT_REGISTRY.names())
 
     @staticmethod
-    def forget_states(known) -> None:
+    def _forget_new_states(known) -> None:
         """Take out of the default registry what the test has put into it."""
         for name in set(ff.DEFAULT_REGISTRY.names()) - set(known):
             ff.DEFAULT_REGISTRY.unregister(name)
