@@ -1489,12 +1489,12 @@ class Effects:
     """What happens beside the change of state, in a rule or at a state's entry or exit."""
 
     assign: tuple[tuple[str, Callable[[Scope], Any]], ...] = ()
-    sends: tuple[Callable[[Scope], Outgoing], ...] = ()
-    emits: tuple[tuple[str, Callable[[Scope], Any] | None], ...] = ()
-    actions: tuple[Callable[..., Any], ...] = ()
+    send: tuple[Callable[[Scope], Outgoing], ...] = ()
+    emit: tuple[tuple[str, Callable[[Scope], Any] | None], ...] = ()
+    action: tuple[Callable[..., Any], ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.assign or self.sends or self.emits or self.actions)
+        return bool(self.assign or self.send or self.emit or self.action)
 
 
 @dataclass(eq=False)
@@ -1543,13 +1543,14 @@ class Rule:
     guard: Guard | None = None
     to: str | None = None
     reenter: bool = False
+    description: str = ""
     effects: Effects = Effects()
     text: Json = field(default_factory=dict)  # as written
 
 
 @dataclass(eq=False)
 class Passage:
-    """A way from one state to another: what is left and entered, in which order, and the effects."""
+    """A way from one state to another: what is left and entered in which order, and effects."""
 
     node: Node  # the state at the end
     exits: tuple[str, ...] = ()
@@ -1711,16 +1712,17 @@ def follow(plan: Plan, scope: Scope) -> None:
             if effects.assign:
                 values = {key: value(scope) for key, value in effects.assign}
                 scope["data"] = {**scope["data"], **values}
-            sends += [send(scope) for send in effects.sends]
-            emits += [(name, value and value(scope)) for name, value in effects.emits]
-            actions += effects.actions
+            sends += [send(scope) for send in effects.send]
+            emits += [(name, value and value(scope)) for name, value in effects.emit]
+            actions += effects.action
         scope["state"] = passage.node.name
         plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
             for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}",
             why=f"an effect needs it, on the way to {passage.node.name!r}",
-            fix="guard the rule with {\"exists\": true}, or give the value in the config's data",
+            fix=f'guard the rule with {{"{str(error)[1:]}": {{"exists": true}}}}'
+            + ", or give it a first value in the config's data" * str(error).startswith("$data"),
             component=scope["component"]) from None
     plan.data, plan.sends, plan.emits, plan.actions = scope["data"], sends, emits, actions
 
@@ -1732,30 +1734,31 @@ def follow(plan: Plan, scope: Scope) -> None:
 # check is a function that raises; the walk knows the place, reports it there and goes on.
 # Loading raises the first error found, `explain` lists them all: they cannot disagree.
 
-_TEXT, _LIST, _OBJECT, _NUMBER, _TIME = (str,), (list,), (dict,), (int, float), (str, int, float)
-_KIND_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or false",
-    int: "a number", float: "a number"}
-_ANY = tuple(_KIND_NAMES)
-_EFFECTS: Json = {"assign": _OBJECT, "send": (dict, list), "emit": (str, dict, list),
-    "action": (str, list)}
-_EXECUTING: Json = {"from": (str, list), "to": _TEXT, "on": (str, list), "after": _TIME,
-    "guard": (dict, str), "reenter": (bool,), **_EFFECTS}
-# The keys that mean something, with what may stand under them, in the order of the walk.
-KEYS: dict[str, Json] = {"config": {"name": _TEXT, "description": _TEXT, "version": _ANY,
-    "$schema": _TEXT, "data": _OBJECT, "initial_state_resolution": _LIST, "packs": _LIST,
-    "states": _OBJECT, "initial_state": _TEXT, "retry": _OBJECT, "rules": _LIST},
-    "state": {"description": _TEXT, "initial": _TEXT, "final": (bool,), "entry": _OBJECT,
-    "exit": _OBJECT}, "rule": {**_EXECUTING, "description": _TEXT}, "note": _EXECUTING,
-    "effects": _EFFECTS, "send": {"to": _TEXT, "type": _TEXT, "after": _TIME, "id": _TEXT,
-    "with": _OBJECT}, "emit": {"name": _TEXT, "with": _ANY}, "retry": dict.fromkeys(
-    "max_attempts base_delay max_delay backoff jitter".split(), _NUMBER)}
+_KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
+    float: "a number"}
+_EFFECTS = {"assign": "an object", "send": "an object or a list",
+    "emit": "text or an object or a list", "action": "text or a list"}
+_EXECUTING = {"from": "text or a list", "to": "text", "on": "text or a list",
+    "after": "text or a number", "guard": "", "reenter": "true or false", **_EFFECTS}
+# The keys that mean something, in the order of the walk, and what may stand under them ("":
+# anything that compiles).
+KEYS = {
+    "config": {"name": "text", "description": "text", "version": "", "$schema": "text",
+        "data": "an object", "initial_state_resolution": "a list", "packs": "a list",
+        "states": "an object", "initial_state": "text", "retry": "an object", "rules": "a list"},
+    "state": {"description": "text", "initial": "text", "final": "true or false",
+        "entry": "an object", "exit": "an object"},
+    "rule": {**_EXECUTING, "description": "text"}, "note": _EXECUTING, "effects": _EFFECTS,
+    "send": {"to": "text", "type": "text", "after": "text or a number", "id": "text",
+        "with": "an object"}, "emit": {"name": "text", "with": ""},
+    "retry": dict.fromkeys("max_attempts base_delay max_delay backoff jitter".split(), "a number")}
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
 _DEFAULTS: Json = {"states": {}, "initial_state": "InitialState", "rules": [], "from": "*"}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
     "rule": ("error", ""), "note": ("warning", "")}
 _WHY_NOTE = {"note": "without a key of the engine a rule is a note and does nothing"}
-ENGINE_EVENTS = frozenset("engine.component.registered component.message.received state.changed "
+ENGINE_EVENTS = frozenset("* engine.component.registered component.message.received state.changed "
     "event.handler.failed component.completed message.dead rules.updated".split())
 QUEUE_RETRY = RetryConfig(max_attempts=5, base_delay=0.2, max_delay=60.0)
 BUILT_IN_NAMES = [state.__name__ for state in BUILT_IN]
@@ -1771,7 +1774,7 @@ class Diagnostic:
     why: str | None = None
     fix: str | None = None
     context: Json = field(default_factory=dict)
-    error: FlexiFlowError | None = field(default=None, repr=False, compare=False)
+    error: Any = field(default=None, repr=False, compare=False)  # the exception that loading raises
 
     def format(self) -> str:
         """Return it in the shape of an error, its level in front."""
@@ -1800,10 +1803,10 @@ class PackInfo:
     depends_on: list[str]
 
 
-def _entry(head: str, indent: str = "    ", **facts: Any) -> str:
-    """Return a line, and below it those facts that there are; no value can forge a line."""
-    lines = [head, *(f"{indent}{label}: {fact}" for label, fact in facts.items() if fact)]
-    return "\n".join(map(printable, lines))
+def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
+    """Return lines: each head, and below it those of its facts that there are."""
+    return [line for head, facts in pairs for line in (f"  {head}",
+        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
 
 
 @dataclass
@@ -1832,29 +1835,30 @@ class ConfigExplanation:
 
     def format(self) -> str:
         """Return the explanation as text."""
-        packs = [_entry(f"  {pack.name}:", provides=", ".join(pack.provided_keys) or "(none)",
-            transitions=pack.transitions and f"{len(pack.transitions)} defined",
-            depends_on=", ".join(pack.depends_on)) for pack in self.packs]
-        states = [_entry(f"  {'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
-            + (f": {one.dotted_path}" if one.dotted_path else ""), "      ", Error=one.error)
-            for one in sorted(self.states, key=operator.attrgetter("key"))]
-        states += [_entry(f"  OK {key} (from {self.state_providers[key]})")
+        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
+            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
+            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
+        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
+            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
+            for one in sorted(self.states, key=operator.attrgetter("key")))
+        states += [f"  OK {key} (from {self.state_providers[key]})"
             for key in sorted(self.state_providers)]
-        warnings = [_entry(f"  WARN {one.what}", Why=one.why, Fix=one.fix) for one in self.warnings]
-        errors = [_entry(f"  ERROR {one.what}", Why=one.why, Fix=one.fix) for one in self.errors]
-        blocks = [["FlexiFlow Config Explanation", "=" * 40, _entry(f"Source: {self.config_path}")],
-            [_entry("Component:", "  ", name=self.name or "(missing)",
-            initial_state= self.initial_state or "(missing)", rules=f"{self.rules_count} rule(s)")],
-            packs and ["Packs:", *packs], packs and [_entry(
-            f"Pack order: {' -> '.join(self.pack_order)}")], [
-            f"Resolution policy: {' -> '.join(self.initial_state_resolution)}"],
-            ["States:", *(states or ["  (no custom states)"]),
-            f"  Built-in: {', '.join(sorted(self.builtin_states))}"], self.unchecked
-            and ["Not checked (imports are off):", *(_entry(f"  {path}")
-            for path in self.unchecked)], warnings and ["Warnings:", *warnings], errors
-            and ["Errors:", *errors], ["Status: OK - config will load" if self.is_valid
-            else f"Status: INVALID - {len(errors)} error(s) found"]]
-        return "\n\n".join("\n".join(block) for block in blocks if block)
+        unchecked = [f"  {path}" for path in self.unchecked]
+        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
+            for one in found) for word, found in (("WARN", self.warnings), ("ERROR", self.errors)))
+        blocks = [
+            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
+            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
+            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
+            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
+                *(states or ["  (no custom states)"]),
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
+            unchecked and ["Not checked (imports are off):", *unchecked],
+            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
+            ["Status: OK - config will load" if self.is_valid
+                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
+        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
 
 
 @dataclass(frozen=True)
@@ -1881,27 +1885,19 @@ class MissingConfig(ConfigError, FileNotFoundError):
 
 def read_config(path: Path) -> Any:
     """Return the value in a config file; raise ConfigError if it cannot be read as JSON."""
-    name = os.fsdecode(path)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON + 1)
-    except FileNotFoundError as error:
-        raise MissingConfig(f"No config file: {name!r}", fix="check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"Cannot read config: {name!r}", why=str(error)) from error
-    if name.lower().endswith((".yaml", ".yml")):
-        return _read_yaml(content, name)
-    return read_json(content, name, ConfigError)
+    content, name = read_file(path, "config", ConfigError, MissingConfig), os.fsdecode(path)
+    is_yaml = name.lower().endswith((".yaml", ".yml"))
+    return _read_yaml(content, name) if is_yaml else read_json(content, name, ConfigError)
 
 
 def _read_yaml(content: bytes, path: str) -> Any:
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ConfigError(f"YAML cannot be read here: {path!r}", why="PyYAML is not installed, "
-            "and FlexiFlow itself reads JSON", fix="where it is: python -c 'import sys,json,yaml; "
-            f"print(json.dumps(yaml.safe_load(sys.stdin),indent=2))' < {path} > config.json",
-            ) from error
+        raise ConfigError(f"YAML cannot be read here: {path!r}", fix="where it is: python -c "
+            "'import sys,json,yaml; print(json.dumps(yaml.safe_load(sys.stdin),indent=2))' "
+            f"< {path} > config.json", why="PyYAML is not installed, and FlexiFlow itself "
+            "reads JSON") from error
 
     class Reader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -1925,33 +1921,25 @@ def one_edit(word: str, other: str) -> bool:
     return b[1:] in (a, a[1:]) or a[1:] == b or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
-def _require(value: Any, kinds: tuple[type, ...]) -> None:
-    """Raise ConfigError unless a value is of one of these kinds; a bool is not a number."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(dict.fromkeys(_KIND_NAMES[kind] for kind in kinds))
-        raise ConfigError(f"Not {wanted}: {value!r}")
+def _need(good: Any, what: str, **details: Any) -> None:
+    """Raise ConfigError unless something is as it must be."""
+    if not good:
+        raise ConfigError(what, **details)
+
+
+def _require(value: Any, kinds: str) -> None:
+    """Raise ConfigError unless a value is of one of these kinds."""
+    kind = next((name for kind, name in _KINDS.items() if isinstance(value, kind)), "nothing")
+    if kinds and kind not in kinds:
+        raise ConfigError(f"Not {kinds}: {value!r}")
 
 
 def _names(value: Any) -> tuple[str, ...]:
     """Return one name or a list of them as a tuple."""
     names = [value] if isinstance(value, str) else value
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"Not a name or a list of names: {value!r}")
+    _need(names and all(isinstance(name, str) and name for name in names),
+        f"Not a name or a list of names: {value!r}")
     return tuple(dict.fromkeys(names))
-
-
-def _delay(value: Any) -> Callable[[Scope], Any]:
-    if not _is_reference(value):
-        seconds(value)
-    return compile_value(value)
-
-
-def _pair(key: str, value: Any) -> tuple[str, Callable[[Scope], Any]]:
-    return key, compile_value(value)
-
-
-def _unasked(message: Json, component: Any) -> None:
-    """Stand in for a function that is not imported."""
 
 
 class _Walk:
@@ -1964,24 +1952,22 @@ class _Walk:
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
         self.registry = StateRegistry(registry)
         self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
-        self.place = ""  # where the walk is, each step with its dot or brackets
+        self.place, self.has_code = "", False  # each step to the place has its dot or brackets
         self.good: Json = {}  # the top-level values, compiled
         self.nodes: dict[str, Node] = {}
-        self.owners: dict[type[State], str] = {}  # class -> its state
         self.rules: list[Rule] = []
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
-        self.has_code = False
-        self.compilers: Json = {"initial_state_resolution": self._policy,
-            "packs": self._packs, "states": self._states, "initial_state": self._initial,
+        self.compilers: Json = {
+            "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
+            "initial_state": self._initial, "rules": self._rules, "from": self._sources,
+            "to": self._find, "on": _names, "entry": self._effects, "exit": self._effects,
             "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
-            "rules": self._rules, "entry": self._effects, "exit": self._effects,
-            "from": self._sources, "to": self._find, "on": _names, "after": _delay,
+            "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
-            **dict.fromkeys(("assign", "with"), lambda value: self._each(value, _pair)),
-            "send": self._parts(self._send), "emit": self._parts(self._emit),
-            "action": self._parts(self._action)}
+            "assign": self._values, "with": self._values, "send": self._parts(self._send),
+            "emit": self._parts(self._emit), "action": self._parts(self._action)}
 
-    def problems(self) -> list[Diagnostic]:
+    def problems(self) -> ConfigExplanation:
         """Return everything wrong with the config, compiling as far as that is possible."""
         found = self.found
         with self._at(""):
@@ -1992,7 +1978,7 @@ class _Walk:
             found.pack_order = [pack.name for pack in found.packs]
             if not found.errors:
                 found.definition = self.definition()
-        return found.errors + found.warnings
+        return found
 
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
@@ -2017,7 +2003,7 @@ class _Walk:
         place, context = (self.place + step)[1:], dict(error.context.items)
         if place:
             error.what, context["at"] = f"{place}: {error.what}", place
-        found = self.found.errors if level == "error" else self.found.warnings
+        found = {"error": self.found.errors, "warning": self.found.warnings}.get(level, [])
         found.append(Diagnostic(level, error.what, error.why, error.fix, context, error))
 
     def _clean(self, kind: str, value: Any, **compilers: Any) -> Json:
@@ -2025,7 +2011,7 @@ class _Walk:
 
         null is as good as nothing.
         """
-        _require(value, _OBJECT)
+        _require(value, "an object")
         known, good = KEYS[kind], {}
         for key in value:
             if key not in known and not key.startswith("x-"):
@@ -2033,8 +2019,7 @@ class _Walk:
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
                 fix = f"did you mean {near[0]!r}?" if near else level and choose(key, known)
                 error = ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind), fix=fix)
-                if level:
-                    self._report(error, level, f".{key}")
+                self._report(error, level, f".{key}")
         for key, kinds in known.items():
             inner = _DEFAULTS.get(key) if value.get(key) is None else value[key]
             compiled = compilers.get(key) or self.compilers.get(key)
@@ -2055,10 +2040,17 @@ class _Walk:
                 found.append(compiled(key, value))
         return tuple(found)
 
-    def _load(self, path: Any, stand_in: Any = _unasked) -> Any:
+    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+        """Return what compiles one part, or a list of them."""
+        return lambda value: (self._each(value, lambda _, part: compiled(part))
+            if isinstance(value, list) else (compiled(value),))
+
+    def _values(self, value: Json) -> tuple[Any, ...]:
+        return self._each(value, lambda key, inner: (key, compile_value(inner)))
+
+    def _load(self, path: Any, stand_in: Any = lambda message, component: None) -> Any:
         """Import a dotted path; where imports are off, note it and return `stand_in`."""
-        if not isinstance(path, str):
-            raise ConfigError(f"Not a dotted path: {path!r}")
+        _need(isinstance(path, str), f"Not a dotted path: {path!r}")
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
@@ -2069,9 +2061,8 @@ class _Walk:
         """Read the config and copy it, once it is known to be an object of JSON."""
         if isinstance(self.config, (str, os.PathLike)):
             self.config = read_config(self.config)
-        if not isinstance(self.config, dict):
-            got = _KIND_NAMES.get(type(self.config), type(self.config).__name__)
-            raise ConfigError("A config is an object", why=f"this is {got}")
+        got = _KINDS.get(type(self.config), type(self.config).__name__)
+        _need(isinstance(self.config, dict), "A config is an object", why=f"this is {got}")
         try:
             write_json(self.config, "config")
         except ValueError as error:
@@ -2080,19 +2071,19 @@ class _Walk:
         self.config = fresh(self.config)
 
     def _policy(self, order: list[Any]) -> None:
-        if order not in (["packs", "builtin"], ["builtin", "packs"]):
-            raise ConfigError(f"Not an order of resolution: {order!r}",
-                fix='["packs", "builtin"] or ["builtin", "packs"]')
+        _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
+            f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
         self.found.initial_state_resolution = order
 
     def _packs(self, paths: list[Any]) -> None:
-        packs = [pack for pack in self._each(paths, self._pack) if pack]
-        for collision in pack_collisions(packs, set()):
+        loaded = filter(None, self._each(paths, self._pack))
+        for collision in pack_collisions([*loaded], set()):
             self._report(collision)
-        lacks = [(info.name, lack) for info in self.found.packs for lack in info.depends_on
-            if lack not in {*self.nodes, *BUILT_IN_NAMES, *(self.config.get("states") or ())}]
-        for name, lack in lacks:
-            self._report(ConfigError(f"Pack {name!r} needs a state {lack!r}"), "warning")
+        declared = self.config.get("states")
+        known = {*self.nodes, *BUILT_IN_NAMES, *(declared if isinstance(declared, dict) else ())}
+        for info in self.found.packs:
+            for lack in sorted({*info.depends_on} - known):
+                self._report(ConfigError(f"Pack {info.name!r} needs a state {lack!r}"), "warning")
 
     def _pack(self, index: int, path: Any) -> StatePack | None:
         """Add the states of a pack."""
@@ -2106,8 +2097,8 @@ class _Walk:
             found.packs.append(PackInfo(pack.name, sorted(classes), list(pack.transitions()),
                 sorted(map(str, pack.depends_on()))))
         except Exception as error:  # it is anybody's code
-            why = f"{type(error).__name__}: {error}"
-            raise ConfigError("A pack does not work", why=why) from error
+            raise ConfigError(
+                "A pack does not work", why=f"{type(error).__name__}: {error}") from error
         hidden = BUILT_IN_NAMES if found.initial_state_resolution[0] == "builtin" else ()
         for key, cls in classes.items():
             with self._at(f".{key}"):
@@ -2117,19 +2108,18 @@ class _Walk:
         return pack
 
     def _add(self, name: str, cls: Any, **body: Any) -> None:
-        """Add a state, declared (a class of its own, with a body) or a class."""
-        if name in ("", "*") or "\0" in name:
-            raise ConfigError(f"Not a name for a state: {name!r}")
+        """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
+        _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
+        if cls is DeclaredState:
+            cls = type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()})
         if not (isinstance(cls, type) and issubclass(cls, State)):
-            raise ConfigError("Not a State class", why=f"it is {cls!r}", fix="inherit from State",
-                state=name)
-        if cls in self.owners:
-            raise ConfigError(f"One class for two states: {self.owners[cls]!r} and {name!r}",
-                why="a saved state could not be told from the other",
-                fix="make a subclass for one of them")
-        if name in self.nodes:
-            raise ConfigError(f"State {name!r} is provided by a pack too")
-        self.nodes[name], self.owners[cls] = Node(name, cls=cls, **body), name
+            raise ConfigError(
+                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
+        owner = self.registry._names.get(cls)  # of its own, not of those around it
+        _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
+            "state could not be told from the other", fix="make a subclass for one of them")
+        _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
+        self.nodes[name] = Node(name, cls=cls, **body)
         self.registry.register(name, cls)
 
     def _states(self, states: Json) -> None:
@@ -2145,42 +2135,31 @@ class _Walk:
             above.append(self.nodes[name])
         self._each(children, self._family)
 
-    def _state(self, key: str, value: Any) -> None:
-        """Add a state, declared or a class."""
-        _require(value, (dict, str))
-        if isinstance(value, str):
-            self._class(key, value)
-            return
-        body = self._clean("state", value)
-        name = key.replace("\0", "")  # of a class, which `_add` refuses then
-        self._add(key, type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()}),
-            **body)
-        self.found.states.append(StateResolution(key, None, True, True))
-
-    def _class(self, key: str, path: str) -> str:
-        """Add a state that is the class at a dotted path."""
-        resolution = StateResolution(key, path, False, False)
-        self.found.states.append(resolution)
+    def _state(self, key: str, value: Any) -> str:
+        """Add a state: an object declares one, text is the dotted path of a class."""
+        _require(value, "an object or text")
+        declared = isinstance(value, dict)
+        one = StateResolution(key, None if declared else value, declared, False)
+        self.found.states.append(one)
         try:
-            cls = self._load(path, type("Unchecked", (State,), {}))
-            resolution.resolved = self.imports
-            self._add(key, cls)
+            body = self._clean("state", value) if declared else {}
+            unchecked = type("Unchecked", (State,), {})
+            cls = DeclaredState if declared else self._load(value, unchecked)
+            one.resolved = declared or self.imports
+            self._add(key, cls, **body)
+            one.is_state_subclass = one.resolved
         except FlexiFlowError as error:
-            resolution.error = error.what
+            one.error = error.what
             raise
-        resolution.is_state_subclass = self.imports
         return key
 
     def _family(self, name: str, children: list[str]) -> None:
         """Raise unless what a state says of its children is so."""
         node = self.nodes[name]
-        if children and not node.declared:
-            raise ConfigError(f"{name!r} is a class, so it has no children")
-        if children and node.final:
-            raise ConfigError("A final state has no children")
+        _need(node.declared or not children, f"{name!r} is a class, so it has no children")
+        _need(not (children and node.final), "A final state has no children")
         with self._at(".initial"):
-            if node.initial is not None and not children:
-                raise ConfigError(f"{name!r} has no children")
+            _need(children or node.initial is None, f"{name!r} has no children")
             if children and node.initial not in children:
                 what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
                 raise ConfigError(what, fix=choose(node.initial or "", children))
@@ -2188,9 +2167,8 @@ class _Walk:
     def _initial(self, name: str) -> str:
         """Return the name of the initial state; a dotted path to a class adds it."""
         if ":" in name and name not in self.nodes:
-            named = [one.key for one in self.found.states if one.dotted_path == name]
-            name = named[0] if named else self._class(
-                name.rpartition(":")[2].strip().rpartition(".")[2], name)
+            named = {one.dotted_path: one.key for one in self.found.states}
+            name = named.get(name) or self._state(re.split("[:.]", name)[-1].strip(), name)
         return self._find(name)
 
     def _find(self, name: str) -> str:
@@ -2207,7 +2185,7 @@ class _Walk:
         self.has_code = self.has_code or cls not in BUILT_IN
         self._add(name, cls)
         for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
-            if other not in self.owners and other.__name__ not in self.nodes:
+            if other not in self.registry._names and other.__name__ not in self.nodes:
                 self._add(other.__name__, other)
         return name
 
@@ -2226,61 +2204,49 @@ class _Walk:
 
     def _rule(self, number: int, text: Any) -> None:
         """Compile a rule; it is kept only if nothing is wrong with it. One is a note."""
-        _require(text, _OBJECT)
-        if not _EXECUTING.keys() & text.keys():
-            self._clean("note", text)
-            return
+        _require(text, "an object")
+        kind = "rule" if _EXECUTING.keys() & text.keys() else "note"
         errors_before = len(self.found.errors)
-        rule = self._clean("rule", text)
-        if (text.get("on") is None) == (text.get("after") is None):
-            both = "both 'on' and 'after'" if "on" in text else "neither 'on' nor 'after'"
-            raise ConfigError(f"A rule with {both}", fix="one rule for a message, one for a timer")
-        if len(self.found.errors) > errors_before:
+        rule = self._clean(kind, text)
+        on, after = text.get("on") is not None, text.get("after") is not None
+        _need(kind == "note" or on != after, "A rule with both 'on' and 'after'" if on else
+            "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
+        if kind == "note" or len(self.found.errors) > errors_before:
             return
-        pairs = [(source, kind) for source in rule["from"] for kind in rule.get("on", ())]
+        pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
         if pairs and all(pair in self.taken for pair in pairs):
             raise ConfigError("This rule can never fire",
                 why=f"rules[{min(self.taken[pair] for pair in pairs)}] takes its messages before "
                 "and has no guard", fix="give that one a guard, or put this one before it")
         if "guard" not in rule:
             self.taken.update({pair: number for pair in pairs if pair not in self.taken})
-        effects = Effects(*(rule.pop(key, ()) for key in _EFFECTS))
-        self.rules.append(Rule(number, rule["from"], rule.get("on", ()), rule.get("after"),
-            rule.get("guard"), rule.get("to"), rule.get("reenter", False), effects, text))
+        effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
+        self.rules.append(Rule(number, rule.pop("from"), effects=effects, text=text, **rule))
 
     def _effects(self, value: Json) -> Effects:
-        found = self._clean("effects", value)
-        return Effects(*(found.get(key, ()) for key in _EFFECTS))
-
-    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-        """Return what compiles one part, or a list of them."""
-        return lambda value: self._each(value, lambda _, part: compiled(part)) \
-            if isinstance(value, list) else (compiled(value),)
+        return Effects(**self._clean("effects", value))
 
     def _action(self, path: Any) -> Any:
         action = self._load(path)
-        if not callable(action):
-            raise ConfigError(f"Not a function: {path!r}", why=f"it is {action!r}")
+        _need(callable(action), f"Not a function: {path!r}", why=f"it is {action!r}")
         return action
 
     def _emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
-        event: Any = {"name": part} if isinstance(part, str) else part
-        event = self._clean("emit", event, **{"with": compile_value})
+        event = self._clean("emit", {"name": part} if isinstance(part, str) else part,
+            **{"with": compile_value})
         name = event.get("name", "")
-        if name in ENGINE_EVENTS or name == "*":
-            fix = "emit under another name"
-            raise ConfigError(f"An event of the engine's own: {name!r}", fix=fix)
+        _need(name not in ENGINE_EVENTS, f"An event of the engine's own: {name!r}",
+            fix="emit under another name")
         return name, event.get("with")
 
     def _send(self, part: Any) -> Callable[[Scope], Outgoing]:
         found = self._clean("send", part, to=compile_value, type=compile_value, id=compile_value)
-        nothing, payload = compile_value(None), found.get("with", ())
-        to, kind, id = (found.get(key, nothing) for key in ("to", "type", "id"))
-        delay = found.get("after", compile_value(0))
+        to, kind, id = (found.get(key, lambda scope: None) for key in ("to", "type", "id"))
+        delay, payload = found.get("after", lambda scope: 0), found.get("with", ())
         ours = {"type", "id", "correlation_id", "component"}
         for key, _ in payload:
-            if key in ours or (len(payload) == 1 and key in OPERATIONS):
-                raise ConfigError(f"{key!r} cannot stand in 'with'")
+            _need(key not in ours and (len(payload) > 1 or key not in OPERATIONS),
+                f"{key!r} cannot stand in 'with'")
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
@@ -2307,15 +2273,13 @@ class ConfigLoader:
         if isinstance(config, ComponentConfig):
             if config.definition is not None:
                 return config
-            config = {"name": config.name, "rules": config.rules, "data": config.data,
-                "initial_state": config.initial_state}
+            config = {key: value for key, value in vars(config).items() if key != "definition"}
         walk = _Walk(config, allow_imports=allow_imports)
-        walk.problems()
-        found, good = walk.found, walk.good
+        found, good = walk.problems(), walk.good
         if found.errors:
             unread = walk.config is config or found.config_path == "(dict)"
             raise _as_error(found.errors, None if unread else found.config_path)
-        registered = [*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())]
+        registered = {*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())}
         for name, node in walk.nodes.items():
             if not (node.declared or node.cls in registered or DEFAULT_REGISTRY.get(name)):
                 DEFAULT_REGISTRY.register(name, node.cls)
@@ -2327,27 +2291,24 @@ class ConfigLoader:
     def load_yaml(path: Path) -> Json:
         """Return the object in a config file, JSON or YAML, unchecked."""
         content = read_config(path)
-        if not isinstance(content, dict):
-            raise ConfigError(f"A config is an object: {os.fspath(path)!r}")
-        return content
+        _need(isinstance(content, dict), f"A config is an object: {os.fspath(path)!r}")
+        return content  # type: ignore[no-any-return]
 
     @staticmethod
     def load_rules(path: Path) -> list[Json]:
         """Return the rules in a file: a list, or an object with `rules`."""
         content = read_config(path)
         rules = content.get("rules") or [] if isinstance(content, dict) else content
-        if not isinstance(rules, list):
-            raise ConfigError(f"No list of rules in {os.fspath(path)!r}", fix='{"rules": [...]}')
+        _need(isinstance(rules, list), f"No list of rules in {os.fspath(path)!r}",
+            fix='{"rules": [...]}')
         return rules
 
 
 def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
     """Return the first of the errors, ready to be raised, that names the others."""
-    error = errors[0].error or ConfigError(errors[0].what)
-    if path is not None:
-        error.context.add("config", path)
-    if len(errors) > 1:
-        error.context.add("also", [other.what for other in errors[1:6]])
+    error: FlexiFlowError = errors[0].error
+    values = {"config": path, "also": [other.what for other in errors[1:6]]}
+    error.context.items.update((key, value) for key, value in values.items() if value)
     return error
 
 
@@ -2358,10 +2319,7 @@ def explain(config: Path | Json, *, imports: bool = True,
     Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
     and lists what was therefore not checked.
     """
-    walk = _Walk(config, imports, allow_imports)
-    walk.problems()
-    return walk.found
-
+    return _Walk(config, imports, allow_imports).problems()
 
 # --------------------------------------------------------------------------------------------
 # 9. Snapshots: JSON file, SQLite history
@@ -2587,38 +2545,57 @@ list_snapshots, prune_snapshots = list_snapshots_sqlite, prune_snapshots_sqlite
 # file gives the same answer or an error. Nothing awaits within a transaction.
 
 SCHEMA_VERSION = 1
+# components: seq is its version, and the number of its last journal row; since: active state ->
+# time of its entry. journal: receipt is [outcome, from, to, reason]; data: where it changed;
+# prior: crc of the row before. messages: queue, timers and dead letters; place: order of delivery,
+# once it is due; state, rule: of a timer; owner, lease: who is at work on it, and until when;
+# dead: when it was given up.
 _SCHEMA = """
-CREATE TABLE flexiflow_definitions(hash TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
--- seq: version, and number of the last journal row; since: active state -> time of its entry
-CREATE TABLE flexiflow_components(name TEXT PRIMARY KEY, definition TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS flexiflow_definitions(hash TEXT PRIMARY KEY, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS flexiflow_components(name TEXT PRIMARY KEY, definition TEXT NOT NULL,
     state TEXT NOT NULL, attributes TEXT, data TEXT NOT NULL, seq INTEGER NOT NULL,
     since TEXT NOT NULL, completed REAL, crc INTEGER NOT NULL) WITHOUT ROWID;
--- receipt: [outcome, from, to, reason]; data: where it changed; prior: crc of the row before
-CREATE TABLE flexiflow_journal(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS flexiflow_journal(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
     seq INTEGER NOT NULL, message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL,
     receipt TEXT NOT NULL, data TEXT, time REAL NOT NULL, prior INTEGER NOT NULL,
-    crc INTEGER NOT NULL);
-CREATE UNIQUE INDEX flexiflow_journal_seq ON flexiflow_journal(component, seq);
-CREATE UNIQUE INDEX flexiflow_journal_id ON flexiflow_journal(component, message_id);
--- queue, timers, dead letters. place: order of delivery, once it is due; state, rule: of a timer;
--- owner, lease: who is at work on it, and until when; dead: when it was given up
-CREATE TABLE flexiflow_messages(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
+    crc INTEGER NOT NULL, UNIQUE(component, seq), UNIQUE(component, message_id));
+CREATE TABLE IF NOT EXISTS flexiflow_messages(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
     message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL, due REAL NOT NULL,
     state TEXT, rule INTEGER, place INTEGER, owner TEXT, lease REAL,
     attempts INTEGER NOT NULL DEFAULT 0, error TEXT, sent REAL NOT NULL, dead REAL,
-    crc INTEGER NOT NULL);
-CREATE UNIQUE INDEX flexiflow_messages_id ON flexiflow_messages(component, message_id);
-CREATE INDEX flexiflow_messages_due ON flexiflow_messages(due) WHERE dead IS NULL;
+    crc INTEGER NOT NULL, UNIQUE(component, message_id));
+CREATE INDEX IF NOT EXISTS flexiflow_messages_due ON flexiflow_messages(due) WHERE dead IS NULL;
 """
 BUSY_LIMIT = 30.0  # seconds that a write waits for other processes
 SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
+# What the checksums of a component, a journal row and a message are made from, in this order.
 _HEAD = ("definition", "state", "attributes", "data", "seq", "since", "completed")
 _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "data", "time")
 _MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule")
+_NEXT_PLACE = "(SELECT COALESCE(MAX(place), 0) + 1 FROM flexiflow_messages)"
+_GIVE_PLACE = f"UPDATE flexiflow_messages SET place={_NEXT_PLACE} WHERE number=? AND place IS NULL"
+_FIXES = {"full": "free some space on the disk; nothing that was acknowledged is lost",
+    "readonly": "make the file and its folder writable",
+    "locked": "another process holds the file; try again",
+    "malformed": "the file is damaged; restore a backup",
+    "not a database": "this is no SQLite file, or a damaged one",
+    "unable to open": "check the path, and that the folder is writable",
+    "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
 
 
-def _is_busy(error: Exception) -> bool:
-    return "locked" in str(error) or "busy" in str(error)
+def _columns(keys: Sequence[str]) -> str:
+    return ", ".join("message_id" if key == "id" else key for key in keys)
+
+
+def _pause() -> float:
+    """Return how long to wait for other processes: SQLite's own way of waiting starves writers."""
+    return random.uniform(0.0005, 0.02)
+
+
+def _is_busy(error: Exception, since: float) -> bool:
+    """Tell whether another process has the file, and has not had it for too long."""
+    busy = re.search("locked|busy", str(error)) and not isinstance(error, FlexiFlowError)
+    return bool(busy) and time.monotonic() - since <= BUSY_LIMIT
 
 
 class SQLiteStore:
@@ -2633,11 +2610,10 @@ class SQLiteStore:
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
-        self._process = os.getpid()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0  # that opened it
+        self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.Lock()
-        self._busy_since: float | None = None
         self._mean = 0.0  # seconds that a commit takes of late
 
     def __repr__(self) -> str:
@@ -2650,18 +2626,20 @@ class SQLiteStore:
             with self._lock:  # a COMMIT may be under way in its thread
                 connection.close()
         waiting, self._waiting = self._waiting, []
-        self._settle(waiting, PersistenceError(f"Store {self.path!r} was closed"))
+        if waiting:
+            self._settle(waiting, PersistenceError(f"Store {self.path!r} was closed"))
 
     @property
     def db(self) -> sqlite3.Connection:
         """The connection, opened at first use."""
+        if self._connection is None:
+            with self._translated():
+                self._connection = self._open("?mode=ro" if self.readonly else "")
+                self._process = os.getpid()
         if self._process != os.getpid():
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
             raise PersistenceError(f"Store {self.path!r} was opened before a fork",
                 fix="make an engine of its own in each process")
-        if self._connection is None:
-            with self._translated():
-                self._connection = self._open()
         return self._connection
 
     # ---- the one write
@@ -2679,14 +2657,13 @@ class SQLiteStore:
         loop = asyncio.get_running_loop()
         if self._loop is not loop and self._waiting:
             raise PersistenceError(f"Store {self.path!r} is in use by another event loop")
-        self._loop = loop
-        write = types.SimpleNamespace(
-            check=check, rows=rows, done=done, future=loop.create_future(), answer=None, error=None)
-        self._waiting.append(write)
+        self._loop, future = loop, loop.create_future()
+        self._waiting.append(types.SimpleNamespace(
+            check=check, rows=rows, done=done, future=future, answer=None))
         if not self._flushing:
             self._flushing = True
-            loop.call_soon(self._flush, loop)
-        return await write.future
+            loop.call_soon(self._flush)
+        return await future
 
     def write_now(self, rows: Sequence[Row]) -> None:
         """Carry out `rows` at once: for a store in memory, where nobody else can be writing."""
@@ -2695,188 +2672,128 @@ class SQLiteStore:
             for sql, values in rows:
                 self.db.execute(sql, values)
 
-    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Commit all that waits, or come back when the file is free."""
-        batch = [write for write in self._waiting if not write.future.done()]
-        try:
-            if batch and not self._begin():
-                loop.call_later(random.uniform(0.0005, 0.02), self._flush, loop)
-                return
-        except Exception as error:
-            self._settle(batch, error)
-            batch = []
-        self._waiting = []
+    def _flush(self, since: float = 0.0) -> None:
+        """Carry out and commit all that waits, or come back when the file is free."""
+        batch = self._waiting = [write for write in self._waiting if not write.future.done()]
+        self._flushing = bool(batch)
         if not batch:
-            self._flushing = False
             return
-        self._carry_out(batch)
+        since = since or time.monotonic()
+        try:
+            db = self.db
+            db.execute("BEGIN IMMEDIATE")
+        except Exception as error:
+            if _is_busy(error, since):
+                self._loop.call_later(_pause(), self._flush, since)
+            else:
+                self._settle(batch, error)
+            return
+        for write in batch:
+            try:
+                write.answer = write.check(db.execute) if write.check else None
+                for sql, values in write.rows if write.answer is None else ():
+                    db.execute(sql, values)
+            except Exception as error:  # the others are carried out without it
+                with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back by itself
+                    db.execute("ROLLBACK")
+                self._settle([write], error)
+                return
+        self._waiting = []
         if self._mean > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
-                future = loop.run_in_executor(None, self._commit, self.db)
-                future.add_done_callback(lambda done: self._after(loop, batch, done.result()))
+                future = self._loop.run_in_executor(None, self._commit, db)
+                future.add_done_callback(lambda done: self._settle(batch, done.result(), True))
                 return
-        self._after(loop, batch, self._commit(self.db))
-
-    def _begin(self) -> bool:
-        """Take the write lock, or return False while another process has it.
-
-        SQLite's own way of waiting starves writers; ours is random, from 0.5 to 20 ms.
-        """
-        db = self.db
-        now = time.monotonic()
-        try:
-            db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            self._busy_since = self._busy_since or now
-            if _is_busy(error) and now - self._busy_since <= BUSY_LIMIT:
-                return False
-            self._busy_since = None
-            raise
-        self._busy_since = None
-        return True
-
-    def _carry_out(self, batch: list[Any]) -> None:
-        """Execute every write of the batch; one that fails is left out, and the rest done again."""
-        execute = self.db.execute
-        while True:
-            try:
-                for write in batch:
-                    if write.error is None:
-                        write.answer = write.check(execute) if write.check else None
-                        for sql, values in write.rows if write.answer is None else ():
-                            execute(sql, values)
-                return
-            except Exception as error:
-                write.error = error
-            with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back by itself
-                execute("ROLLBACK")
-            try:
-                execute("BEGIN IMMEDIATE")
-            except sqlite3.Error as error:
-                for write in batch:
-                    write.error = write.error or error
-                return
+        self._settle(batch, self._commit(db), True)
 
     def _commit(self, db: sqlite3.Connection) -> Exception | None:
         """Commit, and return what went wrong; may run in a thread."""
-        start = time.monotonic()
-        try:
-            # Without WAL, a reader can hold up a commit; the transaction stays open.
-            with self._lock:
-                if db.in_transaction:
-                    self._insist(db, "COMMIT")
-        except Exception as error:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            return error
-        self._mean += 0.1 * (time.monotonic() - start - self._mean)
+        with self._lock:
+            start = time.monotonic()
+            try:
+                # Without WAL, a reader can hold up a commit; the transaction stays open.
+                self._insist(db.execute, "COMMIT")
+            except Exception as error:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                return error
+            self._mean += 0.1 * (time.monotonic() - start - self._mean)
         return None
 
-    def _after(self, loop: asyncio.AbstractEventLoop, batch: list[Any], failure: Exception
-            | None) -> None:
-        self._settle(batch, failure, unknown=True)
-        if self._waiting:
-            loop.call_soon(self._flush, loop)
-        else:
-            self._flushing = False
-
     def _settle(self, batch: list[Any], failure: Exception | None, unknown: bool = False) -> None:
-        """Tell every write of a batch how it went."""
+        """Tell every write of a batch how it went, and go on with those that wait by now."""
         for write in batch:
-            error = write.error or failure
-            if error is None and write.answer is None and write.done is not None:
+            if failure is None and write.answer is None and write.done is not None:
                 write.done()
             if write.future.done():
                 continue
-            if error is None:
+            if failure is None:
                 write.future.set_result(write.answer)
-            elif isinstance(error, FlexiFlowError):
-                write.future.set_exception(error)
             else:
-                write.future.set_exception(self._translate(error, unknown and not write.error))
+                write.future.set_exception(self._translate(failure, unknown))
+        self._loop.call_soon(self._flush)
 
     # ---- opening and failing
 
-    def _open(self) -> sqlite3.Connection:
-        if self.readonly:
-            return self._open_readonly()
-        db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+    def _open(self, options: str) -> sqlite3.Connection:
+        """Open the file; one in WAL mode on a read-only medium can only be read as if frozen."""
+        if options and not os.path.isfile(self.path):
+            raise PersistenceError(f"No store: {self.path!r}",
+                fix="register a component first, or check the path")
+        path = re.sub("[%?#]", lambda char: f"%{ord(char[0]):x}", os.path.abspath(self.path))
+        db = sqlite3.connect(f"file:{path}{options}" if options else self.path, uri=bool(options),
+            timeout=BUSY_LIMIT * self.readonly, isolation_level=None, check_same_thread=False)
         try:
-            for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "journal_mode=WAL"):
-                self._insist(db, f"PRAGMA {pragma}")
-            self._insist(db, f"PRAGMA synchronous={self.synchronous}")
-            if not self._version(db):
-                self._insist(db, "BEGIN IMMEDIATE")
-                if not self._version(db):  # nobody was quicker
-                    for statement in _SCHEMA.split(";\n"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                self._insist(db, "COMMIT")
-        except BaseException:
+            self._set_up(db)
+        except BaseException as error:
             db.close()
+            if options == "?mode=ro" and re.search("unable to open|readonly", str(error)):
+                return self._open("?mode=ro&immutable=1")
             raise
         return db
 
-    def _open_readonly(self) -> sqlite3.Connection:
-        """Open for reading; a file in WAL mode on a read-only medium can only be opened frozen."""
-        if not os.path.isfile(self.path):
-            raise PersistenceError(
-                f"No store: {self.path!r}", fix="register a component first, or check the path")
-        uri = "file:" + "".join(
-            char if char.isascii() and (char.isalnum() or char in "/._-") else f"%{ord(char):02X}"
-            for char in os.fsencode(os.path.abspath(self.path)).decode("latin-1"))
-        for options in ("?mode=ro", "?mode=ro&immutable=1"):
-            db = sqlite3.connect(uri + options, timeout=BUSY_LIMIT, isolation_level=None, uri=True)
-            try:
-                if self._version(db):
-                    return db
-                raise PersistenceError(f"Not a store: {self.path!r}", fix="register a component")
-            except BaseException as error:
-                db.close()
-                if "unable to open" not in str(error) or "immutable" in options:
-                    raise
-        raise AssertionError("unreachable")
-
-    def _version(self, db: sqlite3.Connection) -> int:
-        """Return the schema's version, 0 where there is none yet; refuse a newer one."""
-        (version,) = self._insist(db, "PRAGMA user_version")
+    def _set_up(self, db: sqlite3.Connection) -> None:
+        """Check the schema's version, or make the schema where there is none."""
+        journal = "journal_mode" if self.readonly else "journal_mode=WAL"
+        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", journal,
+                f"synchronous={self.synchronous}"):
+            self._insist(db.execute, f"PRAGMA {pragma}")
+        (version,) = self._insist(db.execute, "PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
                 fix="use the newer flexiflow.py")
-        return int(version)
+        if version == 0 and self.readonly:
+            raise PersistenceError(f"Not a store: {self.path!r}", fix="register a component")
+        if version == 0:
+            self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
+                f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
 
     @staticmethod
-    def _insist(db: sqlite3.Connection, sql: str) -> Any:
+    def _insist(execute: Callable[[str], sqlite3.Cursor], sql: str) -> Any:
         """Execute a statement, waiting for other processes; return its first row."""
         start = time.monotonic()
         while True:
             try:
-                return db.execute(sql).fetchone()
+                return execute(sql).fetchone()
             except sqlite3.OperationalError as error:
-                if not _is_busy(error) or time.monotonic() - start > BUSY_LIMIT:
+                if not _is_busy(error, start):
                     raise
-                time.sleep(random.uniform(0.0005, 0.02))
+                time.sleep(_pause())
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Turn what SQLite raises into PersistenceError."""
         try:
             yield
-        except FlexiFlowError:
-            raise
         except Exception as error:
-            raise self._translate(error) from error
+            translated = self._translate(error)
+            raise translated from translated.__cause__
 
-    def _translate(self, error: Exception, unknown: bool = False) -> PersistenceError:
-        fixes = {"full": "free some space on the disk; nothing that was acknowledged is lost",
-            "readonly": "make the file and its folder writable",
-            "locked": "another process holds the file; try again",
-            "malformed": "the file is damaged; restore a backup",
-            "not a database": "this is no SQLite file, or a damaged one",
-            "unable to open": "check the path, and that the folder is writable",
-            "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
-        fix = next((fix for sign, fix in fixes.items() if sign in str(error)), None)
+    def _translate(self, error: Exception, unknown: bool = False) -> FlexiFlowError:
+        if isinstance(error, FlexiFlowError):
+            return error
+        fix = next((fix for sign, fix in _FIXES.items() if sign in str(error)), None)
         if unknown:
             fix = "the outcome is unknown: repeat with the same id" + (f"; {fix}" if fix else "")
         translated = PersistenceError(
@@ -2898,30 +2815,28 @@ class SQLiteStore:
 
     def names(self) -> list[str]:
         """Return the names of all components."""
-        rows = self.rows("SELECT name FROM flexiflow_components ORDER BY name")
-        if not all(isinstance(name, str) for (name,) in rows):
+        names = [name for (name,) in self.rows("SELECT name FROM flexiflow_components ORDER BY 1")]
+        if not all(isinstance(name, str) for name in names):
             raise self.damaged("the name of a component")
-        return [name for (name,) in rows]
+        return names
 
     def head(self, name: str) -> Json | None:
         """Return a component's row as a dict, with `chain`, the crc of its last journal row."""
         # One statement reads one state of the file: another process may commit in between two.
-        last = "(SELECT %s FROM flexiflow_journal WHERE component=name ORDER BY seq DESC LIMIT 1)"
-        found = self.rows(f"SELECT {', '.join(_HEAD)}, crc, {last % 'seq'}, {last % 'crc'}"
-            " FROM flexiflow_components WHERE name=?", (name,))
-        if not found:
-            if self.rows("SELECT 1 FROM flexiflow_journal WHERE component=? LIMIT 1", (name,)):
-                if not self.rows("SELECT 1 FROM flexiflow_components WHERE name=?", (name,)):
-                    raise self.damaged(f"component {name!r} has only a history", component=name)
-                return self.head(name)  # made in this moment
+        last = "(SELECT %s FROM flexiflow_journal WHERE component=asked ORDER BY seq DESC LIMIT 1)"
+        ((found, *values, crc, last_seq, chain),) = self.rows(
+            f"SELECT name, {', '.join(_HEAD)}, crc, {last % 'seq'}, {last % 'crc'}"
+            " FROM (SELECT ? AS asked) LEFT JOIN flexiflow_components ON name=asked", (name,))
+        if found is None and chain is None:
             return None
-        *values, crc, last_seq, chain = found[0]
         head = dict(zip(_HEAD, values), name=name, chain=chain)
+        if found is None:
+            raise self.damaged(f"component {name!r} has only a history", component=name)
         if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
             raise self.damaged(f"component {name!r}", component=name)
         for key in ("data", "since", "attributes"):
             head[key + "_text"] = head[key]
-            head[key] = None if head[key] is None else json.loads(head[key])
+            head[key] = head[key] and json.loads(head[key])
         return head
 
     def definition(self, hash: str) -> Json:
@@ -2934,25 +2849,24 @@ class SQLiteStore:
     def journal(self, component: str | None = None, limit: int | None = None, where: str = "1",
             values: Sequence[Any] = ()) -> list[Json]:
         """Return journal rows as dicts, the newest first."""
-        sql = (
-            "SELECT component, seq, message_id, correlation_id, message, receipt, data, time, prior,"
-            f" crc, number FROM flexiflow_journal WHERE {where}"
-            + " AND component=?" * (component is not None)
-            + f" ORDER BY {'number' if component is None else 'seq'} DESC LIMIT ?")
-        own = () if component is None else (component,)
+        whole, order = component is not None and where == "1", "number"
+        if component is not None:
+            where, values, order = f"{where} AND component=?", (*values, component), "seq"
+        found = self.rows(f"SELECT {_columns(_ENTRY)}, prior, crc, number FROM flexiflow_journal"
+            f" WHERE {where} ORDER BY {order} DESC LIMIT COALESCE(?, -1)", (*values, limit))
         entries: list[Json] = []
-        newer: tuple[Any, ...] = ()
-        for *fields, prior, crc, number in self.rows(sql, (*values, *own, -1 if limit is None
-                else limit)):
+        expected = None  # seq and crc of the row before, where none is left out
+        for *fields, prior, crc, number in found:
+            entry = dict(zip(_ENTRY, fields), number=number)
             if checksum(*fields, start=prior) != crc:
                 raise self.damaged(f"journal row {number}", component=fields[0], seq=fields[1])
-            entry = dict(zip(_ENTRY, fields), number=number, message=json.loads(fields[4]))
-            outcome, before, after, reason = json.loads(entry.pop("receipt"))
-            entry.update(outcome=outcome, from_state=before, to_state=after, reason=reason)
-            entry["data"] = None if entry["data"] is None else json.loads(entry["data"])
-            if component and where == "1" and newer not in ((), (entry["seq"], crc)):
+            if whole and expected not in (None, (entry["seq"], crc)):
                 raise self.damaged(f"history of {component!r} has a gap", seq=entry["seq"])
-            newer = (entry["seq"] - 1, prior)
+            expected = (entry["seq"] - 1, prior)
+            receipt = json.loads(entry.pop("receipt"))
+            entry.update(zip(("outcome", "from_state", "to_state", "reason"), receipt))
+            for key in ("message", "data"):
+                entry[key] = entry[key] and json.loads(entry[key])
             entries.append(entry)
         return entries
 
@@ -2960,11 +2874,9 @@ class SQLiteStore:
             due: float, sent: float, state: str | None = None, rule: int | None = None) -> Row:
         """Return the INSERT of a message; an id that the queue holds already adds nothing."""
         values = (component, id, correlation_id, text, due, state, rule)
-        place = "(SELECT COALESCE(MAX(place), 0) + 1 FROM flexiflow_messages)"
-        return (
-            "INSERT OR IGNORE INTO flexiflow_messages(component, message_id, correlation_id,"
-            " message, due, state, rule, sent, crc, place) VALUES (?,?,?,?,?,?,?,?,?,"
-            + (place if state is None and due <= sent else "NULL") + ")", (*values, sent, checksum(*values)))
+        place = _NEXT_PLACE if state is None and due <= sent else "NULL"
+        return (f"INSERT OR IGNORE INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent, place)"
+            f" VALUES (?,?,?,?,?,?,?,?,?,{place})", (*values, checksum(*values), sent))
 
     def sealed(self, row: Json) -> Json:
         """Return a row of the queue with its message decoded, if it is as it was written."""
@@ -2975,9 +2887,8 @@ class SQLiteStore:
     def messages(self, where: str, values: Sequence[Any] = ()) -> list[Json]:
         """Return rows of the queue as dicts, unchecked and with the message as text."""
         keys = (*_MESSAGE, "number", "place", "attempts", "error", "sent", "dead", "crc")
-        columns = ", ".join("message_id" if key == "id" else key for key in keys)
-        found = self.rows(f"SELECT {columns} FROM flexiflow_messages WHERE {where}", values)
-        return [dict(zip(keys, row)) for row in found]
+        sql = f"SELECT {_columns(keys)} FROM flexiflow_messages WHERE {where}"
+        return [dict(zip(keys, row)) for row in self.rows(sql, values)]
 
     def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue, checksum included."""
@@ -3007,6 +2918,9 @@ _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, cr
 _NEW_ENTRY = (
     "INSERT INTO flexiflow_journal(component, seq, message_id, correlation_id, message, receipt,"
     " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
+_NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
+_NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
+_UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
 _EMPTY: Json = {}  # shared by all components without data; never changed in place
 
 
@@ -3036,42 +2950,52 @@ class Receipt(namedtuple("Receipt",
 
 
 class Turn(Context):
-    """The handling of one message: what is set while it lasts, and seen by the code it calls."""
+    """The handling of one message: what is set while it lasts, and seen by the code it calls.
+
+    `row` is the message's in the queue, if it comes from there; `leaf` names the state at the
+    begin, `state` is the object that the turn's own code sees, `base` its data.
+    """
 
     live = True
+    id: str | None = None  # the message's, and in a store
+    text = ""  # its payload
     sent: Sequence[Outgoing] = ()  # what the commit takes along
     data: Json | None = None  # a copy of `base`, once code has asked for it
     outbox: list[Outgoing] | None = None  # what is sent from within the turn
 
-    def __init__(self, component: AsyncComponent, parent: Context | None, message: Json) -> None:
+    def __init__(self, component: AsyncComponent, parent: Context | None, message: Json,
+            row: Json | None = None) -> None:
         self.parent, self._correlation_id = parent, None
-        self.component, self.message = component, message
-        self.machine = machine = component.state_machine
-        self.state, self.base = machine._state, component._data
+        self.component, self.message, self.row = component, message, row
+        self.machine = component.state_machine
+        self.begin()
 
     def begin(self) -> None:
         """Start again from the component as it is now."""
-        self.state, self.base = self.machine._state, self.component._data
-        self.data = None
+        self.state, self.base, self.data = self.machine._state, self.component._data, None
+        self.leaf = self.machine.registry.name_of(self.state)
 
-    def end(self) -> None:
-        """Give the context back to who surrounds the turn."""
+    def __enter__(self) -> Turn:
+        _context.set(self)
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
         self.live = False
         _context.set(self.parent)
+        if self.component._turn is self:
+            self.component._pass_on()
 
     @property
     def correlation_id(self) -> str:
         """The message's correlation id, else that of the code that sent it, else a new one."""
         if self._correlation_id is None:
-            given = self.message.get("correlation_id")
-            outer = self.parent.correlation_id if self.parent is not None else None
-            self._correlation_id = given or outer or new_id()
+            outer = self.parent and self.parent.correlation_id
+            self._correlation_id = self.message.get("correlation_id") or outer or new_id()
         return self._correlation_id
 
     def post(self, out: Outgoing) -> Receipt:
         """Put a message into the outbox: it leaves with the turn's commit."""
-        self.outbox = self.outbox or []
-        self.outbox.append(out)
+        self.outbox = [*(self.outbox or ()), out]
         return Receipt("queued", out.to, out.id)
 
 
@@ -3092,7 +3016,8 @@ def check_message(message: Any) -> Json:
     for key in ("type", "id", "correlation_id", "component"):
         value = message.get(key)
         if (value is not None or key == "type") and not (isinstance(value, str) and value):
-            raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}")
+            raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}",
+                fix='write {"type": "start"}' if key == "type" else "leave it out, or name it")
     return message if message.__class__ is dict else dict(message)
 
 
@@ -3118,20 +3043,18 @@ class AsyncComponent:
             raise ArgumentError(f"Not a name for a component: {name!r}")
         self.name, self.logger, self.event_bus = name, logger, event_bus
         self.state_machine = state_machine or StateMachine.from_name("InitialState")
-        self.seq = self._chain = 0  # _chain: crc of the last journal row
-        self.completed: float | None = None
-        self.definition: Any = None  # None: made by hand, without rules
-        self.metadata: Json | None = None
-        self._rules = rules
-        self._engine: Any = None
-        self._data, self._since = _EMPTY, _EMPTY
-        self._data_text: str | None = None  # as stored
-        self._unready = bool(rules)  # whether `_prepare` comes before the next message
-        self._birth: Plan | None = None  # of a new component, until it is carried out
-        self._update: Definition | None = None  # to be adopted before the next message
-        self._turn: Turn | None = None
-        self._waiters: deque[tuple[asyncio.Future[None], Turn]] | None = None
-        self._internal: deque[Json] | None = None  # sent to itself, not handled yet
+        nothing: Any = None
+        # A definition of None: made by hand, without rules. `_data_text` and `_chain` are the data
+        # as stored, and the crc of the last journal row.
+        self.definition = self._engine = self.completed = self.metadata = nothing
+        self.seq = self._chain = 0
+        self._data = self._since = _EMPTY
+        # `_prepare` comes before the next message where there is something to compile, read or
+        # carry out: `_birth`, the plan of a new component, and `_update`, a definition.
+        self._rules, self._unready = rules, bool(rules)
+        self._data_text = self._birth = self._update = nothing
+        # Whose turn it is, who waits for it, and what was sent to itself and is not handled yet.
+        self._turn = self._waiters = self._internal = nothing
 
     def __repr__(self) -> str:
         return f"<AsyncComponent {self.name!r} in {self.state!r}>"
@@ -3182,10 +3105,8 @@ class AsyncComponent:
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
         async with self._own_turn("rules.updated") as turn:
-            if self._engine is not None and self._engine.store is not None:
-                self._refresh(turn, self._engine.store)
-            old = [] if replace else self.rules
-            rules = list(old)
+            self._refresh(turn)
+            rules = [] if replace else list(self.rules)
             for rule in new_rules:
                 rules += [] if rule in rules else [rule]
             await self._swap(turn, self._compiled(rules, replace))
@@ -3203,284 +3124,227 @@ class AsyncComponent:
         if (message.__class__ is not dict or message.get("type").__class__ is not str
                 or not message["type"] or "id" in message or "correlation_id" in message):
             message = check_message(message)
-        outer = _context.get()
-        turn = Turn(self, outer, message)
-        if self._turn is None:
-            self._turn = turn
-            _context.set(turn)
-        else:
+        turn = Turn(self, _context.get(), message, _row)
+        if self._turn is not None:
             own = live_turn(self)
             if own is not None:  # called from within: it runs when the turn is over
                 body = {key: value for key, value in message.items() if key not in _ENVELOPE}
                 return own.post(Outgoing(self.name, body, 0.0, message.get("id") or new_id()))
             await self._wait_for(turn)
+        self._turn = turn
+        _context.set(turn)
         try:
             if self._unready or self._internal:
                 await self._prepare(turn)
-            receipt = await self._run(turn, _row)
+            receipt = await self._run(turn)
             if self._internal:
                 await self._drain(turn)
         finally:
             turn.live = False
-            _context.set(outer)
-            self._turn = None
-            if self._waiters:
-                self._pass_on()
+            _context.set(turn.parent)
+            self._pass_on()
         if _strict and receipt[0] == "unknown":
-            raise self._unknown(message, receipt)
+            raise self._unknown(turn, receipt)
         return receipt
-
-    def _keep(self, turn: Turn, outbox: Sequence[Outgoing]) -> None:
-        """Remember what was sent to the component itself, to be handled before anything else."""
-        self._internal = self._internal or deque()
-        self._internal += [{"component": self.name, "message": out.message, "id": out.id,
-            "correlation_id": turn.correlation_id} for out in outbox if out.to == self.name
-            and not out.delay]
 
     @contextlib.asynccontextmanager
     async def _own_turn(self, kind: str) -> AsyncIterator[Turn]:
         """Hold the turn for something that is not a message."""
-        turn = Turn(self, _context.get(), {"type": kind})
         if live_turn(self) is not None:
             raise StateError(f"{self.name!r} is in the middle of a turn", fix="do it afterwards")
+        turn = Turn(self, _context.get(), {"type": kind})
         if self._turn is not None:
             await self._wait_for(turn)
         self._turn = turn
-        _context.set(turn)
-        try:
+        with turn:
             await self._prepare(turn)
             yield turn
-        finally:
-            turn.end()
-            self._pass_on()
 
     async def _wait_for(self, turn: Turn) -> None:
         """Wait until every message that came before has been handled."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
+        future = asyncio.get_running_loop().create_future()
         self._waiters = self._waiters or deque()
         self._waiters.append((future, turn))
-        alarm = loop.call_later(TURN_LIMIT, self._wait_too_long, future)
         try:
-            await future
+            await asyncio.wait([future], timeout=TURN_LIMIT)
+            if not future.done():
+                raise StateError(f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}",
+                    why="the message before this one is not done; perhaps two components wait for"
+                    " each other", component=self.name)
         except BaseException:
+            future.cancel()
             if self._turn is turn:  # cancelled in the moment in which the turn was given
                 self._pass_on()
             raise
-        finally:
-            alarm.cancel()
         turn.begin()
-        _context.set(turn)
-
-    def _wait_too_long(self, future: asyncio.Future[None]) -> None:
-        if not future.done():
-            future.set_exception(StateError(f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}",
-                why="the message before this one is not done; perhaps two components wait for each"
-                " other", component=self.name))
 
     def _pass_on(self) -> None:
         """Give the turn to who has waited longest."""
         self._turn = None
-        while self._waiters:
+        while self._waiters and self._turn is None:
             future, turn = self._waiters.popleft()
             if not future.done():
                 self._turn = turn
-                return future.set_result(None)
+                future.set_result(None)
 
     async def _drain(self, holder: Turn) -> None:
         """Handle the messages that the component sent to itself."""
-        assert self._internal is not None
         for count in itertools.count(1):
             if not self._internal:
                 break
-            row = self._internal.popleft()
-            turn = Turn(self, holder, message_of(row))
-            _context.set(turn)
-            try:
-                if count > DRAIN_LIMIT:
-                    raise StateError(
-                        f"{self.name!r} sent itself more than {DRAIN_LIMIT} messages in one turn",
-                        fix="break the circle, or send with a delay")
-                receipt = await self._run(turn, row)
-                if receipt.outcome == "unknown":
-                    raise self._unknown(turn.message, receipt)
-            except Exception as error:
-                await self._gave_up(row, error, count > DRAIN_LIMIT)
-            except BaseException:
-                self._internal.appendleft(row)  # the next turn will run it
-                raise
-            finally:
-                turn.end()
+            row = self._internal.pop(0)
+            with Turn(self, holder, message_of(row), row) as turn:
+                try:
+                    if count > DRAIN_LIMIT:
+                        raise StateError(f"{self.name!r} sent itself more than {DRAIN_LIMIT}"
+                            " messages in one turn", fix="break the circle, or send with a delay")
+                    receipt = await self._run(turn)
+                    if receipt.outcome == "unknown":
+                        raise self._unknown(turn, receipt)
+                except Exception as error:
+                    if self._engine is not None:
+                        await self._engine._failed(row, error, count > DRAIN_LIMIT)
+                    else:
+                        (self.logger or logger).error("Message %r to %r failed",
+                            row["message"]["type"], self.name, exc_info=error)
+                except BaseException:
+                    self._internal.insert(0, row)  # the next turn will run it
+                    raise
         holder.begin()
 
-    async def _gave_up(self, row: Json, error: Exception, dead: bool) -> None:
-        if self._engine is not None:
-            await self._engine._failed(row, error, dead)
-        else:
-            (self.logger or logger).error(
-                "Message %r to %r failed", row["message"]["type"], self.name, exc_info=error)
-
-    def _unknown(self, message: Json, receipt: Receipt) -> StateError:
-        error = StateError(f"Unknown message: {message['type']!r}",
+    def _unknown(self, turn: Turn, receipt: Receipt) -> StateError:
+        kind = turn.message["type"]
+        error = StateError(f"Unknown message: {kind!r}",
             why=f"no rule of {self.name!r} takes it in any state",
-            fix=choose(message["type"], self.definition.types), component=self.name,
-            state=receipt.from_state)
+            fix=choose(kind, self.definition.types), component=self.name, state=turn.leaf)
         error.receipt = receipt  # type: ignore[attr-defined]
         return error
 
-    async def _run(self, turn: Turn, row: Json | None) -> Receipt:
+    async def _run(self, turn: Turn) -> Receipt:
         """Decide, act, commit and announce; in a store again, while other processes are quicker."""
         store = None if self._engine is None else self._engine.store
-        id: Any = turn.message.get("id")
-        text, machine = "", self.state_machine
+        given = turn.id = turn.message.get("id")
         try:
             if store is not None:
-                given, id = id, id or new_id()
-                turn.message = {**turn.message, "id": id}
-                text = _written({k: v for k, v in turn.message.items() if k not in _ENVELOPE}, "message")
+                turn.id = given or new_id()
+                turn.message = {**turn.message, "id": turn.id}
+                turn.text = _written(
+                    {k: v for k, v in turn.message.items() if k not in _ENVELOPE}, "message")
             while True:
-                if store is not None:
-                    if self.definition.has_code:  # code must not run on what is over
-                        self._refresh(turn, store)
-                    earlier = self._earlier(store, id, text) if given else None
-                    if earlier is not None:
-                        if row is not None:
-                            await store.write(None, [self._unqueue(row)])
-                        self._refresh(turn, store)
-                        return earlier
-                before = machine.registry.name_of(turn.state)
-                if row is not None and not self._queued(row):
-                    reason = "it has been handled elsewhere"
-                    return Receipt("ignored", self.name, id, before, before, self.seq, reason)
-                plan = self._decided(turn, row, before)
+                if store is not None and self.definition.has_code:
+                    self._refresh(turn)  # code must not run on what is over
+                if turn.row is not None or (given and store is not None):
+                    answer = await self._answered(turn, store)
+                    if answer is not None:
+                        return answer
+                plan = self._decided(turn)
                 if plan.outcome == "class":
-                    await self._ask_class(turn, plan, before)
+                    await self._ask_class(turn, plan)
                 if plan.actions:
                     await self._act(turn, plan)
-                if plan.outcome == "unknown":
-                    if store is None or not self._refresh(turn, store):
+                if plan.outcome != "unknown":
+                    commit = self._commit(turn, plan)
+                    if commit is None or await commit is None:
                         break
-                    continue
-                answer = self._commit(turn, plan, before, id, text, row)
-                if answer is None or await answer is None:
+                if not self._refresh(turn) and plan.outcome == "unknown":
                     break
-                self._refresh(turn, store)
-                turn.begin()
         except Exception:
             await self._publish("component.message.received", turn, message=turn.message)
             raise
-        receipt = self._receipt(plan, id, before)
+        outcome, before = plan.outcome, turn.leaf
+        after = turn.machine.registry.name_of(turn.state) if outcome == "moved" else before
+        id, seq = (None, None) if outcome == "unknown" else (turn.id, self.seq)
+        receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
+            outcome, self.name, id, before, after, seq, plan.reason, plan.data, False))
         try:
-            if self.event_bus is not None and (plan.emits or self.event_bus._events):
+            if self.event_bus is not None and self.event_bus._events:
                 await self._announce(turn, plan, receipt)
         finally:
             if turn.outbox:
                 await self._send_late(turn)
         return receipt
 
-    def _refresh(self, turn: Turn, store: Any) -> bool:
-        """Read the component again if another process has changed it; tell whether it has."""
+    def _refresh(self, turn: Turn) -> bool:
+        """Begin again with what the store says; tell whether another process has changed it."""
+        store: Any = self._engine and self._engine.store
         sql = "SELECT seq FROM flexiflow_components WHERE name=?"
-        if store.rows(sql, (self.name,)) == [(self.seq,)]:
-            return False
-        self._load(self._engine._head(self.name))
+        changed = store is not None and store.rows(sql, (self.name,)) != [(self.seq,)]
+        if changed:
+            self._load(self._engine._head(self.name))
         turn.begin()
-        return True
+        return changed
 
-    def _receipt(self, plan: Plan, id: str | None, before: str) -> Receipt:
-        machine = self.state_machine
-        seq: int | None = self.seq
-        after = machine.registry.name_of(machine._state) if plan.outcome == "moved" else before
-        if plan.outcome == "unknown":
-            id = seq = None
-        return tuple.__new__(Receipt, (  # quicker than calling Receipt
-            plan.outcome, self.name, id, before, after, seq, plan.reason, plan.data, False))
-
-    def _earlier(self, store: SQLiteStore, id: str, text: str) -> Receipt | None:
-        """Return the receipt of a message that was handled before, as a duplicate."""
-        found = store.journal(self.name, 1, "message_id=?", (id,))
-        if not found:
-            return None
-        (entry,) = found
-        if _encode(entry["message"]) != text:
-            raise StateError(f"The id {id!r} was used for another message to {self.name!r}",
+    async def _answered(self, turn: Turn, store: SQLiteStore | None) -> Receipt | None:
+        """Return the receipt of a message that is over, here or in another process."""
+        found = store.journal(self.name, 1, "message_id=?", (turn.id,)) if store else None
+        if not store or not found:
+            if turn.row is None or self._queued(turn.row):
+                return None
+            return Receipt("ignored", self.name, turn.id, turn.leaf, turn.leaf, self.seq,
+                "it has been handled elsewhere")
+        entry = found[0]
+        if _encode(entry["message"]) != turn.text:
+            raise StateError(f"The id {turn.id!r} was used for another message to {self.name!r}",
                 why="an id stands for one message, its type and payload included",
                 fix="send the new message under a new id", first=entry["message"].get("type"))
+        if turn.row is not None:
+            await store.write(None, [(_UNQUEUE, (self.name, turn.id))])
+        self._refresh(turn)
         last = store.journal(self.name, 1, "seq<=? AND data IS NOT NULL", (entry["seq"],))
-        return Receipt(entry["outcome"], self.name, id, entry["from_state"], entry["to_state"],
-            entry["seq"], entry["reason"], last[0]["data"] if last else None, True)
+        data = last[0]["data"] if last else None
+        return Receipt._make([*map(entry.get, Receipt._fields[:7]), data, True])
 
     # ---- deciding and acting
 
-    def _decided(self, turn: Turn, row: Json | None, leaf: str) -> Plan:
+    def _decided(self, turn: Turn) -> Plan:
         """Return what the rules say, with the state object that it leads to."""
-        definition = self.definition
+        definition, row, timer = self.definition, turn.row, None
         if definition is None:
             return Plan("class", turn.base)
         if self.completed is not None:
             plan = Plan("ignored", turn.base)
-            plan.reason = f"completed in {leaf}"
-            plan.state = turn.state
+            plan.reason, plan.state = f"completed in {turn.leaf}", turn.state
             return plan
-        timer = None
         if row is not None and row.get("state") is not None:
-            timer = definition.candidate(leaf, definition.by_number[row["rule"]], row["state"])
-        plan = decide(definition, leaf, self._scope(turn, leaf), timer)
-        passage: Any = plan.passage
-        if plan.outcome == "moved":
-            plan.state = passage.node.instance or passage.node.create()
-        else:
-            plan.state = turn.state
+            timer = definition.candidate(turn.leaf, definition.by_number[row["rule"]], row["state"])
+        plan = decide(definition, turn.leaf, self._scope(turn, turn.leaf), timer)
+        plan.state = turn.state
+        if plan.passage is not None and plan.outcome == "moved":
+            plan.state = plan.passage.node.instance or plan.passage.node.create()
         return plan
 
     def _scope(self, turn: Turn, leaf: str, now: float | None = None) -> Scope:
         clock = time.time if self._engine is None else self._engine.clock
         return {"message": turn.message, "data": turn.base, "component": self.name, "state": leaf,
-            "id": turn.message.get("id"), "now": clock() if now is None else now, "self": self}
+            "id": turn.id, "now": clock() if now is None else now, "self": self}
 
-    async def _ask_class(self, turn: Turn, plan: Plan, leaf: str) -> None:
+    async def _ask_class(self, turn: Turn, plan: Plan) -> None:
         """Let the current state's class answer; put back its attributes if it fails."""
         state = turn.state
-        kept = fresh(getattr(state, "__dict__", None) or {})
+        kept = vars(state) and fresh(vars(state))
         try:
             proceed, plan.state = await ask(state, turn.message, self)
         except BaseException:
-            if hasattr(state, "__dict__"):
-                vars(state).clear()
-                vars(state).update(kept)
+            vars(state).clear()
+            vars(state).update(kept)
             raise
-        if turn.data is not None:
-            self._take_data(turn, plan)
+        self._take_data(turn, plan)
         if not proceed:
-            plan.outcome, plan.state = "blocked" if plan.refused else "ignored", state
-            plan.reason = f"{leaf} does not take {turn.message['type']!r}"
-        elif plan.state is state:
-            plan.outcome = "stayed"
+            plan.outcome = "blocked" if plan.refused else "ignored"
+            plan.reason = f"{turn.leaf} does not take {turn.message['type']!r}"
         else:
-            plan.outcome = "moved"
-            if self.definition is not None:
-                self._follow_class(turn, plan, leaf)
-
-    def _take_data(self, turn: Turn, plan: Plan) -> None:
-        """Take over the data as the code that was called has left it."""
-        if turn.data is not None:
-            if turn.data.__class__ is not dict:
-                raise StateError(f"Data of {self.name!r} is not a dict: {turn.data!r}")
-            plan.data = turn.base = fresh(turn.data)
-            turn.data = None
-
-    def _follow_class(self, turn: Turn, plan: Plan, leaf: str) -> None:
-        """Go where a class has answered to go, as a rule would."""
+            plan.outcome = "stayed" if plan.state is state else "moved"
         definition, cls = self.definition, plan.state.__class__
-        name = self.state_machine.registry.name_of(plan.state)
-        if name not in definition.nodes:
-            if self._engine is not None and self._engine.store is not None:
-                raise StateError(f"State {name!r} is not in the config of {self.name!r}",
-                    why="a store could not bring it back",
-                    fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
-            definition.nodes[name] = Node(name, cls=cls)
-        plan.passage = definition.passage(leaf, leaf, name)
-        follow(plan, self._scope(turn, leaf))
+        if definition is not None and plan.outcome == "moved":  # go there as a rule would
+            name = self.state_machine.registry.name_of(plan.state)
+            if name not in definition.nodes:
+                if self._engine is not None and self._engine.store is not None:
+                    raise StateError(f"State {name!r} is not in the config of {self.name!r}",
+                        why="a store could not bring it back",
+                        fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
+                definition.nodes[name] = Node(name, cls=cls)
+            plan.passage = definition.passage(turn.leaf, turn.leaf, name)
+            follow(plan, self._scope(turn, turn.leaf))
 
     async def _act(self, turn: Turn, plan: Plan) -> None:
         """Run the actions; they see the new state, and data that they may change."""
@@ -3491,149 +3355,146 @@ class AsyncComponent:
                 await result
         self._take_data(turn, plan)
 
+    def _take_data(self, turn: Turn, plan: Plan) -> None:
+        """Take over the data as the code that was called has left it."""
+        if turn.data is not None:
+            if turn.data.__class__ is not dict:
+                raise StateError(f"Data of {self.name!r} is not a dict: {turn.data!r}")
+            plan.data, turn.data = fresh(turn.data), None
+            turn.base = plan.data
+
     # ---- committing
 
-    def _commit(self, turn: Turn, plan: Plan, before: str, id: str = "", text: str = "", row: Json
-            | None = None, definition: Any = None, rows: Sequence[Row] = ()) -> Any:
-        """Make a plan true: at once in memory; in the store, return what is to be awaited for it."""
+    def _commit(self, turn: Turn, plan: Plan, changed: Any = None, rows: Any = ()) -> Any:
+        """Make a plan true: at once in memory; in a store, return what is to be awaited."""
         engine, passage, since, completed = self._engine, plan.passage, self._since, self.completed
         seq = self.seq + (plan.outcome != "created")
         now = 0.0 if engine is None else engine.clock()
-        if passage is not None and passage.enters and plan.outcome != "created":
+        if seq and passage is not None and passage.enters:
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
         turn.sent = plan.sends
         if turn.outbox:
             turn.sent, turn.outbox = [*plan.sends, *turn.outbox], None
-        if row is not None or turn.sent or (passage is not None and passage.busy):
-            rows = [*rows, *self._effect_rows(turn, plan, row, now)]
+        if turn.row is not None or turn.sent or (passage is not None and passage.busy):
+            rows = [*rows, *self._queue_rows(turn, plan)]
+        definition = changed or self.definition
         if engine is not None and engine.store is not None:
-            return self._write(
-                turn, plan, before, id, text, row, rows, now, seq, since, completed, definition)
+            return self._write(turn, plan, rows, now, seq, since, completed, definition)
         if rows:
             engine.queue.write_now(rows)
         self._adopt(turn, plan.state, plan.data, None, seq, since, completed, 0, definition)
         return None
 
-    def _write(self, turn: Turn, plan: Plan, before: str, id: str, text: str, row: Any,
-            rows: Sequence[Row], now: float, seq: int, since: Any, completed: float | None,
-            definition: Any) -> Any:
+    def _write(self, turn: Turn, plan: Plan, rows: Sequence[Row], now: float, seq: int,
+            since: Json, completed: float | None, definition: Definition) -> Any:
         """Return the write of a plan: the component's row, the journal's, and `rows`."""
-        state: Any = plan.state
-        stored, attributes = definition or self.definition, getattr(state, "__dict__", None)
-        after = stored.registry.name_of(state)
-        data = self._data_text if plan.data is self._data else None
-        data = data or _written(plan.data, "data")
-        kept = _written(attributes, f"attributes of {after}") if attributes else None
-        changed = data if data != self._data_text or not seq else None
-        receipt = _receipt_text(plan.outcome, before, after, plan.reason)
-        entry = (self.name, seq, id, turn.correlation_id, text, receipt, changed, now)
+        name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
+        kept = _written(attributes, f"attributes of {name}") if attributes else None
+        text = (self._data_text if plan.data is self._data else None) or _written(plan.data, "data")
+        changed = text if text != self._data_text or not seq else None
+        receipt = _receipt_text(plan.outcome, turn.leaf, name, plan.reason)
+        entry = (self.name, seq, turn.id, turn.correlation_id, turn.text, receipt, changed, now)
         chain = checksum(*entry, start=self._chain)
-        head = (stored.hash, after, kept, data, seq, _encode(since), completed)
-        values = (*head, checksum(self.name, *head, start=chain), self.name)
+        values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
+        values += (checksum(self.name, *values, start=chain), self.name)
 
         def claim(execute: Callable[..., Any]) -> str | None:
-            if row is not None and not self._queued(row):
+            if turn.row is not None and not self._queued(turn.row):
                 return "moved on"
             done = execute(_UPDATE_HEAD, (*values, seq - 1)) if seq else execute(_NEW_HEAD, values)
             return None if done.rowcount == 1 else "moved on"
 
         journal: list[Row] = [(_NEW_ENTRY, (*entry, self._chain, chain))]
-        if not seq or definition is not None:
-            journal.append(("INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)",
-                (stored.hash, stored.text)))
-        return self._engine.queue.write(claim, [*journal, *rows], functools.partial(
-            self._adopt, turn, state, plan.data, data, seq, since, completed, chain, definition))
+        if not seq or definition is not self.definition:
+            journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
+        return self._engine.store.write(claim, [*journal, *rows], functools.partial(
+            self._adopt, turn, plan.state, plan.data, text, seq, since, completed, chain,
+            definition))
 
-    def _effect_rows(self, turn: Turn, plan: Plan, row: Json | None, now: float) -> list[Row]:
-        """Return the queue's rows for a plan: what is sent, and the timers made and removed."""
-        rows: list[Row] = [] if row is None else [self._unqueue(row)]
-        passage, engine = plan.passage, self._engine
-        if engine is None and (plan.sends or plan.timers):
-            raise StateError(
-                f"{self.name!r} sends or waits without an engine", fix="engine.register(it)")
-        if passage is not None and self.definition.has_timers:
-            gone = [name for name in passage.exits if self.definition.timers(name)]
-            rows += [
-                ("DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL",
-                 (self.name, name)) for name in gone + ["*"] * passage.completes]
-        rows += self._sent_rows(turn, turn.sent, now)
-        for due, owner, number in plan.timers if passage and not passage.completes else ():
-            rows.append(self._timer_row(turn, self.definition.by_number[number], owner, due, now))
-        return rows
+    def _queue_rows(self, turn: Turn, plan: Plan) -> list[Row]:
+        """Return what a plan changes in the queue: the message itself, timers, what it sends."""
+        passage, definition = plan.passage, self.definition
+        if self._engine is None:
+            if plan.sends or plan.timers:
+                raise StateError(f"{self.name!r} sends or waits without an engine",
+                    fix="engine.register(it)")
+            return []
+        now = self._engine.clock()
+        rows = [] if turn.row is None else [(_UNQUEUE, (self.name, turn.id))]
+        if passage is not None and definition.has_timers:
+            gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
+            rows += [(_NO_TIMERS, (self.name, owner)) for owner in gone]
+        rows += [self._message_row(turn, out, now + out.delay, now) for out in turn.sent]
+        return rows + [
+            self._timer_row(turn, definition.by_number[number], owner, due, now)
+            for due, owner, number in plan.timers if passage and not passage.completes]
 
-    def _sent_rows(self, turn: Turn, outbox: Sequence[Outgoing], now: float) -> list[Row]:
-        rows, engine = [], self._engine
-        for out in outbox:
-            out.id = out.id or new_id()
-            if engine is not None:
-                engine.posted.add(out.to)
-                text = _written(out.message, f"message to {out.to}")
-                rows.append(engine.queue.message_row(
-                    out.to, out.id, turn.correlation_id, text, now + out.delay, now))
-        return rows
+    def _message_row(self, turn: Turn, out: Outgoing, due: float, now: float, *timer: Any) -> Any:
+        out.id = out.id or new_id()
+        text = _written(out.message, f"message to {out.to}")
+        return self._engine.queue.message_row(
+            out.to, out.id, turn.correlation_id, text, due, now, *timer)
+
+    def _timer_row(self, turn: Turn, rule: Rule, owner: str, due: float, now: float) -> Any:
+        out = Outgoing(self.name, {"type": f"after {rule.text['after']}"})
+        return self._message_row(turn, out, due, now, owner, rule.number)
 
     async def _send_late(self, turn: Turn) -> None:
         """Send what handlers and tasks of the turn have sent since its commit."""
-        late, turn.outbox, engine = turn.outbox or (), None, self._engine
-        rows = self._sent_rows(turn, late, engine.clock() if engine else 0.0)
-        if rows and engine.store is not None:
-            await engine.store.write(None, rows)
-        elif rows:
-            engine.queue.write_now(rows)
-        self._keep(turn, late)
+        turn.sent, turn.outbox = turn.outbox or [], None
+        rows = self._queue_rows(turn, Plan("sent", turn.base))
+        if rows:
+            await self._engine.queue.write(None, rows)
+        self._keep(turn)
 
-    def _timer_row(self, turn: Turn, rule: Rule, owner: str, due: float, now: float) -> Row:
-        text = _encode({"type": f"after {rule.text['after']}"})
-        row: Row = self._engine.queue.message_row(self.name, new_id(), turn.correlation_id, text,
-            due, now, owner, rule.number)
-        return row
+    def _keep(self, turn: Turn) -> None:
+        """Remember what was sent to the component itself, to be handled before anything else."""
+        if self._engine is not None:
+            self._engine.posted.update(out.to for out in turn.sent)
+        self._internal = [*(self._internal or ()), *(
+            {"component": self.name, "message": out.message, "id": out.id,
+                "correlation_id": turn.correlation_id}
+            for out in turn.sent if out.to == self.name and not out.delay)]
 
     def _queued(self, row: Json) -> bool:
         """Tell whether a message still waits in the queue: another process may have handled it."""
-        if self._engine is None:
-            return True
         sql = "SELECT 1 FROM flexiflow_messages WHERE component=? AND message_id=?"
-        return bool(self._engine.queue.rows(sql, (self.name, row["id"])))
+        return self._engine is None or bool(self._engine.queue.rows(sql, (self.name, row["id"])))
 
-    def _unqueue(self, row: Json) -> Row:
-        return ("DELETE FROM flexiflow_messages WHERE component=? AND message_id=?",
-                (self.name, row["id"]))
-
-    def _adopt(self, turn: Turn | None, state: Any, data: Json, data_text: str | None, seq: int,
-            since: dict[str, float], completed: float | None, chain: int, definition: Any) -> None:
+    def _adopt(self, turn: Turn | None, state: State, data: Json, text: str | None, seq: int,
+            since: Json, completed: float | None, chain: int, definition: Any) -> None:
         """Become what was committed."""
-        self.state_machine._state, self._data, self._data_text = state, data, data_text
+        self.state_machine._state, self._data, self._data_text = state, data, text
         self.seq, self._since, self.completed, self._chain = seq, since, completed, chain
-        if definition is not None and definition is not self.definition:
-            self.definition = definition
-            self.state_machine.registry = definition.registry
+        if definition is not self.definition:
+            self._define(definition)
             self._rules = fresh(definition.source.get("rules") or [])
         if self._engine is not None and self._engine._alarm is not None:
             self._engine._wake()
         if turn is not None:
             turn.state, turn.base = state, data
             if turn.sent:
-                self._keep(turn, turn.sent)
+                self._keep(turn)
 
     # ---- creation, rules, reloading
 
     async def _prepare(self, turn: Turn) -> None:
         """Do what must be done before the next message: be born, be read again, be compiled."""
         engine = self._engine
-        if self._unready:
-            if self._birth is not None:
-                await self._be_born(self._birth)
-            elif engine is not None and engine.store is not None:
-                self._load(engine._head(self.name))
-            elif any(isinstance(one, dict) and {"on", "after"} & one.keys() for one in self.rules):
-                self._define(self._compiled(self.rules))
-            if self._update is not None:
-                await self._swap(turn, self._update)
-                self._update = None
-                engine._unborn.pop(self.name, None)
-            self._unready = False
+        if self._birth is not None:
+            await self._be_born(turn, self._birth)
+        elif self._unready and engine is not None and engine.store is not None:
+            self._load(engine._head(self.name))
+        elif self._unready and self.definition is None and any(
+                isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
+            self._define(self._compiled(self.rules))
+        if self._update is not None:
+            await self._swap(turn, self._update)
+            self._update = None
+            engine._unborn.pop(self.name, None)
+        self._unready = False
         if self._internal:  # left over by a turn that was cancelled
             await self._drain(turn)
         turn.begin()
@@ -3667,23 +3528,18 @@ class AsyncComponent:
                 fix="keep the state, or let the component leave it first", component=self.name)
         return definition
 
-    async def _be_born(self, plan: Plan) -> None:
+    async def _be_born(self, holder: Turn, plan: Plan) -> None:
         """Turn 0: run the entry actions; write the component, its data and its timers."""
-        engine = self._engine
-        turn = Turn(self, _context.get(), {"type": "created"})
-        _context.set(turn)
-        try:
+        with Turn(self, holder, {"type": "created"}) as turn:
             await self._act(turn, plan)
-            text = _encode({"created": self.definition.hash}) if engine.store else ""
-            answer = self._commit(turn, plan, self.state, "", text)
-            self._birth, lost = None, answer is not None and await answer is not None
-            engine._unborn.pop(self.name, None)
+            turn.id, turn.text = "", _encode({"created": self.definition.hash})
+            commit = self._commit(turn, plan)
+            self._birth, lost = None, commit is not None and await commit is not None
+            self._engine._unborn.pop(self.name, None)
             if lost:  # another process made it first
-                self._load(engine._head(self.name))
+                self._load(self._engine._head(self.name))
             else:
                 await self._emit(turn, plan)
-        finally:
-            turn.end()
 
     def _load(self, head: Json) -> None:
         """Become what the store says."""
@@ -3695,44 +3551,37 @@ class AsyncComponent:
             head["completed"], head["chain"], definition)
         self._unready = False
 
-    async def _swap(self, turn: Turn, changed: Definition) -> None:
+    async def _swap(self, holder: Turn, changed: Definition) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
-        engine, state = self._engine, self.state_machine._state
-        plan, leaf = Plan("updated", self._data), self.state
-        kept = vars(state) if getattr(state, "__dict__", None) else None
-        plan.state = changed.nodes[leaf].create(kept)
-        rows = [] if engine is None else self._timer_changes(turn, changed, leaf)
-        stored = engine is not None and engine.store is not None
-        text = _encode({"definition": changed.hash}) if stored else ""
-        id = new_id() if stored else ""
-        answer = self._commit(turn, plan, leaf, id, text, definition=changed, rows=rows)
-        if answer is not None and await answer is not None:
-            self._unready = True
-            raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
-        await self._publish("rules.updated", turn, rules=len(self.rules))
+        with Turn(self, holder, {"type": "rules.updated"}) as turn:
+            plan = Plan("updated", self._data)
+            plan.state = changed.nodes[turn.leaf].create(vars(turn.state) or None)
+            turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
+            commit = self._commit(turn, plan, changed, self._timer_changes(turn, changed))
+            if commit is not None and await commit is not None:
+                self._unready = True
+                raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
+            await self._publish("rules.updated", turn, rules=len(self.rules))
 
-    def _timer_changes(self, turn: Turn, changed: Definition, leaf: str) -> list[Row]:
+    def _timer_changes(self, turn: Turn, changed: Definition) -> list[Row]:
         """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
-        old, queue = self.definition, self._engine.queue
-        if not changed.has_timers and not (old and old.has_timers):
+        engine, old = self._engine, self.definition
+        if engine is None or not (changed.has_timers or (old and old.has_timers)):
             return []
-        before = {_encode(rule.text): rule.number for rule in (old.rules if old else ())}
-        after = {_encode(rule.text): rule for rule in changed.rules}
-        kept = {before[text]: rule for text, rule in after.items() if text in before}
-        where = "component=? AND state IS NOT NULL AND dead IS NULL"
+        before = {rule.number: _encode(rule.text) for rule in (old.rules if old else ())}
+        after = {_encode(rule.text): rule.number for rule in changed.rules}
         rows: list[Row] = []
-        for row in queue.messages(where, (self.name,)):
-            if row["rule"] in kept:
-                rows.append(queue.change_message(row, rule=kept[row["rule"]].number))
-            else:
-                rows.append(self._unqueue(row))
-        now = self._engine.clock()
-        scope = self._scope(turn, leaf, now)
-        for owner in changed.sources(leaf):
+        where = "component=? AND state IS NOT NULL AND dead IS NULL"
+        for row in engine.queue.messages(where, (self.name,)):
+            kept = after.get(before.get(row["rule"], ""))
+            rows.append((_UNQUEUE, (self.name, row["id"])) if kept is None
+                else engine.queue.change_message(row, rule=kept))
+        now = engine.clock()
+        scope = self._scope(turn, turn.leaf, now)
+        for owner in changed.sources(turn.leaf):
             for rule in changed.timers(owner):
-                if _encode(rule.text) not in before:
-                    delay = seconds(rule.after(scope))
-                    due = self._since.get(owner, now) + delay
+                if _encode(rule.text) not in before.values():
+                    due = self._since.get(owner, now) + seconds(rule.after(scope))
                     rows.append(self._timer_row(turn, rule, owner, due, now))
         return rows
 
@@ -3741,20 +3590,17 @@ class AsyncComponent:
     async def _announce(self, turn: Turn, plan: Plan, receipt: Receipt) -> None:
         """Publish what happened, as long as the turn lasts; no handler changes the outcome."""
         await self._emit(turn, plan)
-        bus: Any = self.event_bus
-        if bus.listens("component.message.received"):
-            await self._publish("component.message.received", turn, message=turn.message)
+        await self._publish("component.message.received", turn, message=turn.message)
         if receipt.outcome == "moved":
-            if bus.listens("state.changed"):
-                await self._publish("state.changed", turn, from_state=receipt.from_state,
-                    to_state=receipt.to_state, state=receipt.to_state)
+            to = receipt.to_state
+            await self._publish(
+                "state.changed", turn, from_state=receipt.from_state, to_state=to, state=to)
             if self.completed is not None:
-                await self._publish("component.completed", turn, state=receipt.to_state)
+                await self._publish("component.completed", turn, state=to)
 
     async def _emit(self, turn: Turn, plan: Plan) -> None:
         for name, payload in plan.emits:
-            facts = {"message": turn.message, "state": self.state}
-            await self._publish(name, turn, payload, **facts)
+            await self._publish(name, turn, payload, message=turn.message, state=self.state)
 
     async def _publish(self, event: str, turn: Turn, payload: Any = None, **facts: Any) -> None:
         if self.event_bus is None or not self.event_bus.listens(event):
@@ -3767,10 +3613,16 @@ class AsyncComponent:
         except StateError as error:  # published too deep
             (self.logger or logger).error("Event %r was not published", event, exc_info=error)
 
-
 def message_of(row: Json) -> Json:
     """Return a message of the queue as its component is to see it."""
     return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
+
+
+def _message(message: str | Json, fields: Json) -> Json:
+    """Return the message that a call names: by its type, or as a dict, and with fields."""
+    if isinstance(message, str):
+        return {**fields, "type": message}
+    return {**check_message(message), **fields} if fields else message
 
 
 class FlexiFlowEngine:
@@ -3781,11 +3633,13 @@ class FlexiFlowEngine:
     belongs to one event loop; other threads and processes open the same file with their own.
     """
 
-    def __init__(self, store: Path | SQLiteStore | None = None, *,
-            logger: Any = None, clock: Callable[[], float] = time.time, allow_imports: Sequence[str]
-            | None = None) -> None:
-        given = store is None or isinstance(store, SQLiteStore)
-        self.store: SQLiteStore | None = store if given else SQLiteStore(store)  # type: ignore
+    def __init__(self, store: Path | SQLiteStore | None = None, *, logger: Any = None,
+            clock: Callable[[], float] = time.time,
+            allow_imports: Sequence[str] | None = None) -> None:
+        if store is not None and not isinstance(store, SQLiteStore):
+            store = SQLiteStore(store)
+        self.store: Any = store
+        self.queue = store or SQLiteStore(":memory:")  # where messages wait
         self.logger = logger or globals()["logger"]
         self.clock, self.allow_imports = clock, allow_imports
         self.event_bus = AsyncEventManager(logger=self.logger)
@@ -3794,16 +3648,13 @@ class FlexiFlowEngine:
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
-        self._configs: dict[str, ComponentConfig] = {}
-        self._definitions: dict[str, Definition] = {}  # by hash
+        self._configs: dict[str, ComponentConfig] = {}  # by what they say; stored ones by hash
         self._warned: set[str] = set()  # components whose config differs
-        self._memory: SQLiteStore | None = None
         self._alarm: asyncio.Future[None] | None = None
         self._stopping = False
-        self._called_off: set[asyncio.Future[None]] = set()  # deliveries of a cancelled worker
 
     async def __aenter__(self) -> FlexiFlowEngine:
-        self._spawn(self.run())
+        self._spawn(self.run)
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
@@ -3818,16 +3669,7 @@ class FlexiFlowEngine:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._settle()
         finally:
-            for store in (self.store, self._memory):
-                if store is not None:
-                    store.close()
-
-    @property
-    def queue(self) -> SQLiteStore:
-        """Where messages wait: the store, or one in memory."""
-        if self.store is None and self._memory is None:
-            self._memory = SQLiteStore(":memory:")
-        return self.store or self._memory  # type: ignore[return-value]
+            self.queue.close()
 
     # ---- components
 
@@ -3843,23 +3685,22 @@ class FlexiFlowEngine:
         loaded = self._config(config)
         definition: Any = loaded.definition
         known = self.get(name or loaded.name)
-        if known is not None:
-            if known.definition is None or known.definition.text != definition.text:
-                if update:
-                    known._update = known._checked(definition)
-                    known._unready, self._unborn[known.name] = True, known
-                elif known.name not in self._warned:
-                    self._warned.add(known.name)
-                    self.logger.warning(
-                        "Component %r goes on with its own definition, which differs from the"
-                        " config", known.name)
+        if known is None:
+            state = definition.birth.node.create()
+            component = AsyncComponent(name or loaded.name, None, StateMachine(state))
+            component._adopt(None, state, _EMPTY, None, 0, _EMPTY, None, 0, definition)
+            component._data = {**fresh(loaded.data), **fresh(data or {})}
+            return self._add(component)
+        if known.definition is not None and known.definition.text == definition.text:
             return known
-        state = definition.birth.node.create()
-        component = AsyncComponent(name or loaded.name, None, StateMachine(state))
-        component._adopt(None, state, _EMPTY, None, 0, _EMPTY, None, 0, definition)
-        self._conceive(component, {**fresh(loaded.data), **fresh(data or {})}, definition.birth)
-        self._add(component)
-        return component
+        if update:
+            known._update = known._checked(definition)
+            known._unready, self._unborn[known.name] = True, known
+        elif known.name not in self._warned:
+            self._warned.add(known.name)
+            self.logger.warning("Component %r goes on with its own definition, which differs from"
+                " the config", known.name)
+        return known
 
     def register(self, component: AsyncComponent) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
@@ -3874,14 +3715,7 @@ class FlexiFlowEngine:
                 why="two of one name would overwrite each other", fix="use another name")
         if component.definition is None and (self.store is not None or component._rules):
             component._define(component._compiled(component.rules))
-        component._engine, definition = self, component.definition
-        head = None if self.store is None else self.store.head(component.name)
-        if head is not None:
-            component._load(head)
-        elif definition is not None:
-            passage = definition.passage(None, "*", component.state)
-            self._conceive(component, component._data, passage)
-        self._add(component)
+        self._add(component, self.store and self.store.head(component.name))
 
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
@@ -3900,31 +3734,54 @@ class FlexiFlowEngine:
         component = self.components.get(name)
         head = self.store.head(name) if component is None and self.store is not None else None
         if head is not None:
-            component = AsyncComponent(name, None, StateMachine(DeclaredState()))
-            component._engine = self
-            component._load(head)
-            self._add(component)
+            component = self._add(AsyncComponent(name, None, StateMachine(DeclaredState())), head)
         return component
 
     def _find(self, name: str) -> AsyncComponent:
-        component = self.components.get(name) or self.get(name)
+        component = self.get(name)
         if component is None:
-            names = {*self.components, *(self.store.names() if self.store is not None else ())}
-            raise StateError(f"Unknown component: {name!r}", fix=choose(name, names))
+            raise self._unknown(name)
         return component
 
+    def _unknown(self, name: str) -> StateError:
+        close = difflib.get_close_matches(name, sorted(self._names()), 1)
+        return StateError(f"Unknown component: {name!r}", fix=f"did you mean {close[0]!r}?" if close
+            else "make it first: create_component(config, name=...), or register --config FILE")
+
+    def _names(self) -> set[str]:
+        known = self.components if self.store is None else self.store.names()
+        return {*known, *self._unborn}
+
     def _head(self, name: str) -> Json:
-        assert self.store is not None
-        head = self.store.head(name)
+        head: Json | None = self.store.head(name)
         if head is None:
             raise StateError(f"Component {name!r} is gone", why="it was removed from the store")
         return head
 
-    def _conceive(self, component: AsyncComponent, data: Json, birth: Passage) -> None:
+    def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
+        """Take in a component: with the state that the store has for it, or as a new one."""
+        component._engine = self
+        if head is not None:
+            component._load(head)
+        elif component.definition is not None:
+            self._conceive(component, component.definition)
+        component.logger = component.logger or self.logger
+        component.event_bus = component.event_bus or self.event_bus
+        self.components[component.name] = component
+        self.logger.debug("Registered component: %s", component.name)
+        self._unannounced.append(component)
+        if self.event_bus.listens("engine.component.registered"):
+            with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
+                self._spawn(self._announce)
+        return component
+
+    def _conceive(self, component: AsyncComponent, definition: Definition) -> None:
         """Plan a new component's turn 0; it is carried out before its first message."""
-        _written(data, "data")
-        component._engine, component._data = self, data
-        now, plan = self.clock(), Plan("created", data, birth)
+        _written(component._data, "data")
+        now, birth = self.clock(), definition.birth
+        if birth.node.name != component.state:  # made by hand, and not in its initial state
+            birth = definition.passage(None, "*", component.state)
+        plan = Plan("created", component._data, birth)
         turn = Turn(component, None, {"type": "created"})
         follow(plan, component._scope(turn, birth.node.name, now))
         component._data, plan.state = plan.data, component.state_machine._state
@@ -3934,28 +3791,16 @@ class FlexiFlowEngine:
             component._birth, component._unready = plan, True
             self._unborn[component.name] = component
 
-    def _add(self, component: AsyncComponent) -> None:
-        component.logger = component.logger or self.logger
-        component.event_bus = component.event_bus or self.event_bus
-        self.components[component.name] = component
-        self.logger.debug("Registered component: %s", component.name)
-        self._unannounced.append(component)
-        if self.event_bus.listens("engine.component.registered"):
-            with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
-                asyncio.get_running_loop()
-                self._spawn(self._announce())
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Callable[[], Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _announce(self) -> None:
         while self._unannounced:
-            component = self._unannounced.popleft()
-            await self.event_bus.publish("engine.component.registered", {
-                "component": component.name, "seq": component.seq,
-                "correlation_id": get_correlation_id()})
+            one = self._unannounced.popleft()
+            facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
+            await self.event_bus.publish("engine.component.registered", facts)
 
     async def _settle(self, strict: bool = False) -> None:
         """Announce and write the components that are still new."""
@@ -3982,12 +3827,9 @@ class FlexiFlowEngine:
 
     def _stored_definition(self, hash: str) -> Definition:
         """Return a definition of the store, compiled once."""
-        if hash not in self._definitions:
-            assert self.store is not None
-            self._definitions[hash] = ConfigLoader.load_component_config(
-                {"name": "stored", **self.store.definition(hash)}, allow_imports=self.allow_imports
-            ).definition  # type: ignore[assignment]
-        return self._definitions[hash]
+        if hash not in self._configs:
+            self._configs[hash] = self._config({"name": "stored", **self.store.definition(hash)})
+        return self._configs[hash].definition  # type: ignore[return-value]
 
     # ---- messages
 
@@ -3996,15 +3838,11 @@ class FlexiFlowEngine:
 
         Raises StateError for an unknown component, and for a message that is declared nowhere.
         """
-        if message.__class__ is str:
-            fields["type"] = message
-            message = fields
-        elif fields:
-            message = {**check_message(message), **fields}
+        message = _message(message, fields)
         component = self.components.get(name) or self._find(name)
         if self._unannounced:
             await self._announce()
-        return await component.handle_message(message)  # type: ignore[arg-type]
+        return await component.handle_message(message)
 
     async def send(self, name: str, message: str | Json, /, *, delay: float | str = 0,
             id: str | None = None, **fields: Any) -> Receipt:
@@ -4012,34 +3850,30 @@ class FlexiFlowEngine:
 
         From within a turn it leaves with the turn's commit. The component need not exist yet.
         """
-        given = {"type": message} if isinstance(message, str) else check_message(message)
-        given = check_message({**given, **fields})
+        given = check_message(_message(message, fields))
         key, pause = id or given.get("id") or new_id(), seconds(delay)
-        body = {key: value for key, value in given.items() if key not in _ENVELOPE}
+        body = {field: value for field, value in given.items() if field not in _ENVELOPE}
         turn = live_turn()
         if turn is not None and turn.component._engine is self:
             return turn.post(Outgoing(name, body, pause, key))
         text, now = _written(body, "message"), self.clock()
         correlation_id = given.get("correlation_id") or get_correlation_id() or new_id()
         row = self.queue.message_row(name, key, correlation_id, text, now + pause, now)
+        sql = ("SELECT message FROM flexiflow_journal WHERE component=? AND message_id=? UNION ALL"
+               " SELECT message FROM flexiflow_messages WHERE component=? AND message_id=?")
 
-        def sent_before(execute: Callable[..., Any]) -> str | None:
-            for kind in ("journal", "messages"):
-                sql = f"SELECT message FROM flexiflow_{kind} WHERE component=? AND message_id=?"
-                found = execute(sql, (name, key)).fetchone()
-                if found is not None:
-                    return "duplicate" if found[0] == text else "other"
-            return None
+        def sent_before(execute: Callable[..., Any]) -> Any:
+            return next(execute(sql, (name, key) * 2), (None,))[0]
 
-        answer = await self.queue.write(sent_before, [row])
-        if answer == "other":
+        earlier = await self.queue.write(sent_before, [row])
+        if earlier not in (None, text):
             raise StateError(f"The id {key!r} was used for another message to {name!r}",
                 fix="send the new message under a new id")
         self._wake()
-        return Receipt("queued", name, key, duplicate=answer is not None)
+        return Receipt("queued", name, key, duplicate=earlier is not None)
 
-    async def run(self, *, until_idle: bool = False, concurrency: int = 100, component: str
-            | None = None) -> int:
+    async def run(self, *, until_idle: bool = False, concurrency: int = 100,
+            component: str | None = None) -> int:
         """Deliver queued messages and due timers, of one component or of all; return how many.
 
         Goes on until `close`, or until nothing is due. Components run concurrently, the
@@ -4050,13 +3884,25 @@ class FlexiFlowEngine:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         await self._settle()
         while True:
-            rows = await self._ready(component)
-            await self._deliver_all(rows[:concurrency])
-            delivered += len(rows[:concurrency])
+            rows = await self._ready(component, concurrency)
+            await self._deliver_all(rows)
+            delivered += len(rows)
             if self._stopping or (until_idle and not rows):
                 return delivered
             if not rows:
                 await self._sleep()
+
+    async def _ready(self, component: str | None, limit: int) -> list[Json]:
+        """Give what has come due its place, in due order; return components' first messages."""
+        mine, values = ("component=?", [component]) if component is not None else ("1", [])
+        late = self.queue.rows(
+            "SELECT number FROM flexiflow_messages WHERE place IS NULL AND dead IS NULL AND due<=?"
+            f" AND {mine} ORDER BY due, number", (self.clock(), *values))
+        if late:
+            await self.queue.write(None, [(_GIVE_PLACE, number) for number in late])
+        first = "SELECT MIN(place) FROM flexiflow_messages WHERE dead IS NULL GROUP BY component"
+        return self.queue.messages(
+            f"place IN ({first}) AND {mine} ORDER BY place LIMIT ?", (*values, limit))
 
     async def _deliver_all(self, rows: list[Json]) -> None:
         """Deliver rows of different components; a worker that is cancelled gives them back."""
@@ -4065,62 +3911,44 @@ class FlexiFlowEngine:
             if tasks:
                 await asyncio.wait(tasks)
         except asyncio.CancelledError:
-            self._called_off.update(tasks)  # a CancelledError of their own is a failed attempt
-            for task in tasks:
-                task.cancel()
+            for row, task in zip(rows, tasks):
+                row["given back"] = task.cancel()
             await asyncio.wait(tasks)
-            self._called_off.difference_update(tasks)
             raise
         for task in tasks:
             task.result()
 
-    async def _ready(self, component: str | None) -> list[Json]:
-        """Give what has come due its place, in due order; return each component's first message."""
-        queue, mine = self.queue, "component=?" if component is not None else "1"
-        values = () if component is None else (component,)
-        late = queue.rows(
-            "SELECT number FROM flexiflow_messages WHERE place IS NULL AND dead IS NULL AND due<=?"
-            f" AND {mine} ORDER BY due, number", (self.clock(), *values))
-        if late:
-            sql = ("UPDATE flexiflow_messages SET place="
-                   "(SELECT COALESCE(MAX(place), 0) + 1 FROM flexiflow_messages)"
-                   " WHERE number=? AND place IS NULL")
-            await queue.write(None, [(sql, row) for row in late])
-        first = "SELECT MIN(place) FROM flexiflow_messages WHERE dead IS NULL GROUP BY component"
-        return queue.messages(f"place IN ({first}) AND {mine} ORDER BY place", values)
-
     async def _deliver(self, row: Json) -> None:
-        """Deliver one row of the queue; what fails is tried again later."""
-        dead = True  # what cannot be read is not tried again
+        """Deliver one row of the queue; what fails is tried again later, if it can be read."""
+        message = None
         try:
             message = message_of(self.queue.sealed(row))
-            dead = False
             component = self._find(row["component"])
-            if self._unannounced:
-                await self._announce()
+            await self._announce()
             await component.handle_message(message, _row=row)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if asyncio.current_task() in self._called_off:
+            if "given back" in row:
                 raise
-            await self._failed(row, error, dead)
+            await self._failed(row, error, dead=message is None)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
-        self.logger.error("Message %s to %r failed", row["id"], row["component"], exc_info=error)
         found = self.queue.messages("component=? AND message_id=?", (row["component"], row["id"]))
         if not found:
             return
         (row,), now = found, self.clock()
-        component = self.components.get(row["component"])
+        attempts, component = row["attempts"] + 1, self.components.get(row["component"])
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
         else:
             retry = component.definition.retry if component.definition else QUEUE_RETRY
-            dead = dead or hasattr(error, "receipt") or row["attempts"] + 1 >= retry.max_attempts
-            pause = retry.delay(row["attempts"] + 1, random.random())
-        await self.queue.write(None, [self.queue.change_message(
-            row, attempts=row["attempts"] + 1, error=f"{type(error).__name__}: {error}", place=None,
-            due=row["due"] if dead else now + pause, dead=now if dead else None)])
+            dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
+            pause = retry.delay(attempts, random.random())
+        again = {"dead": now} if dead else {"due": now + pause}
+        self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
+            attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
+        await self.queue.write(None, [self.queue.change_message(row, attempts=attempts, place=None,
+            error=f"{type(error).__name__}: {error}", **again)])
         if dead:
             with contextlib.suppress(ValueError):
                 row["message"] = json.loads(row["message"])
@@ -4132,13 +3960,10 @@ class FlexiFlowEngine:
         """Sleep until something is due, a second at most: the wall clock may be set meanwhile."""
         ((due,),) = self.queue.rows("SELECT MIN(due) FROM flexiflow_messages WHERE dead IS NULL")
         pause = 1.0 if due is None else min(1.0, max(0.001, due - self.clock()))
-        loop = asyncio.get_running_loop()
-        self._alarm = loop.create_future()
-        timer = loop.call_later(pause, self._wake)
+        self._alarm = asyncio.get_running_loop().create_future()
         try:
-            await self._alarm
+            await asyncio.wait([self._alarm], timeout=pause)
         finally:
-            timer.cancel()
             self._alarm = None
 
     def _wake(self) -> None:
@@ -4155,11 +3980,12 @@ class FlexiFlowEngine:
     def accepts(self, name: str) -> list[str]:
         """Return the message types that a component takes now, guards aside."""
         component = self._find(name)
-        definition, state = component.definition, component.state_machine._state
-        kinds = [] if component.completed is not None else list(getattr(state, "moves", ()))
-        if definition is not None and component.completed is None:
-            for source in definition.sources(component.state):
-                kinds += [kind for rule in definition.rules_of(source) for kind in rule.on]
+        if component.completed is not None:
+            return []
+        kinds = list(getattr(component.state_machine._state, "moves", ()))
+        definition: Any = component.definition
+        for source in definition.sources(component.state) if definition else ():
+            kinds += [kind for rule in definition.rules_of(source) for kind in rule.on]
         return list(dict.fromkeys(kinds))
 
     def history(self, name: str | None = None, *, limit: int | None = None) -> list[Json]:
@@ -4176,29 +4002,25 @@ class FlexiFlowEngine:
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
         timers: dicts of message and due. Raises StateError for an unknown name.
         """
-        known = set(self.components if self.store is None else self.store.names())
-        known |= self._unborn.keys()
-        if name is not None and name not in known:
-            raise StateError(f"Unknown component: {name!r}", fix=choose(name, known))
-        return [self._facts(one) for one in (sorted(known) if name is None else [name])]
+        names = sorted(self._names()) if name is None else [name]
+        return [self._facts(one) for one in names]
 
     def _facts(self, name: str) -> Json:
-        if self.store is None or name in self._unborn:
-            live = self.components[name]
-            facts: Json = {"name": name, "state": live.state, "seq": live.seq, "data": live.data,
-                     "since": live._since, "completed": live.completed}
+        live = self.components.get(name)
+        if live is not None and (self.store is None or name in self._unborn):
+            head: Any = {"state": live.state, "seq": live.seq, "data": live.data,
+                "since": live._since, "completed": live.completed}
         else:
-            head = self._head(name)
-            facts = {key: head[key] for key in
-                     ("name", "state", "seq", "data", "since", "completed")}
+            head = self.store and self.store.head(name)
+        if head is None:
+            raise self._unknown(name)
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
-        timers = [self.queue.sealed(row) for row in rows
-            if row["dead"] is None and row["state"] is not None]
-        facts["since"] = facts["since"].get(facts["state"])
-        facts["dead"] = sum(row["dead"] is not None for row in rows)
-        facts["waiting"] = len(rows) - facts["dead"] - len(timers)
-        facts["timers"] = [{"message": row["message"]["type"], "due": row["due"]} for row in timers]
-        return facts
+        dead = sum(row["dead"] is not None for row in rows)
+        timers = [{"message": self.queue.sealed(row)["message"]["type"], "due": row["due"]}
+            for row in rows if row["dead"] is None and row["state"] is not None]
+        return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
+            "since": head["since"].get(head["state"]), "completed": head["completed"],
+            "dead": dead, "waiting": len(rows) - dead - len(timers), "timers": timers}
 
 
 # --------------------------------------------------------------------------------------------

@@ -3543,8 +3543,8 @@ class RuleDecide(RuleCase):
                 self.assertEqual(str(error), textwrap.dedent("""\
                     No value at $data.gone
                     Why: an effect needs it, on the way to 'B'
-                    Fix: guard the rule with {"exists": true}, or give the value in the """
-                    """config's data
+                    Fix: guard the rule with {"data.gone": {"exists": true}}, or give it a first """
+                    """value in the config's data
                     Context:
                       component='m'"""))
 
