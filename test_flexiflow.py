@@ -9495,7 +9495,7 @@ class Portability(Shell):
         self.addCleanup(self.folder.chmod, 0o755)
         code = (  # a superuser may write anywhere, so it becomes somebody else
             "import argparse, asyncio, difflib, hashlib, inspect, os, sqlite3, sys, tempfile\n"
-            "import random, datetime, flexiflow\n"
+            "import random, datetime, locale, flexiflow\n"
             "if os.geteuid() == 0:\n"
             "    os.seteuid(65534)\n"
             "sys.exit(flexiflow.main(sys.argv[1:]))\n"
