@@ -2699,7 +2699,7 @@ class SQLiteStore:
                 self._settle([write], error)
                 return
         self._waiting = []
-        if self._mean > SLOW_COMMIT:
+        if self._mean > SLOW_COMMIT and self.path != ":memory:":  # which `write_now` writes, too
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
                 future = self._loop.run_in_executor(None, self._commit, db)
                 future.add_done_callback(lambda done: self._settle(batch, done.result(), True))
@@ -3201,7 +3201,10 @@ class AsyncComponent:
                     receipt = await self._run(turn)
                     if receipt.outcome == "unknown":
                         raise self._unknown(turn, receipt)
-                except Exception as error:
+                except (Exception, SystemExit, asyncio.CancelledError) as error:
+                    if isinstance(error, asyncio.CancelledError) and not _is_own_failure(error):
+                        self._internal.insert(0, row)  # the next turn will run it
+                        raise
                     if self._engine is not None:
                         await self._engine._failed(row, error, count > DRAIN_LIMIT)
                     else:
@@ -3231,8 +3234,8 @@ class AsyncComponent:
                 turn.text = _written(
                     {k: v for k, v in turn.message.items() if k not in _ENVELOPE}, "message")
             while True:
-                if store is not None and self.definition.has_code:
-                    self._refresh(turn)  # code must not run on what is over
+                if store is not None:
+                    self._refresh(turn)  # nothing is decided, or run, on what is over
                 if turn.row is not None or (given and store is not None):
                     answer = await self._answered(turn, store)
                     if answer is not None:
@@ -3249,7 +3252,10 @@ class AsyncComponent:
                 if not self._refresh(turn) and plan.outcome == "unknown":
                     break
         except Exception:
+            turn.outbox = None  # what the failed code has sent; its handlers' messages go out
             await self._publish("component.message.received", turn, message=turn.message)
+            if turn.outbox:
+                await self._send_late(turn)
             raise
         outcome, before = plan.outcome, turn.leaf
         after = turn.machine.registry.name_of(turn.state) if outcome == "moved" else before
@@ -3460,8 +3466,13 @@ class AsyncComponent:
 
     def _queued(self, row: Json) -> bool:
         """Tell whether a message still waits in the queue: another process may have handled it."""
-        sql = "SELECT 1 FROM flexiflow_messages WHERE component=? AND message_id=?"
-        return self._engine is None or bool(self._engine.queue.rows(sql, (self.name, row["id"])))
+        if self._engine is None:
+            return True
+        sql = "SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
+        found = self._engine.queue.rows(sql, (self.name, row["id"]))
+        for (row["rule"],) in found:  # which a change of the rules may have given another number
+            return True
+        return False
 
     def _adopt(self, turn: Turn | None, state: State, data: Json, text: str | None, seq: int,
             since: Json, completed: float | None, chain: int, definition: Any) -> None:
@@ -3540,6 +3551,8 @@ class AsyncComponent:
                 self._load(self._engine._head(self.name))
             else:
                 await self._emit(turn, plan)
+                if turn.outbox:
+                    await self._send_late(turn)
 
     def _load(self, head: Json) -> None:
         """Become what the store says."""
@@ -3562,6 +3575,8 @@ class AsyncComponent:
                 self._unready = True
                 raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
             await self._publish("rules.updated", turn, rules=len(self.rules))
+            if turn.outbox:
+                await self._send_late(turn)
 
     def _timer_changes(self, turn: Turn, changed: Definition) -> list[Row]:
         """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
@@ -3641,7 +3656,9 @@ class FlexiFlowEngine:
         self.store: Any = store
         self.queue = store or SQLiteStore(":memory:")  # where messages wait
         self.logger = logger or globals()["logger"]
-        self.clock, self.allow_imports = clock, allow_imports
+        # A float, as it comes back from the store: checksums are made of its text.
+        self.clock = clock if clock is time.time else lambda: float(clock())
+        self.allow_imports = allow_imports
         self.event_bus = AsyncEventManager(logger=self.logger)
         self.components: dict[str, AsyncComponent] = {}
         self.posted: set[str] = set()  # components that turns of this engine have sent to
@@ -3880,6 +3897,8 @@ class FlexiFlowEngine:
         messages of one in order.
         """
         delivered = 0
+        if concurrency.__class__ is not int or concurrency < 1:
+            raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         await self._settle()

@@ -8521,6 +8521,97 @@ class ChangedRulesStored(ChangedRules):
         self.assertEqual([len(self.engine.get(name).rules) for name in "ab"], [5, 4])
 
 
+class FoundByAttack(Case):
+    """What an attack on the contract found, each with the right answer."""
+
+    @staticmethod
+    def config(*rules, **states):
+        return {"name": "a", "initial_state": "A", "states": {"A": {}, **states},
+            "rules": list(rules)}
+
+    def test_a_clock_of_whole_numbers_damages_nothing(self):
+        async def run():
+            async with FlexiFlowEngine(self.path(), clock=lambda: 1000) as engine:
+                engine.create_component(self.config({"on": "x"}))
+                first = await engine.handle_message("a", "x", id="1")
+                return first.outcome, (await engine.handle_message("a", "x", id="1")).duplicate
+
+        self.assertEqual(self.run_async(run()), ("stayed", True))
+
+    def test_what_another_engine_has_set_is_there_when_an_effect_needs_it(self):
+        config = self.config({"on": "set", "assign": {"x": 1}}, {"on": "use", "assign":
+            {"y": "$data.x"}})
+
+        async def run():
+            first, second = FlexiFlowEngine(self.path()), FlexiFlowEngine(self.path())
+            await first.register_async(first.create_component(config))
+            second.create_component(config)
+            await second.handle_message("a", "set")
+            receipt = await first.handle_message("a", "use")
+            await first.close()
+            await second.close()
+            return receipt.data
+
+        self.assertEqual(self.run_async(run()), {"x": 1, "y": 1})
+
+    def test_a_timer_whose_rule_got_another_number_elsewhere_fires_its_own_rule(self):
+        clock, timer = Clock(), {"from": "A", "after": 10, "to": "T"}
+
+        async def run():
+            first = FlexiFlowEngine(self.path(), clock=clock)
+            second = FlexiFlowEngine(self.path(), clock=clock)
+            await first.register_async(first.create_component(self.config(timer, T={}, W={})))
+            await second.update_rules("a", [{"on": "w", "to": "W"}, timer], replace=True)
+            clock.now += 20
+            await first.run(until_idle=True)
+            state = first.get("a").state
+            await first.close()
+            await second.close()
+            return state
+
+        self.assertEqual(self.run_async(run()), "T")
+
+    def test_a_message_to_itself_that_exits_blocks_nobody(self):
+        self.write("acts_exit.py", "def boom(message, component):\n    raise SystemExit(3)\n")
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+
+        async def run():
+            engine = FlexiFlowEngine()
+            self.logged()
+            engine.create_component(self.config({"on": "go", "send": {"to": "a", "type": "bad"}},
+                {"on": "bad", "action": "acts_exit:boom"}, {"on": "ok"}))
+            answers = [(await engine.handle_message("a", kind)).outcome for kind in ("go", "ok")]
+            await engine.close()
+            return answers
+
+        self.assertEqual(self.run_async(run()), ["stayed", "stayed"])
+
+    def test_what_a_handler_of_changed_rules_or_of_a_failed_message_sends_is_queued(self):
+        async def run():
+            engine = FlexiFlowEngine()
+            self.logged()
+
+            async def tell(data):
+                await engine.send("other", "told")
+
+            await engine.event_bus.subscribe("rules.updated", "test", tell)
+            engine.create_component(self.config({"on": "x", "assign": {"y": "$data.gone"}}))
+            await engine.update_rules("a", [{"on": "new"}])
+            await engine.event_bus.subscribe("component.message.received", "test", tell)
+            with self.assertRaises(StateError):
+                await engine.handle_message("a", "x")
+            waiting = [row["component"] for row in engine.queue.messages("1")]
+            await engine.close()
+            return waiting
+
+        self.assertEqual(self.run_async(run()), ["other", "other"])
+
+    def test_delivering_none_at_a_time_is_refused(self):
+        with self.assertRaises(ff.ArgumentError):
+            self.run_async(FlexiFlowEngine().run(concurrency=0))
+
+
 # ---- 13. Command line, in child processes
 
 
