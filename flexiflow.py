@@ -3201,8 +3201,8 @@ class AsyncComponent:
                     receipt = await self._run(turn)
                     if receipt.outcome == "unknown":
                         raise self._unknown(turn, receipt)
-                except (Exception, SystemExit, asyncio.CancelledError) as error:
-                    if isinstance(error, asyncio.CancelledError) and not _is_own_failure(error):
+                except BaseException as error:
+                    if not _is_own_failure(error) and not isinstance(error, SystemExit):
                         self._internal.insert(0, row)  # the next turn will run it
                         raise
                     if self._engine is not None:
@@ -3210,9 +3210,6 @@ class AsyncComponent:
                     else:
                         (self.logger or logger).error("Message %r to %r failed",
                             row["message"]["type"], self.name, exc_info=error)
-                except BaseException:
-                    self._internal.insert(0, row)  # the next turn will run it
-                    raise
         holder.begin()
 
     def _unknown(self, turn: Turn, receipt: Receipt) -> StateError:
