@@ -66,6 +66,7 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_spec.name).main())
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -1478,10 +1479,12 @@ def seconds(value: Any) -> float:
 class Outgoing:
     """A message that a turn sends: to whom, what, after how many seconds, under which id."""
 
-    __slots__ = ("to", "message", "delay", "id")
+    __slots__ = ("to", "message", "delay", "id", "correlation_id")
 
-    def __init__(self, to: str, message: Json, delay: float = 0.0, id: str | None = None) -> None:
-        self.to, self.message, self.delay, self.id = to, message, delay, id
+    def __init__(self, to: str, message: Json, delay: float = 0.0, id: str | None = None,
+            correlation_id: str | None = None) -> None:
+        self.to, self.message, self.delay = to, message, delay
+        self.id, self.correlation_id = id, correlation_id
 
 
 @dataclass(frozen=True)
@@ -1591,6 +1594,7 @@ class Definition:
         # Where a class answers, or "*" is taken, no message type is unknown.
         self.open = "*" in self.types or any(not node.declared for node in nodes.values())
         self.has_timers = any(rule.after for rule in rules)
+        self.renamed: dict[str, str] = source.get("renamed") or {}  # what became of old states
         self._by_source: dict[str, list[Rule]] = {}
         for rule in rules:
             for name in rule.sources:
@@ -1745,7 +1749,8 @@ _EXECUTING = {"from": "text or a list", "to": "text", "on": "text or a list",
 KEYS = {
     "config": {"name": "text", "description": "text", "version": "", "$schema": "text",
         "data": "an object", "initial_state_resolution": "a list", "packs": "a list",
-        "states": "an object", "initial_state": "text", "retry": "an object", "rules": "a list"},
+        "states": "an object", "initial_state": "text", "renamed": "an object",
+        "retry": "an object", "rules": "a list"},
     "state": {"description": "text", "initial": "text", "final": "true or false",
         "entry": "an object", "exit": "an object"},
     "rule": {**_EXECUTING, "description": "text"}, "note": _EXECUTING, "effects": _EFFECTS,
@@ -1959,7 +1964,7 @@ class _Walk:
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
         self.compilers: Json = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
-            "initial_state": self._initial, "rules": self._rules, "from": self._sources,
+            "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules, "from": self._sources,
             "to": self._find, "on": _names, "entry": self._effects, "exit": self._effects,
             "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
@@ -2188,6 +2193,15 @@ class _Walk:
             if other not in self.registry._names and other.__name__ not in self.nodes:
                 self._add(other.__name__, other)
         return name
+
+    def _renamed(self, value: Json) -> Json:
+        """Return what became of old states: each leads to one of today's, and is none itself."""
+        def check(old: str, new: Any) -> tuple[str, str]:
+            _require(new, "text")
+            _need(old not in self.nodes, f"{old!r} is a state still")
+            return old, self._find(new)
+
+        return dict(self._each(value, check))
 
     def _sources(self, value: Any) -> tuple[str, ...]:
         for name in _names(value):
@@ -2546,25 +2560,28 @@ list_snapshots, prune_snapshots = list_snapshots_sqlite, prune_snapshots_sqlite
 
 SCHEMA_VERSION = 1
 # components: seq is its version, and the number of its last journal row; since: active state ->
-# time of its entry. journal: receipt is [outcome, from, to, reason]; data: where it changed;
-# prior: crc of the row before. messages: queue, timers and dead letters; place: order of delivery,
-# once it is due; state, rule: of a timer; owner, lease: who is at work on it, and until when;
-# dead: when it was given up.
+# time of its entry; owner, lease: whose engine runs its code, and until when. journal: receipt is
+# [outcome, from, to, reason]; data: where it changed; prior: crc of the row before. messages:
+# queue, timers and dead letters; place: order of delivery, once it is due; state, rule: of a
+# timer; error: of the last attempt, {error, traceback, state}; dead: when it was given up.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_definitions(hash TEXT PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS flexiflow_components(name TEXT PRIMARY KEY, definition TEXT NOT NULL,
     state TEXT NOT NULL, attributes TEXT, data TEXT NOT NULL, seq INTEGER NOT NULL,
-    since TEXT NOT NULL, completed REAL, crc INTEGER NOT NULL) WITHOUT ROWID;
+    since TEXT NOT NULL, completed REAL, crc INTEGER NOT NULL, owner TEXT, lease REAL)
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS flexiflow_journal(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
     seq INTEGER NOT NULL, message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL,
     receipt TEXT NOT NULL, data TEXT, time REAL NOT NULL, prior INTEGER NOT NULL,
     crc INTEGER NOT NULL, UNIQUE(component, seq), UNIQUE(component, message_id));
 CREATE TABLE IF NOT EXISTS flexiflow_messages(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
     message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL, due REAL NOT NULL,
-    state TEXT, rule INTEGER, place INTEGER, owner TEXT, lease REAL,
-    attempts INTEGER NOT NULL DEFAULT 0, error TEXT, sent REAL NOT NULL, dead REAL,
-    crc INTEGER NOT NULL, UNIQUE(component, message_id));
-CREATE INDEX IF NOT EXISTS flexiflow_messages_due ON flexiflow_messages(due) WHERE dead IS NULL;
+    state TEXT, rule INTEGER, place INTEGER, attempts INTEGER NOT NULL DEFAULT 0, error TEXT,
+    sent REAL NOT NULL, dead REAL, crc INTEGER NOT NULL, UNIQUE(component, message_id));
+CREATE INDEX IF NOT EXISTS flexiflow_messages_due ON flexiflow_messages(due, number)
+    WHERE place IS NULL AND dead IS NULL;
+CREATE INDEX IF NOT EXISTS flexiflow_messages_place ON flexiflow_messages(place)
+    WHERE place IS NOT NULL;
 """
 BUSY_LIMIT = 30.0  # seconds that a write waits for other processes
 SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
@@ -2572,8 +2589,13 @@ SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
 _HEAD = ("definition", "state", "attributes", "data", "seq", "since", "completed")
 _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "data", "time")
 _MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule")
-_NEXT_PLACE = "(SELECT COALESCE(MAX(place), 0) + 1 FROM flexiflow_messages)"
-_GIVE_PLACE = f"UPDATE flexiflow_messages SET place={_NEXT_PLACE} WHERE number=? AND place IS NULL"
+_NOT_PLACED = "place IS NULL AND dead IS NULL"
+# What has come due runs in due order, and before what comes due later.
+_GIVE_PLACES = (
+    "UPDATE flexiflow_messages SET place=rank + (SELECT COALESCE(MAX(place), 0) FROM"
+    " flexiflow_messages WHERE place IS NOT NULL) FROM (SELECT number AS ranked, ROW_NUMBER()"
+    f" OVER (ORDER BY due, number) AS rank FROM flexiflow_messages WHERE {_NOT_PLACED} AND due<=?)"
+    " WHERE number=ranked")
 _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is lost",
     "readonly": "make the file and its folder writable",
     "locked": "another process holds the file; try again",
@@ -2585,6 +2607,13 @@ _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is
 
 def _columns(keys: Sequence[str]) -> str:
     return ", ".join("message_id" if key == "id" else key for key in keys)
+
+
+def id_taken(component: Any, id: Any, **values: Any) -> StateError:
+    """Return the error for an id that stands for another message already."""
+    return StateError(f"The id {id!r} was used for another message to {component!r}",
+        why="an id stands for one message, its type and payload included",
+        fix="send the new message under a new id", **values)
 
 
 def _pause() -> float:
@@ -2614,6 +2643,7 @@ class SQLiteStore:
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.Lock()
+        self.committing: asyncio.Future[Any] | None = None  # while a thread commits
         self._mean = 0.0  # seconds that a commit takes of late
 
     def __repr__(self) -> str:
@@ -2644,15 +2674,15 @@ class SQLiteStore:
 
     # ---- the one write
 
-    async def write(self, check: Callable[..., Any] | None, rows: Sequence[Row],
-            done: Callable[[], None] | None = None) -> Any:
-        """Carry out `rows` in a transaction, if `check(execute)` returns None; return its answer.
+    def write(self, check: Callable[..., Any] | None, rows: Sequence[Row],
+            done: Callable[[], None] | None = None) -> asyncio.Future[Any]:
+        """Carry out `rows` in a transaction, if `check(execute)` returns None; its answer comes.
 
-        Writes that are ready in one pass of the loop share a transaction. `done()` is called as
-        soon as the commit is known, also when the caller has been cancelled meanwhile. A write
-        that is cancelled before its transaction begins is not carried out. Raises
-        PersistenceError; after a failed COMMIT the outcome is unknown, and the same message id
-        may be sent again.
+        Writes that are ready in one pass of the loop share a transaction, in their order.
+        `done()` is called as soon as the commit is known, also when nobody waits any more. A
+        write that is cancelled before its transaction begins is not carried out. The future
+        raises PersistenceError, or StateError for an id that another message has; after a failed
+        COMMIT the outcome is unknown, and the same message id may be sent again.
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop and self._waiting:
@@ -2663,14 +2693,7 @@ class SQLiteStore:
         if not self._flushing:
             self._flushing = True
             loop.call_soon(self._flush)
-        return await future
-
-    def write_now(self, rows: Sequence[Row]) -> None:
-        """Carry out `rows` at once: for a store in memory, where nobody else can be writing."""
-        with self._translated(), self.db:
-            self.db.execute("BEGIN")
-            for sql, values in rows:
-                self.db.execute(sql, values)
+        return future
 
     def _flush(self, since: float = 0.0) -> None:
         """Carry out and commit all that waits, or come back when the file is free."""
@@ -2696,13 +2719,15 @@ class SQLiteStore:
             except Exception as error:  # the others are carried out without it
                 with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back by itself
                     db.execute("ROLLBACK")
-                self._settle([write], error)
+                clash = "UNIQUE constraint failed: flexiflow_messages" in str(error)
+                self._settle([write], id_taken(*values[:2]) if clash else error)
                 return
         self._waiting = []
-        if self._mean > SLOW_COMMIT and self.path != ":memory:":  # which `write_now` writes, too
+        if self._mean > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
-                future = self._loop.run_in_executor(None, self._commit, db)
-                future.add_done_callback(lambda done: self._settle(batch, done.result(), True))
+                self.committing = self._loop.run_in_executor(None, self._commit, db)
+                self.committing.add_done_callback(
+                    lambda done: self._settle(batch, done.result(), True))
                 return
         self._settle(batch, self._commit(db), True)
 
@@ -2722,6 +2747,7 @@ class SQLiteStore:
 
     def _settle(self, batch: list[Any], failure: Exception | None, unknown: bool = False) -> None:
         """Tell every write of a batch how it went, and go on with those that wait by now."""
+        self.committing = None
         for write in batch:
             if failure is None and write.answer is None and write.done is not None:
                 write.done()
@@ -2732,6 +2758,19 @@ class SQLiteStore:
             else:
                 write.future.set_exception(self._translate(failure, unknown))
         self._loop.call_soon(self._flush)
+
+    def backup(self, path: str) -> None:
+        """Copy the store as it is now into a new file, whole or not at all."""
+        if os.path.exists(path):
+            raise PersistenceError(f"There is a file already: {path!r}", fix="name a new one")
+        aside = f"{path}.{os.getpid()}.tmp"
+        try:
+            with contextlib.closing(sqlite3.connect(aside)) as copy_of_it:
+                self.db.backup(copy_of_it)
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
 
     # ---- opening and failing
 
@@ -2763,8 +2802,11 @@ class SQLiteStore:
             raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
                 fix="use the newer flexiflow.py")
-        if version == 0 and self.readonly:
-            raise PersistenceError(f"Not a store: {self.path!r}", fix="register a component")
+        ours = db.execute("SELECT 1 FROM sqlite_master WHERE name='flexiflow_journal'").fetchone()
+        if (version == 0 and self.readonly) or (version and not ours):
+            raise PersistenceError(f"Not a store: {self.path!r}",
+                why="it is a database of something else" if version else "it is empty",
+                fix="check the path" if version else "register a component")
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
@@ -2814,14 +2856,22 @@ class SQLiteStore:
             return self.db.execute(sql, values).fetchall()
 
     def names(self) -> list[str]:
-        """Return the names of all components."""
-        names = [name for (name,) in self.rows("SELECT name FROM flexiflow_components ORDER BY 1")]
+        """Return the names of all components, those of which only the history is left included."""
+        # From name to name through the index: a long history costs nothing.
+        after = "(SELECT MIN(component) FROM flexiflow_journal WHERE component > name)"
+        names = [name for (name,) in self.rows(
+            "SELECT name FROM flexiflow_components UNION SELECT * FROM (WITH RECURSIVE found(name)"
+            f" AS (VALUES ('') UNION ALL SELECT {after} FROM found WHERE name IS NOT NULL)"
+            " SELECT name FROM found WHERE name <> '') ORDER BY 1")]
         if not all(isinstance(name, str) for name in names):
             raise self.damaged("the name of a component")
         return names
 
     def head(self, name: str) -> Json | None:
-        """Return a component's row as a dict, with `chain`, the crc of its last journal row."""
+        """Return a component's row as a dict, with `chain`, the crc of its last journal row.
+
+        What is JSON comes decoded; `data_text` is the data as it is stored.
+        """
         # One statement reads one state of the file: another process may commit in between two.
         last = "(SELECT %s FROM flexiflow_journal WHERE component=asked ORDER BY seq DESC LIMIT 1)"
         ((found, *values, crc, last_seq, chain),) = self.rows(
@@ -2834,8 +2884,8 @@ class SQLiteStore:
             raise self.damaged(f"component {name!r} has only a history", component=name)
         if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
             raise self.damaged(f"component {name!r}", component=name)
+        head["data_text"] = head["data"]
         for key in ("data", "since", "attributes"):
-            head[key + "_text"] = head[key]
             head[key] = head[key] and json.loads(head[key])
         return head
 
@@ -2870,13 +2920,18 @@ class SQLiteStore:
             entries.append(entry)
         return entries
 
-    def message_row(self, component: str, id: str, correlation_id: str | None, text: str,
-            due: float, sent: float, state: str | None = None, rule: int | None = None) -> Row:
-        """Return the INSERT of a message; an id that the queue holds already adds nothing."""
-        values = (component, id, correlation_id, text, due, state, rule)
-        place = _NEXT_PLACE if state is None and due <= sent else "NULL"
-        return (f"INSERT OR IGNORE INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent, place)"
-            f" VALUES (?,?,?,?,?,?,?,?,?,{place})", (*values, checksum(*values), sent))
+    def message_rows(self, now: float, component: str, id: str, *values: Any) -> list[Row]:
+        """Return what puts a message into the queue: again the same adds nothing.
+
+        `values`: correlation id, text, due time, and of a timer its state and rule. Another
+        message of the same id is an error of the write.
+        """
+        fields = (component, id, *values, *(None,) * (5 - len(values)))
+        insert = (f"INSERT INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent)"
+            " SELECT ?,?,?,?,?,?,?,?,? WHERE NOT EXISTS (SELECT 1 FROM flexiflow_messages"
+            " WHERE component=? AND message_id=? AND message=?)")
+        rows = [(insert, (*fields, checksum(*fields), now, component, id, fields[3]))]
+        return [*rows, (_GIVE_PLACES, (now,))] if fields[4] <= now and len(values) == 3 else rows
 
     def sealed(self, row: Json) -> Json:
         """Return a row of the queue with its message decoded, if it is as it was written."""
@@ -2905,14 +2960,18 @@ class SQLiteStore:
 # A component takes one message at a time, in the task of whoever sends it. A turn decides, acts,
 # commits, announces; what goes wrong before the commit leaves everything as if the message had
 # not come. A message sent from within a component's own turn waits in the queue until that turn
-# is over, so nothing nests and nothing deadlocks.
+# is over, so nothing nests and nothing deadlocks. Code runs under a claim, so that no other
+# process runs it for the same message; rules alone are only checked when they are committed.
 
 TURN_LIMIT = 30.0  # seconds that a message waits for its turn
+LEASE = 30.0  # seconds that a claim holds unless it is renewed
 DRAIN_LIMIT = 1000  # messages of its own that a component handles before the next stranger's
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
+_BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
 _UPDATE_HEAD = (
-    f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=? WHERE name=? AND seq=?")
+    f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
+    " WHERE name=? AND seq=? AND owner IS ?")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
@@ -2921,6 +2980,16 @@ _NEW_ENTRY = (
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
+_COUNT = "UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
+_CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
+_RENEW = "UPDATE flexiflow_components SET lease=? WHERE name=? AND owner=?"
+_RELEASE = "UPDATE flexiflow_components SET owner=NULL, lease=NULL WHERE name=? AND owner=?"
+# Whose code another process runs. A lease further away than any can be is a clock that was set.
+_CLAIMED = ("SELECT name FROM flexiflow_components WHERE owner IS NOT NULL AND owner<>? AND lease>?"
+    " AND lease<=?")
+_FORGET = "DELETE FROM flexiflow_journal WHERE component=? AND seq<=?"
+_REMOVE = tuple(f"DELETE FROM flexiflow_{table} WHERE {column}=?" for table, column in (
+    ("components", "name"), ("journal", "component"), ("messages", "component")))
 _EMPTY: Json = {}  # shared by all components without data; never changed in place
 
 
@@ -2949,6 +3018,12 @@ class Receipt(namedtuple("Receipt",
         return {**self._asdict(), "data": self.data}
 
 
+# What is committed of a component, beside its state object: replaced as a whole. `text` is the
+# data as it is stored, `chain` the crc of the last journal row.
+Head = namedtuple("Head", "definition data seq since completed text chain")
+_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0)
+
+
 class Turn(Context):
     """The handling of one message: what is set while it lasts, and seen by the code it calls.
 
@@ -2957,11 +3032,15 @@ class Turn(Context):
     """
 
     live = True
+    over = False  # committed, or failed
+    claimed = False
     id: str | None = None  # the message's, and in a store
     text = ""  # its payload
-    sent: Sequence[Outgoing] = ()  # what the commit takes along
     data: Json | None = None  # a copy of `base`, once code has asked for it
-    outbox: list[Outgoing] | None = None  # what is sent from within the turn
+    kept: Any = None  # the state object that was asked, and its attributes before
+    sent: Sequence[Outgoing] = ()  # what the commit takes along
+    outbox: Sequence[Outgoing] = ()  # what code has sent so far
+    late: Sequence[asyncio.Future[Any]] = ()  # writes that are made after the commit
 
     def __init__(self, component: AsyncComponent, parent: Context | None, message: Json,
             row: Json | None = None) -> None:
@@ -2972,8 +3051,10 @@ class Turn(Context):
 
     def begin(self) -> None:
         """Start again from the component as it is now."""
-        self.state, self.base, self.data = self.machine._state, self.component._data, None
+        self.state, self.base, self.data = self.machine._state, self.component.head.data, None
         self.leaf = self.machine.registry.name_of(self.state)
+        engine = self.component._engine
+        self.now: float = time.time() if engine is None else engine.clock()
 
     def __enter__(self) -> Turn:
         _context.set(self)
@@ -2994,9 +3075,44 @@ class Turn(Context):
         return self._correlation_id
 
     def post(self, out: Outgoing) -> Receipt:
-        """Put a message into the outbox: it leaves with the turn's commit."""
-        self.outbox = [*(self.outbox or ()), out]
+        """Send a message: with the turn's commit, or at once where that has been."""
+        out.id = out.id or new_id()
+        _written(out.message, f"message to {out.to}")
+        if self.over:
+            self.sent = [out]
+            rows = self.component._queue_rows(self, Plan("sent", self.base))
+            if rows:
+                self.late = [*self.late, self.component._engine.queue.write(None, rows)]
+            self.component._keep(self)
+        else:
+            self.outbox = [*self.outbox, out]
         return Receipt("queued", out.to, out.id)
+
+    async def settled(self) -> None:
+        """Wait for the late writes; being cancelled meanwhile does not stop them."""
+        while self.late:
+            late, self.late = self.late, ()
+            await asyncio.wait(late)
+            for write in late:
+                write.result()
+
+    def undo(self) -> None:
+        """Forget what the turn's code has done to the state object, and what it has sent."""
+        self.outbox = ()
+        if self.kept is not None:
+            state, attributes = self.kept
+            vars(state).clear()
+            vars(state).update(attributes)
+            self.component._unready = True  # a commit under way may still succeed: read it again
+
+    def end(self) -> None:
+        """Undo what is not committed, and let go of the claim."""
+        if not self.over:
+            self.over = True
+            self.undo()
+        if self.claimed:
+            self.claimed = False
+            self.late = [*self.late, self.component._engine._release(self.component.name)]
 
 
 def live_turn(component: AsyncComponent | None = None) -> Turn | None:
@@ -3009,16 +3125,27 @@ def live_turn(component: AsyncComponent | None = None) -> Turn | None:
     return None
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
+    return isinstance(value, str) and bool(value) and (
+        value.isascii() or value.encode("utf-8", "replace").decode() == value)
+
+
 def check_message(message: Any) -> Json:
     """Return a message as a dict; raise ArgumentError if it is not one with a type."""
     if not isinstance(message, dict):
         raise ArgumentError(f"Not a message: {message!r}", fix='write {"type": "start"}')
     for key in ("type", "id", "correlation_id", "component"):
         value = message.get(key)
-        if (value is not None or key == "type") and not (isinstance(value, str) and value):
+        if (value is not None or key == "type") and not _is_name(value):
             raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}",
                 fix='write {"type": "start"}' if key == "type" else "leave it out, or name it")
     return message if message.__class__ is dict else dict(message)
+
+
+def payload(message: Json) -> Json:
+    """Return a message without its envelope."""
+    return {key: value for key, value in message.items() if key not in _ENVELOPE}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3029,30 +3156,25 @@ def _receipt_text(*parts: str | None) -> str:
 class AsyncComponent:
     """A name, a state, data and rules; made by an engine from a config, or by hand.
 
-    `seq` counts what has happened to it; `completed` is when it reached a final state, in epoch
-    seconds; `metadata` is what a snapshot carried along.
+    `metadata` is what a snapshot carried along.
     """
 
-    __slots__ = ("name", "state_machine", "logger", "event_bus", "seq", "completed", "definition",
-        "metadata", "_rules", "_engine", "_data", "_data_text", "_since", "_chain", "_unready",
-        "_birth", "_turn", "_waiters", "_internal", "_update")
+    __slots__ = ("name", "state_machine", "logger", "event_bus", "metadata", "head", "_rules",
+        "_engine", "_unready", "_birth", "_update", "_turn", "_waiters", "_internal")
 
     def __init__(self, name: str, rules: list[Json] | None = None, state_machine: StateMachine
             | None = None, logger: Any = None, event_bus: AsyncEventManager | None = None) -> None:
-        if not isinstance(name, str) or not name:
+        if not _is_name(name):
             raise ArgumentError(f"Not a name for a component: {name!r}")
         self.name, self.logger, self.event_bus = name, logger, event_bus
         self.state_machine = state_machine or StateMachine.from_name("InitialState")
         nothing: Any = None
-        # A definition of None: made by hand, without rules. `_data_text` and `_chain` are the data
-        # as stored, and the crc of the last journal row.
-        self.definition = self._engine = self.completed = self.metadata = nothing
-        self.seq = self._chain = 0
-        self._data = self._since = _EMPTY
+        self.head: Any = _NO_HEAD  # its definition is None: made by hand, without rules
+        self.metadata = self._engine = nothing
         # `_prepare` comes before the next message where there is something to compile, read or
         # carry out: `_birth`, the plan of a new component, and `_update`, a definition.
         self._rules, self._unready = rules, bool(rules)
-        self._data_text = self._birth = self._update = nothing
+        self._birth = self._update = nothing
         # Whose turn it is, who waits for it, and what was sent to itself and is not handled yet.
         self._turn = self._waiters = self._internal = nothing
 
@@ -3060,6 +3182,11 @@ class AsyncComponent:
         return f"<AsyncComponent {self.name!r} in {self.state!r}>"
 
     # ---- what users see
+
+    seq = property(lambda self: self.head.seq, doc="How many things have happened to it.")
+    completed = property(lambda self: self.head.completed,
+        doc="When it reached a final state, in epoch seconds, or None.")
+    definition = property(lambda self: self.head.definition, doc="What its config was compiled to.")
 
     @property
     def state(self) -> str:
@@ -3071,7 +3198,7 @@ class AsyncComponent:
         """The data: within a turn the working copy, else a copy that changes nothing."""
         turn = live_turn(self)
         if turn is None:
-            return fresh(self._data)  # type: ignore[no-any-return]
+            return fresh(self.head.data)  # type: ignore[no-any-return]
         if turn.data is None:
             turn.data = fresh(turn.base)
         return turn.data
@@ -3089,7 +3216,8 @@ class AsyncComponent:
     def rules(self) -> list[Json]:
         """The rules, notes included; `update_rules` changes them."""
         if self._rules is None:
-            self._rules = []
+            definition = self.head.definition
+            self._rules = fresh(definition.source.get("rules") or []) if definition else []
         return self._rules
 
     async def add_rule(self, rule: Json) -> None:
@@ -3128,8 +3256,8 @@ class AsyncComponent:
         if self._turn is not None:
             own = live_turn(self)
             if own is not None:  # called from within: it runs when the turn is over
-                body = {key: value for key, value in message.items() if key not in _ENVELOPE}
-                return own.post(Outgoing(self.name, body, 0.0, message.get("id") or new_id()))
+                return own.post(Outgoing(self.name, payload(message), 0.0, message.get("id"),
+                    message.get("correlation_id")))
             await self._wait_for(turn)
         self._turn = turn
         _context.set(turn)
@@ -3137,7 +3265,7 @@ class AsyncComponent:
             if self._unready or self._internal:
                 await self._prepare(turn)
             receipt = await self._run(turn)
-            if self._internal:
+            if self._internal or turn.late:
                 await self._drain(turn)
         finally:
             turn.live = False
@@ -3159,6 +3287,8 @@ class AsyncComponent:
         with turn:
             await self._prepare(turn)
             yield turn
+            turn.end()
+            await self._drain(turn)
 
     async def _wait_for(self, turn: Turn) -> None:
         """Wait until every message that came before has been handled."""
@@ -3168,15 +3298,18 @@ class AsyncComponent:
         try:
             await asyncio.wait([future], timeout=TURN_LIMIT)
             if not future.done():
-                raise StateError(f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}",
-                    why="the message before this one is not done; perhaps two components wait for"
-                    " each other", component=self.name)
+                raise self._no_turn("the message before this one is not done; perhaps two"
+                    " components wait for each other")
         except BaseException:
             future.cancel()
             if self._turn is turn:  # cancelled in the moment in which the turn was given
                 self._pass_on()
             raise
         turn.begin()
+
+    def _no_turn(self, why: str) -> StateError:
+        return StateError(
+            f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}", why=why, component=self.name)
 
     def _pass_on(self) -> None:
         """Give the turn to who has waited longest."""
@@ -3190,6 +3323,7 @@ class AsyncComponent:
     async def _drain(self, holder: Turn) -> None:
         """Handle the messages that the component sent to itself."""
         for count in itertools.count(1):
+            await holder.settled()
             if not self._internal:
                 break
             row = self._internal.pop(0)
@@ -3205,11 +3339,13 @@ class AsyncComponent:
                     if not _is_own_failure(error) and not isinstance(error, SystemExit):
                         self._internal.insert(0, row)  # the next turn will run it
                         raise
+                    turn.end()
                     if self._engine is not None:
                         await self._engine._failed(row, error, count > DRAIN_LIMIT)
                     else:
                         (self.logger or logger).error("Message %r to %r failed",
                             row["message"]["type"], self.name, exc_info=error)
+                await turn.settled()
         holder.begin()
 
     def _unknown(self, turn: Turn, receipt: Receipt) -> StateError:
@@ -3228,54 +3364,54 @@ class AsyncComponent:
             if store is not None:
                 turn.id = given or new_id()
                 turn.message = {**turn.message, "id": turn.id}
-                turn.text = _written(
-                    {k: v for k, v in turn.message.items() if k not in _ENVELOPE}, "message")
+                turn.text = _written(payload(turn.message), "message")
             while True:
                 if store is not None:
+                    if store.committing is not None:
+                        await asyncio.wait([store.committing])
                     self._refresh(turn)  # nothing is decided, or run, on what is over
                 if turn.row is not None or (given and store is not None):
                     answer = await self._answered(turn, store)
                     if answer is not None:
                         return answer
+                if store is not None and self.head.definition.has_code and not turn.claimed:
+                    await self._claim(turn)
+                    continue
                 plan = self._decided(turn)
                 if plan.outcome == "class":
                     await self._ask_class(turn, plan)
                 if plan.actions:
                     await self._act(turn, plan)
-                if plan.outcome != "unknown":
-                    commit = self._commit(turn, plan)
-                    if commit is None or await commit is None:
-                        break
-                if not self._refresh(turn) and plan.outcome == "unknown":
+                if plan.outcome == "unknown":
                     break
-        except Exception:
-            turn.outbox = None  # what the failed code has sent; its handlers' messages go out
+                commit = self._commit(turn, plan)
+                if commit is None or await commit is None:
+                    break
+                turn.undo()
+                turn.claimed = False
+        except (Exception, SystemExit):
+            turn.end()
             await self._publish("component.message.received", turn, message=turn.message)
-            if turn.outbox:
-                await self._send_late(turn)
+            await turn.settled()
             raise
+        finally:
+            turn.end()
         outcome, before = plan.outcome, turn.leaf
         after = turn.machine.registry.name_of(turn.state) if outcome == "moved" else before
-        id, seq = (None, None) if outcome == "unknown" else (turn.id, self.seq)
+        id, seq = (None, None) if outcome == "unknown" else (turn.id, self.head.seq)
         receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
             outcome, self.name, id, before, after, seq, plan.reason, plan.data, False))
-        try:
-            if self.event_bus is not None and self.event_bus._events:
-                await self._announce(turn, plan, receipt)
-        finally:
-            if turn.outbox:
-                await self._send_late(turn)
+        if self.event_bus is not None and self.event_bus._events:
+            await self._announce(turn, plan, receipt)
         return receipt
 
-    def _refresh(self, turn: Turn) -> bool:
-        """Begin again with what the store says; tell whether another process has changed it."""
+    def _refresh(self, turn: Turn) -> None:
+        """Begin again with what the store says, if another process has changed it."""
         store: Any = self._engine and self._engine.store
         sql = "SELECT seq FROM flexiflow_components WHERE name=?"
-        changed = store is not None and store.rows(sql, (self.name,)) != [(self.seq,)]
-        if changed:
+        if store is not None and store.rows(sql, (self.name,)) != [(self.head.seq,)]:
             self._load(self._engine._head(self.name))
         turn.begin()
-        return changed
 
     async def _answered(self, turn: Turn, store: SQLiteStore | None) -> Receipt | None:
         """Return the receipt of a message that is over, here or in another process."""
@@ -3287,57 +3423,83 @@ class AsyncComponent:
                 "it has been handled elsewhere")
         entry = found[0]
         if _encode(entry["message"]) != turn.text:
-            raise StateError(f"The id {turn.id!r} was used for another message to {self.name!r}",
-                why="an id stands for one message, its type and payload included",
-                fix="send the new message under a new id", first=entry["message"].get("type"))
+            raise id_taken(self.name, turn.id, first=entry["message"].get("type"))
         if turn.row is not None:
             await store.write(None, [(_UNQUEUE, (self.name, turn.id))])
-        self._refresh(turn)
-        last = store.journal(self.name, 1, "seq<=? AND data IS NOT NULL", (entry["seq"],))
-        data = last[0]["data"] if last else None
+        last = store.journal(self.name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
+        later = last or store.journal(self.name, 1, "data IS NOT NULL")
+        data = last[0]["data"] if last else None if later else self.head.data  # pruned, or the same
         return Receipt._make([*map(entry.get, Receipt._fields[:7]), data, True])
+
+    async def _claim(self, turn: Turn) -> None:
+        """Let nobody else run the component's code; count the attempt at a queued message.
+
+        The count is kept before the code runs: a message that kills its process counts, too.
+        """
+        engine, start = self._engine, time.monotonic()
+
+        def held(execute: Callable[..., Any]) -> Any:
+            sql = f"{_CLAIMED} AND name=?"
+            return execute(sql, (*engine._rivals(), self.name)).fetchone()
+
+        def done() -> None:
+            turn.claimed = True
+            engine._hold(self.name)
+            if turn.row is not None:
+                turn.row["claimed"] = True
+            if turn.over:  # cancelled meanwhile
+                turn.end()
+
+        rows: list[Row] = [] if turn.row is None else [(_COUNT, (1, self.name, turn.id))]
+        while True:
+            claim = (_CLAIM, (engine.id, engine.clock() + LEASE, self.name))
+            if await engine.store.write(held, [claim, *rows], done) is None:
+                return
+            if time.monotonic() - start > TURN_LIMIT + 1:  # a lease that ends in 30 s has ended
+                raise self._no_turn("another process is at work on the message before this one")
+            await asyncio.sleep(_pause())
 
     # ---- deciding and acting
 
     def _decided(self, turn: Turn) -> Plan:
         """Return what the rules say, with the state object that it leads to."""
-        definition, row, timer = self.definition, turn.row, None
+        definition, row, timer, reason = self.head.definition, turn.row, None, None
         if definition is None:
             return Plan("class", turn.base)
-        if self.completed is not None:
+        if self.head.completed is not None:
+            reason = f"completed in {turn.leaf}"
+        elif row is not None and row.get("state") is not None:
+            rule = definition.by_number.get(row["rule"])
+            if rule is None or row["state"] not in definition.sources(turn.leaf):
+                reason = f"the timer of {row['state']} is over"  # it was dead when that was left
+            else:
+                timer = definition.candidate(turn.leaf, rule, row["state"])
+        if reason is not None:
             plan = Plan("ignored", turn.base)
-            plan.reason, plan.state = f"completed in {turn.leaf}", turn.state
-            return plan
-        if row is not None and row.get("state") is not None:
-            timer = definition.candidate(turn.leaf, definition.by_number[row["rule"]], row["state"])
-        plan = decide(definition, turn.leaf, self._scope(turn, turn.leaf), timer)
+            plan.reason = reason
+        else:
+            plan = decide(definition, turn.leaf, self._scope(turn, turn.leaf), timer)
         plan.state = turn.state
         if plan.passage is not None and plan.outcome == "moved":
             plan.state = plan.passage.node.instance or plan.passage.node.create()
         return plan
 
-    def _scope(self, turn: Turn, leaf: str, now: float | None = None) -> Scope:
-        clock = time.time if self._engine is None else self._engine.clock
+    def _scope(self, turn: Turn, leaf: str) -> Scope:
         return {"message": turn.message, "data": turn.base, "component": self.name, "state": leaf,
-            "id": turn.id, "now": clock() if now is None else now, "self": self}
+            "id": turn.id, "now": turn.now, "self": self}
 
     async def _ask_class(self, turn: Turn, plan: Plan) -> None:
-        """Let the current state's class answer; put back its attributes if it fails."""
+        """Let the current state's class answer."""
         state = turn.state
-        kept = vars(state) and fresh(vars(state))
-        try:
-            proceed, plan.state = await ask(state, turn.message, self)
-        except BaseException:
-            vars(state).clear()
-            vars(state).update(kept)
-            raise
+        turn.kept = state, fresh(vars(state))
+        proceed, plan.state = await ask(state, turn.message, self)
         self._take_data(turn, plan)
         if not proceed:
             plan.outcome = "blocked" if plan.refused else "ignored"
             plan.reason = f"{turn.leaf} does not take {turn.message['type']!r}"
         else:
             plan.outcome = "stayed" if plan.state is state else "moved"
-        definition, cls = self.definition, plan.state.__class__
+        definition, cls = self.head.definition, plan.state.__class__
         if definition is not None and plan.outcome == "moved":  # go there as a rule would
             name = self.state_machine.registry.name_of(plan.state)
             if name not in definition.nodes:
@@ -3369,122 +3531,120 @@ class AsyncComponent:
     # ---- committing
 
     def _commit(self, turn: Turn, plan: Plan, changed: Any = None, rows: Any = ()) -> Any:
-        """Make a plan true: at once in memory; in a store, return what is to be awaited."""
-        engine, passage, since, completed = self._engine, plan.passage, self._since, self.completed
-        seq = self.seq + (plan.outcome != "created")
-        now = 0.0 if engine is None else engine.clock()
+        """Make a plan true: at once in memory; else return the write that is to be awaited."""
+        engine, old, passage, now = self._engine, self.head, plan.passage, turn.now
+        seq, since, completed = old.seq + (plan.outcome != "created"), old.since, old.completed
         if seq and passage is not None and passage.enters:
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
-        turn.sent = plan.sends
-        if turn.outbox:
-            turn.sent, turn.outbox = [*plan.sends, *turn.outbox], None
+        if changed is not None:
+            since = {changed.renamed.get(name, name): at for name, at in since.items()}
+        turn.sent, turn.outbox = [*plan.sends, *turn.outbox], ()
         if turn.row is not None or turn.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(turn, plan)]
-        definition = changed or self.definition
+        head = Head(changed or old.definition, plan.data, seq, since, completed, None, 0)
         if engine is not None and engine.store is not None:
-            return self._write(turn, plan, rows, now, seq, since, completed, definition)
-        if rows:
-            engine.queue.write_now(rows)
-        self._adopt(turn, plan.state, plan.data, None, seq, since, completed, 0, definition)
-        return None
+            return self._write(turn, plan, head, rows)
+        adopt = functools.partial(self._adopt, head, plan.state, turn)
+        return engine.queue.write(None, rows, adopt) if rows else adopt()
 
-    def _write(self, turn: Turn, plan: Plan, rows: Sequence[Row], now: float, seq: int,
-            since: Json, completed: float | None, definition: Definition) -> Any:
+    def _write(self, turn: Turn, plan: Plan, head: Any, rows: Sequence[Row]) -> Any:
         """Return the write of a plan: the component's row, the journal's, and `rows`."""
+        definition, data, seq, since, completed, *_ = head
         name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
         kept = _written(attributes, f"attributes of {name}") if attributes else None
-        text = (self._data_text if plan.data is self._data else None) or _written(plan.data, "data")
-        changed = text if text != self._data_text or not seq else None
+        old = self.head
+        text = (old.text if data is old.data else None) or _written(data, "data")
         receipt = _receipt_text(plan.outcome, turn.leaf, name, plan.reason)
-        entry = (self.name, seq, turn.id, turn.correlation_id, turn.text, receipt, changed, now)
-        chain = checksum(*entry, start=self._chain)
+        entry = (self.name, seq, turn.id, turn.correlation_id, turn.text, receipt,
+            text if text != old.text or not seq else None, turn.now)
+        chain = checksum(*entry, start=old.chain)
         values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
         values += (checksum(self.name, *values, start=chain), self.name)
+        owner = self._engine.id if turn.claimed else None
 
-        def claim(execute: Callable[..., Any]) -> str | None:
+        def check(execute: Callable[..., Any]) -> str | None:
             if turn.row is not None and not self._queued(turn.row):
                 return "moved on"
-            done = execute(_UPDATE_HEAD, (*values, seq - 1)) if seq else execute(_NEW_HEAD, values)
+            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
+                else execute(_NEW_HEAD, values))
             return None if done.rowcount == 1 else "moved on"
 
-        journal: list[Row] = [(_NEW_ENTRY, (*entry, self._chain, chain))]
-        if not seq or definition is not self.definition:
+        journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
+        if not seq or definition is not old.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
-        return self._engine.store.write(claim, [*journal, *rows], functools.partial(
-            self._adopt, turn, plan.state, plan.data, text, seq, since, completed, chain,
-            definition))
+        return self._engine.store.write(check, [*journal, *rows], functools.partial(
+            self._adopt, head._replace(text=text, chain=chain), plan.state, turn))
 
     def _queue_rows(self, turn: Turn, plan: Plan) -> list[Row]:
         """Return what a plan changes in the queue: the message itself, timers, what it sends."""
-        passage, definition = plan.passage, self.definition
-        if self._engine is None:
-            if plan.sends or plan.timers:
+        passage, definition, engine = plan.passage, self.head.definition, self._engine
+        if engine is None:
+            if plan.timers or any(out.to != self.name or out.delay for out in turn.sent):
                 raise StateError(f"{self.name!r} sends or waits without an engine",
                     fix="engine.register(it)")
             return []
-        now = self._engine.clock()
-        rows = [] if turn.row is None else [(_UNQUEUE, (self.name, turn.id))]
+        now = turn.now
+        rows = [] if turn.row is None or turn.over else [(_UNQUEUE, (self.name, turn.id))]
         if passage is not None and definition.has_timers:
             gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
             rows += [(_NO_TIMERS, (self.name, owner)) for owner in gone]
-        rows += [self._message_row(turn, out, now + out.delay, now) for out in turn.sent]
-        return rows + [
-            self._timer_row(turn, definition.by_number[number], owner, due, now)
-            for due, owner, number in plan.timers if passage and not passage.completes]
+        for out in turn.sent:
+            out.id = out.id or new_id()
+            rows += engine.queue.message_rows(now, out.to, out.id, out.correlation_id
+                or turn.correlation_id, _written(out.message, f"message to {out.to}"),
+                now + out.delay)
+        if passage is not None and not passage.completes:
+            for due, owner, number in plan.timers:
+                rows += self._timer_rows(turn, definition.by_number[number], owner, due)
+        return rows
 
-    def _message_row(self, turn: Turn, out: Outgoing, due: float, now: float, *timer: Any) -> Any:
-        out.id = out.id or new_id()
-        text = _written(out.message, f"message to {out.to}")
-        return self._engine.queue.message_row(
-            out.to, out.id, turn.correlation_id, text, due, now, *timer)
-
-    def _timer_row(self, turn: Turn, rule: Rule, owner: str, due: float, now: float) -> Any:
-        out = Outgoing(self.name, {"type": f"after {rule.text['after']}"})
-        return self._message_row(turn, out, due, now, owner, rule.number)
-
-    async def _send_late(self, turn: Turn) -> None:
-        """Send what handlers and tasks of the turn have sent since its commit."""
-        turn.sent, turn.outbox = turn.outbox or [], None
-        rows = self._queue_rows(turn, Plan("sent", turn.base))
-        if rows:
-            await self._engine.queue.write(None, rows)
-        self._keep(turn)
+    def _timer_rows(self, turn: Turn, rule: Rule, owner: str, due: float) -> list[Row]:
+        kind = f"after {rule.text['after']}"
+        text = _encode({"type": kind, "state": owner, "rule": rule.number})
+        return self._engine.queue.message_rows(  # type: ignore[no-any-return]
+            turn.now, self.name, new_id(), turn.correlation_id, text, due, owner, rule.number)
 
     def _keep(self, turn: Turn) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
         if self._engine is not None:
             self._engine.posted.update(out.to for out in turn.sent)
+            self._engine._wake()
         self._internal = [*(self._internal or ()), *(
             {"component": self.name, "message": out.message, "id": out.id,
-                "correlation_id": turn.correlation_id}
+                "correlation_id": out.correlation_id or turn.correlation_id}
             for out in turn.sent if out.to == self.name and not out.delay)]
 
     def _queued(self, row: Json) -> bool:
         """Tell whether a message still waits in the queue: another process may have handled it."""
         if self._engine is None:
             return True
-        sql = "SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
+        sql = ("SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
+            " AND dead IS NULL")
         found = self._engine.queue.rows(sql, (self.name, row["id"]))
         for (row["rule"],) in found:  # which a change of the rules may have given another number
             return True
         return False
 
-    def _adopt(self, turn: Turn | None, state: State, data: Json, text: str | None, seq: int,
-            since: Json, completed: float | None, chain: int, definition: Any) -> None:
+    def _adopt(self, head: Any, state: State, turn: Turn | None = None) -> None:
         """Become what was committed."""
-        self.state_machine._state, self._data, self._data_text = state, data, text
-        self.seq, self._since, self.completed, self._chain = seq, since, completed, chain
-        if definition is not self.definition:
-            self._define(definition)
-            self._rules = fresh(definition.source.get("rules") or [])
-        if self._engine is not None and self._engine._alarm is not None:
-            self._engine._wake()
+        if head.definition is not self.head.definition:
+            self.state_machine.registry, self._rules = head.definition.registry, None
+        self.head, self.state_machine._state = head, state
         if turn is not None:
-            turn.state, turn.base = state, data
+            turn.state, turn.base, turn.kept = state, head.data, None
+            if turn.claimed:
+                turn.claimed = False
+                self._engine._claims.discard(self.name)
+            turn.over = True
             if turn.sent:
                 self._keep(turn)
+            while turn.outbox:  # sent by a task while the commit was under way
+                out, *turn.outbox = turn.outbox
+                turn.post(out)
+        if self._engine is not None:
+            self._engine._wake()
 
     # ---- creation, rules, reloading
 
@@ -3494,21 +3654,32 @@ class AsyncComponent:
         if self._birth is not None:
             await self._be_born(turn, self._birth)
         elif self._unready and engine is not None and engine.store is not None:
+            if engine.store.committing is not None:
+                await asyncio.wait([engine.store.committing])
             self._load(engine._head(self.name))
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
             self._define(self._compiled(self.rules))
         if self._update is not None:
-            await self._swap(turn, self._update)
-            self._update = None
-            engine._unborn.pop(self.name, None)
+            await self._adapt(turn)
         self._unready = False
         if self._internal:  # left over by a turn that was cancelled
             await self._drain(turn)
         turn.begin()
 
+    async def _adapt(self, turn: Turn) -> None:
+        """Go over to the config that `create_component(update=True)` brought, if that can be."""
+        changed = self._update
+        try:
+            await self._swap(turn, changed)
+        except ConfigError as error:  # meanwhile it went where the new config has no state
+            self._engine.logger.error("%r keeps its definition", self.name, exc_info=error)
+        self._update = None
+        self._engine._unborn.pop(self.name, None)
+
     def _define(self, definition: Definition) -> None:
-        self.definition, self.state_machine.registry = definition, definition.registry
+        self.head, self.state_machine.registry = (
+            self.head._replace(definition=definition), definition.registry)
 
     def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
         """Return a definition with these rules instead; raise ConfigError if it is not good."""
@@ -3527,55 +3698,66 @@ class AsyncComponent:
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
             raise error
-        return self._checked(walk.definition())
-
-    def _checked(self, definition: Definition) -> Definition:
-        """Return a definition that the component can go over to; else raise ConfigError."""
-        if self.state not in definition.nodes:
-            raise ConfigError(f"State {self.state!r} of {self.name!r} would be gone",
-                fix="keep the state, or let the component leave it first", component=self.name)
+        definition = walk.definition()
+        self._counterpart(definition)
         return definition
 
-    async def _be_born(self, holder: Turn, plan: Plan) -> None:
+    def _counterpart(self, definition: Definition) -> Node:
+        """Return the current state's node in another definition; else raise ConfigError."""
+        node = definition.nodes.get(definition.renamed.get(self.state, self.state))
+        if node is None:
+            raise ConfigError(f"State {self.state!r} of {self.name!r} would be gone",
+                fix="keep the state, let the component leave it first, or say in the config what"
+                f' became of it: "renamed": {{"{self.state}": ...}}', component=self.name)
+        return node
+
+    async def _be_born(self, holder: Turn, birth: Plan) -> None:
         """Turn 0: run the entry actions; write the component, its data and its timers."""
         with Turn(self, holder, {"type": "created"}) as turn:
+            plan = copy.copy(birth)
             await self._act(turn, plan)
             turn.id, turn.text = "", _encode({"created": self.definition.hash})
             commit = self._commit(turn, plan)
-            self._birth, lost = None, commit is not None and await commit is not None
+            lost = commit is not None and await commit is not None
+            self._birth = None
             self._engine._unborn.pop(self.name, None)
             if lost:  # another process made it first
                 self._load(self._engine._head(self.name))
             else:
                 await self._emit(turn, plan)
-                if turn.outbox:
-                    await self._send_late(turn)
+                await turn.settled()
 
     def _load(self, head: Json) -> None:
         """Become what the store says."""
-        definition = self._engine._stored_definition(head["definition"])
+        definition = self._engine._definition(head["definition"], self.state_machine.registry)
         if head["state"] not in definition.nodes:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
-        state = definition.nodes[head["state"]].create(head["attributes"])
-        self._adopt(None, state, head["data"], head["data_text"], head["seq"], head["since"],
-            head["completed"], head["chain"], definition)
+        self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
+            head["data_text"], head["chain"]),
+            definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
     async def _swap(self, holder: Turn, changed: Definition) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
+        node = self._counterpart(changed)
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
-            plan = Plan("updated", self._data)
-            plan.state = changed.nodes[turn.leaf].create(vars(turn.state) or None)
+            if self._engine is not None and self._engine.store and self.definition.has_code:
+                await self._claim(turn)
+            plan = Plan("updated", self.head.data)
+            plan.state = node.create(vars(turn.state) or None)
             turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
-            commit = self._commit(turn, plan, changed, self._timer_changes(turn, changed))
-            if commit is not None and await commit is not None:
+            try:
+                commit = self._commit(turn, plan, changed, self._timer_changes(turn, changed, node))
+                lost = commit is not None and await commit is not None
+            finally:
+                turn.end()
+            if lost:
                 self._unready = True
                 raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
             await self._publish("rules.updated", turn, rules=len(self.rules))
-            if turn.outbox:
-                await self._send_late(turn)
+            await turn.settled()
 
-    def _timer_changes(self, turn: Turn, changed: Definition) -> list[Row]:
+    def _timer_changes(self, turn: Turn, changed: Definition, node: Node) -> list[Row]:
         """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
         engine, old = self._engine, self.definition
         if engine is None or not (changed.has_timers or (old and old.has_timers)):
@@ -3586,15 +3768,15 @@ class AsyncComponent:
         where = "component=? AND state IS NOT NULL AND dead IS NULL"
         for row in engine.queue.messages(where, (self.name,)):
             kept = after.get(before.get(row["rule"], ""))
+            owner = changed.renamed.get(row["state"], row["state"])
             rows.append((_UNQUEUE, (self.name, row["id"])) if kept is None
-                else engine.queue.change_message(row, rule=kept))
-        now = engine.clock()
-        scope = self._scope(turn, turn.leaf, now)
-        for owner in changed.sources(turn.leaf):
+                else engine.queue.change_message(row, rule=kept, state=owner))
+        scope, back = self._scope(turn, node.name), {v: k for k, v in changed.renamed.items()}
+        for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
                 if _encode(rule.text) not in before.values():
-                    due = self._since.get(owner, now) + seconds(rule.after(scope))
-                    rows.append(self._timer_row(turn, rule, owner, due, now))
+                    since = self.head.since.get(back.get(owner, owner), turn.now)
+                    rows += self._timer_rows(turn, rule, owner, since + seconds(rule.after(scope)))
         return rows
 
     # ---- events
@@ -3625,6 +3807,7 @@ class AsyncComponent:
         except StateError as error:  # published too deep
             (self.logger or logger).error("Event %r was not published", event, exc_info=error)
 
+
 def message_of(row: Json) -> Json:
     """Return a message of the queue as its component is to see it."""
     return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
@@ -3635,6 +3818,67 @@ def _message(message: str | Json, fields: Json) -> Json:
     if isinstance(message, str):
         return {**fields, "type": message}
     return {**check_message(message), **fields} if fields else message
+
+
+def _on_paper(config: Any) -> tuple[Definition, str]:
+    """Return a definition whose code is not imported, and the names of that code."""
+    found = _Walk(config, imports=False).problems()
+    if found.definition is None:
+        raise _as_error(found.errors, None)
+    classes = [node.name for node in found.definition.nodes.values() if not node.declared]
+    return found.definition, ", ".join({**dict.fromkeys(found.unchecked + classes)})
+
+
+def _decided_again(definition: Definition, name: str, leaf: str, data: Json,
+        entry: Json) -> tuple[list[str], Json]:
+    """Return outcome, state before and after, and data of what a journal row's message does now."""
+    message, node = entry["message"], definition.nodes.get(leaf)
+    if node is None or (node.final and node.parent is None):
+        return ["ignored" if node else "gone", leaf, leaf], data
+    timers = [(rule, owner) for owner in definition.sources(leaf)
+        for rule in definition.timers(owner) if message["type"] == f"after {rule.text['after']}"]
+    same_rule = [one for one in timers if one[0].number == message.get("rule")]
+    timer = next((definition.candidate(leaf, *one) for one in same_rule or timers), None)
+    scope = {"message": {**message, "id": entry["id"], "correlation_id": entry["correlation_id"]},
+        "data": data, "component": name, "state": leaf, "id": entry["id"], "now": entry["time"],
+        "self": None}
+    try:
+        plan = decide(definition, leaf, scope, timer)
+    except FlexiFlowError:
+        return ["failed", leaf, leaf], data
+    return [plan.outcome, leaf, plan.passage.node.name if plan.passage else leaf], plan.data
+
+
+def _replayed(name: str, history: list[Json],
+        definition_of: Callable[[Json], tuple[Definition, str]]) -> Json:
+    """Decide a history again, its oldest entry first; see `FlexiFlowEngine.replay`."""
+    answer: Json = {"component": name, "steps": 0, "same": 0, "differences": [],
+        "state": history[-1]["to_state"], "would_be": None, "skipped": None}
+    while history and history[0]["data"] is None:
+        history = history[1:]
+    if not history:
+        return {**answer, "skipped": "what is left of its history begins without its data"}
+    definition, code = definition_of(history[0])
+    leaf, data, data_then = (history[0][key] for key in ("to_state", "data", "data"))
+    for entry in history[1:]:
+        data_then = data_then if entry["data"] is None else entry["data"]
+        if entry["outcome"] == "updated":
+            definition, code = definition_of(entry)
+            leaf = definition.renamed.get(leaf, leaf)
+            continue
+        if code:
+            return {**answer, "skipped": f"its definition runs code: {code}"}
+        was = [entry["outcome"], entry["from_state"], entry["to_state"]]
+        now, data = _decided_again(definition, name, leaf, data, entry)
+        leaf = now[2]
+        if answer["differences"] or now != was or data != data_then:
+            both = ([was, data_then], [now, data]) if data != data_then else ([was], [now])
+            then, again = ([*facts, *rest] for facts, *rest in both)
+            answer["differences"].append({"seq": entry["seq"], "message": entry["message"]["type"],
+                "was": then, "now": again})
+        answer["steps"] += 1
+        answer["same"] += not answer["differences"]
+    return {**answer, "would_be": leaf}
 
 
 class FlexiFlowEngine:
@@ -3659,10 +3903,16 @@ class FlexiFlowEngine:
         self.event_bus = AsyncEventManager(logger=self.logger)
         self.components: dict[str, AsyncComponent] = {}
         self.posted: set[str] = set()  # components that turns of this engine have sent to
+        self.id = new_id()  # under which it claims components
+        self._claims: set[str] = set()  # the components whose code runs here
+        self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
-        self._configs: dict[str, ComponentConfig] = {}  # by what they say; stored ones by hash
+        self._cancelled: set[Any] = set()  # deliveries that `run` has called off
+        self._configs: dict[str, ComponentConfig] = {}  # by what they say
+        self._definitions: dict[str, Definition] = {}  # of the store, by hash
+        self._foreign: set[str] = set()  # hashes of definitions whose code is not to be had here
         self._warned: set[str] = set()  # components whose config differs
         self._alarm: asyncio.Future[None] | None = None
         self._stopping = False
@@ -3682,7 +3932,11 @@ class FlexiFlowEngine:
             while self._tasks:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._settle()
+            if self.queue._waiting:
+                await self.queue.write(None, ())  # after all others
         finally:
+            if self._renewal is not None:
+                self._renewal.cancel()
             self.queue.close()
 
     # ---- components
@@ -3700,15 +3954,16 @@ class FlexiFlowEngine:
         definition: Any = loaded.definition
         known = self.get(name or loaded.name)
         if known is None:
-            state = definition.birth.node.create()
-            component = AsyncComponent(name or loaded.name, None, StateMachine(state))
-            component._adopt(None, state, _EMPTY, None, 0, _EMPTY, None, 0, definition)
-            component._data = {**fresh(loaded.data), **fresh(data or {})}
+            machine = StateMachine(definition.birth.node.create(), definition.registry)
+            component = AsyncComponent(name or loaded.name, None, machine)
+            given = {**fresh(loaded.data), **fresh(data or {})} or _EMPTY
+            component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
         if known.definition is not None and known.definition.text == definition.text:
             return known
         if update:
-            known._update = known._checked(definition)
+            known._counterpart(definition)
+            known._update = definition
             known._unready, self._unborn[known.name] = True, known
         elif known.name not in self._warned:
             self._warned.add(known.name)
@@ -3739,7 +3994,8 @@ class FlexiFlowEngine:
     def restore(self, snapshot: ComponentSnapshot, machine: StateMachine) -> AsyncComponent:
         """Make a component from a snapshot, and register it."""
         component = AsyncComponent(snapshot.name, fresh(snapshot.rules) or None, machine)
-        component._data, component.metadata = fresh(snapshot.data), fresh(snapshot.metadata)
+        component.head = _NO_HEAD._replace(data=fresh(snapshot.data))
+        component.metadata = fresh(snapshot.metadata)
         self.register(component)
         return component
 
@@ -3775,10 +4031,14 @@ class FlexiFlowEngine:
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
         component._engine = self
-        if head is not None:
-            component._load(head)
-        elif component.definition is not None:
-            self._conceive(component, component.definition)
+        try:
+            if head is not None:
+                component._load(head)
+            elif component.definition is not None:
+                self._conceive(component, component.definition)
+        except BaseException:
+            component._engine = None
+            raise
         component.logger = component.logger or self.logger
         component.event_bus = component.event_bus or self.event_bus
         self.components[component.name] = component
@@ -3791,16 +4051,16 @@ class FlexiFlowEngine:
 
     def _conceive(self, component: AsyncComponent, definition: Definition) -> None:
         """Plan a new component's turn 0; it is carried out before its first message."""
-        _written(component._data, "data")
-        now, birth = self.clock(), definition.birth
+        _written(component.head.data, "data")
+        birth = definition.birth
         if birth.node.name != component.state:  # made by hand, and not in its initial state
             birth = definition.passage(None, "*", component.state)
-        plan = Plan("created", component._data, birth)
+        plan = Plan("created", component.head.data, birth)
         turn = Turn(component, None, {"type": "created"})
-        follow(plan, component._scope(turn, birth.node.name, now))
-        component._data, plan.state = plan.data, component.state_machine._state
-        component._since = dict.fromkeys(birth.active, now)
-        component.completed = now if birth.completes else None
+        follow(plan, component._scope(turn, birth.node.name))
+        plan.state = component.state_machine._state
+        component.head = component.head._replace(data=plan.data, since=dict.fromkeys(
+            birth.active, turn.now), completed=turn.now if birth.completes else None)
         if self.store is not None or birth.steps or birth.timers:
             component._birth, component._unready = plan, True
             self._unborn[component.name] = component
@@ -3811,8 +4071,15 @@ class FlexiFlowEngine:
         task.add_done_callback(self._tasks.discard)
 
     async def _announce(self) -> None:
+        """Publish which components are new here, and let run what waited for them."""
         while self._unannounced:
             one = self._unannounced.popleft()
+            if self.queue._connection is not None:
+                early = self.queue.messages(f"component=? AND attempts=0 AND error IS NOT NULL"
+                    f" AND {_NOT_PLACED}", (one.name,))
+                rows = [self.queue.change_message(row, due=self.clock()) for row in early]
+                if rows:
+                    await self.queue.write(None, rows)
             facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
             await self.event_bus.publish("engine.component.registered", facts)
 
@@ -3839,11 +4106,30 @@ class FlexiFlowEngine:
                 content, allow_imports=self.allow_imports)
         return self._configs[key]
 
-    def _stored_definition(self, hash: str) -> Definition:
+    def _definition(self, hash: str, registry: StateRegistry) -> Definition:
         """Return a definition of the store, compiled once."""
-        if hash not in self._configs:
-            self._configs[hash] = self._config({"name": "stored", **self.store.definition(hash)})
-        return self._configs[hash].definition  # type: ignore[return-value]
+        if hash not in self._definitions:
+            source = {"name": "stored", **self.store.definition(hash)}
+            walk = _Walk(source, registry=registry, allow_imports=self.allow_imports)
+            if walk.problems().errors:
+                raise _as_error(walk.found.errors, None)
+            self._definitions[hash] = walk.definition()
+        return self._definitions[hash]
+
+    async def remove(self, name: str) -> None:
+        """Remove a component with its history, timers and queued messages, for good.
+
+        Raises StateError for an unknown name, and from within its own turn.
+        """
+        component = self.components.get(name)
+        if component is not None and live_turn(component) is not None:
+            raise StateError(f"{name!r} is in the middle of a turn", fix="remove it afterwards")
+        found = await self.queue.write(
+            lambda execute: sum(execute(sql, (name,)).rowcount for sql in _REMOVE), ())
+        if not found and component is None:
+            raise self._unknown(name)
+        for known in (self.components, self._unborn):
+            known.pop(name, None)
 
     # ---- messages
 
@@ -3865,97 +4151,173 @@ class FlexiFlowEngine:
         From within a turn it leaves with the turn's commit. The component need not exist yet.
         """
         given = check_message(_message(message, fields))
-        key, pause = id or given.get("id") or new_id(), seconds(delay)
-        body = {field: value for field, value in given.items() if field not in _ENVELOPE}
-        turn = live_turn()
+        key, pause, body = id or given.get("id") or new_id(), seconds(delay), payload(given)
+        if not (_is_name(name) and _is_name(key)):
+            raise ArgumentError(f"Not a component's name and an id: {name!r}, {key!r}")
+        turn, correlation_id = live_turn(), given.get("correlation_id")
         if turn is not None and turn.component._engine is self:
-            return turn.post(Outgoing(name, body, pause, key))
+            return turn.post(Outgoing(name, body, pause, key, correlation_id))
         text, now = _written(body, "message"), self.clock()
-        correlation_id = given.get("correlation_id") or get_correlation_id() or new_id()
-        row = self.queue.message_row(name, key, correlation_id, text, now + pause, now)
+        correlation_id = correlation_id or get_correlation_id() or new_id()
+        rows = self.queue.message_rows(now, name, key, correlation_id, text, now + pause)
         sql = ("SELECT message FROM flexiflow_journal WHERE component=? AND message_id=? UNION ALL"
                " SELECT message FROM flexiflow_messages WHERE component=? AND message_id=?")
 
         def sent_before(execute: Callable[..., Any]) -> Any:
             return next(execute(sql, (name, key) * 2), (None,))[0]
 
-        earlier = await self.queue.write(sent_before, [row])
+        earlier = await self.queue.write(sent_before, rows)
         if earlier not in (None, text):
-            raise StateError(f"The id {key!r} was used for another message to {name!r}",
-                fix="send the new message under a new id")
+            raise id_taken(name, key)
         self._wake()
         return Receipt("queued", name, key, duplicate=earlier is not None)
+
+    async def cancel(self, name: str, id: str) -> bool:
+        """Take a queued message, or a timer, out of the queue; False if it is not there.
+
+        The id of a timer stands in `status`. A dead letter stays.
+        """
+        sql = f"{_UNQUEUE} AND dead IS NULL"
+        return bool(await self.queue.write(lambda execute: execute(sql, (name, id)).rowcount, ()))
+
+    async def wait(self, name: str, *states: str, timeout: float | None = None) -> AsyncComponent:
+        """Return a component once it is in one of the states, or in a child of one.
+
+        Another process may bring it there. Raises StateError after `timeout` seconds, for a state
+        that there is not, and when the component completes in another one.
+        """
+        component, start = self._find(name), time.monotonic()
+        if live_turn(component) is not None:
+            raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
+        while True:
+            (facts,), definition = self.status(name), component.definition
+            known = definition.nodes if definition else component.state_machine.registry.names()
+            for state in states:
+                if state not in known:
+                    raise StateError(f"Unknown state: {state!r}", fix=choose(state, known))
+            if {facts["state"], *(definition.sources(facts["state"]) if definition else ())} & {
+                    *states}:
+                return component
+            late = timeout is not None and time.monotonic() - start >= timeout
+            if late or facts["completed"] is not None:
+                raise StateError(f"{name!r} is in {facts['state']!r}, not in {' or '.join(states)}",
+                    why=f"waited {timeout:g} s" if late else "it has completed", component=name)
+            await self._sleep(0.05 if self.store is not None else 1.0)
 
     async def run(self, *, until_idle: bool = False, concurrency: int = 100,
             component: str | None = None) -> int:
         """Deliver queued messages and due timers, of one component or of all; return how many.
 
         Goes on until `close`, or until nothing is due. Components run concurrently, the
-        messages of one in order.
+        messages of one in order. Being cancelled gives back what it was at work on.
         """
-        delivered = 0
         if concurrency.__class__ is not int or concurrency < 1:
             raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         await self._settle()
-        while True:
-            rows = await self._ready(component, concurrency)
-            await self._deliver_all(rows)
-            delivered += len(rows)
-            if self._stopping or (until_idle and not rows):
-                return delivered
-            if not rows:
-                await self._sleep()
-
-    async def _ready(self, component: str | None, limit: int) -> list[Json]:
-        """Give what has come due its place, in due order; return components' first messages."""
-        mine, values = ("component=?", [component]) if component is not None else ("1", [])
-        late = self.queue.rows(
-            "SELECT number FROM flexiflow_messages WHERE place IS NULL AND dead IS NULL AND due<=?"
-            f" AND {mine} ORDER BY due, number", (self.clock(), *values))
-        if late:
-            await self.queue.write(None, [(_GIVE_PLACE, number) for number in late])
-        first = "SELECT MIN(place) FROM flexiflow_messages WHERE dead IS NULL GROUP BY component"
-        return self.queue.messages(
-            f"place IN ({first}) AND {mine} ORDER BY place LIMIT ?", (*values, limit))
-
-    async def _deliver_all(self, rows: list[Json]) -> None:
-        """Deliver rows of different components; a worker that is cancelled gives them back."""
-        tasks = [asyncio.ensure_future(self._deliver(row)) for row in rows]
+        streams: dict[str, asyncio.Task[int]] = {}
+        delivered = 0
         try:
-            if tasks:
-                await asyncio.wait(tasks)
-        except asyncio.CancelledError:
-            for row, task in zip(rows, tasks):
-                row["given back"] = task.cancel()
-            await asyncio.wait(tasks)
-            raise
-        for task in tasks:
-            task.result()
+            while True:
+                if not self._stopping or until_idle:
+                    ready, more = await self._ready(component, concurrency - len(streams), streams)
+                    for name, rows in ready.items():
+                        streams[name] = asyncio.ensure_future(self._deliver(rows))
+                if not streams and (self._stopping or until_idle) and not (until_idle and more):
+                    return delivered
+                await self._sleep(0.02 if more else 1.0, *streams.values())
+                for name in [name for name, task in streams.items() if task.done()]:
+                    delivered += streams.pop(name).result()
+        finally:
+            await self._call_off([*streams.values()])
 
-    async def _deliver(self, row: Json) -> None:
-        """Deliver one row of the queue; what fails is tried again later, if it can be read."""
-        message = None
+    async def _ready(self, component: str | None, room: int,
+            busy: Iterable[str]) -> tuple[dict[str, list[Json]], bool]:
+        """Give what has come due its place; return rows to deliver, by component, in their order.
+
+        Also whether there is more that other processes are at work on.
+        """
+        if self.queue.committing is not None:
+            await asyncio.wait([self.queue.committing])
+        if self._next_due() <= self.clock():
+            await self.queue.write(None, [(_GIVE_PLACES, (self.clock(),))])
+        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self._rivals())]
+        rows = self._placed(component, [*busy, *claimed]) if room else []
+        found: dict[str, list[Json]] = {}
+        for row in rows:
+            if row["component"] in found or len(found) < room:
+                found.setdefault(row["component"], []).append(row)
+        return found, bool(claimed and not rows and self._placed(component, [*busy]))
+
+    def _placed(self, component: str | None, besides: list[str]) -> list[Json]:
+        """Return the first rows that may run, of one component or of all `besides` some."""
+        marks = [",".join("?" * len(values)) for values in (self._foreign, besides)]
+        return self.queue.messages(
+            f"place IS NOT NULL AND component IS{' NOT' * (component is None)} ?"
+            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
+            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
+            f" ORDER BY place LIMIT {_BATCH}", (component, *self._foreign, *besides))
+
+    async def _deliver(self, rows: list[Json]) -> int:
+        """Deliver rows of one component; what fails is tried again later, if it can be read."""
+        for count, row in enumerate(rows):
+            try:
+                if not await self._deliver_one(row):
+                    return count
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if asyncio.current_task() in self._cancelled:
+                    if row.get("claimed"):
+                        count_back = (_COUNT, (-1, row["component"], row["id"]))
+                        self.queue.write(None, [count_back])
+                    raise
+                await self._failed(row, error)
+        return len(rows)
+
+    async def _deliver_one(self, row: Json) -> bool:
+        """Deliver a row; return False where its component's code is not to be had here."""
         try:
             message = message_of(self.queue.sealed(row))
             component = self._find(row["component"])
-            await self._announce()
-            await component.handle_message(message, _row=row)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if "given back" in row:
-                raise
-            await self._failed(row, error, dead=message is None)
+        except ImportError_ as error:
+            head = self._head(row["component"])
+            self._foreign.add(head["definition"])
+            self.logger.warning("Messages to %r are left alone: %s", row["component"], error.what)
+            return False
+        except (ConfigError, PersistenceError, ValueError) as error:
+            await self._failed(row, error, dead=True)
+            return True
+        await self._announce()
+        retry = component.definition.retry if component.definition else QUEUE_RETRY
+        if row["attempts"] >= retry.max_attempts:
+            died = StateError(f"Its process died of it {row['attempts']} times",
+                why="each time it was begun, and neither done nor failed")
+            await self._failed(row, died, dead=True)
+            return True
+        await component.handle_message(message, _row=row)
+        return True
+
+    async def _call_off(self, tasks: list[asyncio.Task[int]]) -> None:
+        """Cancel deliveries and wait for their end."""
+        self._cancelled.update(tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._cancelled.difference_update(tasks)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
-        found = self.queue.messages("component=? AND message_id=?", (row["component"], row["id"]))
+        begun = row.get("claimed", False)  # and counted then
+        found = self.queue.messages("component=? AND message_id=? AND dead IS NULL",
+            (row["component"], row["id"]))
         if not found:
             return
         (row,), now = found, self.clock()
-        attempts, component = row["attempts"] + 1, self.components.get(row["component"])
+        attempts, component = row["attempts"] + (not begun), self.components.get(row["component"])
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
+            attempts = row["attempts"]  # it has not been tried
         else:
             retry = component.definition.retry if component.definition else QUEUE_RETRY
             dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
@@ -3963,8 +4325,11 @@ class FlexiFlowEngine:
         again = {"dead": now} if dead else {"due": now + pause}
         self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
-        await self.queue.write(None, [self.queue.change_message(row, attempts=attempts, place=None,
-            error=f"{type(error).__name__}: {error}", **again)])
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
+            "state": component and component.state}
+        await self.queue.write(None, [self.queue.change_message(
+            row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
             with contextlib.suppress(ValueError):
                 row["message"] = json.loads(row["message"])
@@ -3972,21 +4337,92 @@ class FlexiFlowEngine:
                 **{key: row[key] for key in ("component", "message", "id", "correlation_id")},
                 "error": str(error), "seq": component and component.seq})
 
-    async def _sleep(self) -> None:
-        """Sleep until something is due, a second at most: the wall clock may be set meanwhile."""
-        ((due,),) = self.queue.rows("SELECT MIN(due) FROM flexiflow_messages WHERE dead IS NULL")
-        pause = 1.0 if due is None else min(1.0, max(0.001, due - self.clock()))
-        self._alarm = asyncio.get_running_loop().create_future()
-        try:
-            await asyncio.wait([self._alarm], timeout=pause)
-        finally:
-            self._alarm = None
+    # ---- claims: see `AsyncComponent._claim`
+
+    def _rivals(self) -> tuple[str, float, float]:
+        """Return the values of _CLAIMED: whose claims do not count, and which leases hold."""
+        now = self.clock()
+        return self.id, now, now + LEASE
+
+    def _hold(self, name: str) -> None:
+        """Renew the claim on a component for as long as its code runs."""
+        self._claims.add(name)
+        if self._renewal is None:
+            self._renewal = asyncio.get_running_loop().call_later(LEASE / 3, self._renew)
+
+    def _renew(self) -> None:
+        self._renewal = None
+        until, claims = self.clock() + LEASE, [*self._claims]
+        if claims:
+            self.store.write(None, [(_RENEW, (until, name, self.id)) for name in claims])
+            self._hold(claims[0])
+
+    def _release(self, name: str) -> Any:
+        self._claims.discard(name)
+        return self.store.write(None, [(_RELEASE, (name, self.id))])
+
+    # ---- sleeping
+
+    def _next_due(self) -> float:
+        """Return when the next message or timer comes due that has no place yet."""
+        sql = f"SELECT MIN(due) FROM flexiflow_messages WHERE {_NOT_PLACED}"
+        return next((due for (due,) in self.queue.rows(sql) if due is not None), math.inf)
+
+    async def _sleep(self, limit: float, *tasks: Any) -> None:
+        """Sleep until a task is done, something is sent or due, but no longer than `limit`.
+
+        The wall clock may be set meanwhile, and other processes do not wake us.
+        """
+        pause = min(limit, max(0.001, self._next_due() - self.clock()))
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._alarm, *tasks], timeout=pause,
+            return_when=asyncio.FIRST_COMPLETED)
 
     def _wake(self) -> None:
-        if self._alarm is not None and not self._alarm.done():
-            self._alarm.set_result(None)
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None and not alarm.done():
+            alarm.set_result(None)
 
-    # ---- rules and views
+    # ---- dead letters, rules, history
+
+    def dead_letters(self, name: str | None = None, *, limit: int | None = None) -> list[Json]:
+        """Return the messages that were given up, the oldest first, as dicts.
+
+        Each has number, component, id, correlation_id, message (text where it is damaged),
+        attempts, error, traceback (its end), state (at the failure), sent and dead (epoch seconds).
+        """
+        where = "dead IS NOT NULL AND component IS NOT ?" if name is None else (
+            "dead IS NOT NULL AND component=?")
+        letters = self.queue.messages(f"{where} ORDER BY number LIMIT COALESCE(?, -1)",
+            (name, limit))
+        keys = "number component id correlation_id message attempts sent dead".split()
+        for letter in letters:
+            with contextlib.suppress(ValueError):
+                letter["message"] = json.loads(letter["message"])
+            letter["facts"] = json.loads(letter["error"] or "{}")
+        return [{**{key: letter[key] for key in keys}, **letter["facts"]} for letter in letters]
+
+    async def redrive(self, *numbers: int, name: str | None = None) -> list[Json]:
+        """Give dead letters back to the queue, as new: those numbers, a component's, or all.
+
+        Returns them. Raises StateError for a number that is no dead letter's.
+        """
+        letters = [one for one in self.dead_letters(name)
+            if not numbers or one["number"] in numbers]
+        missing = {*numbers} - {one["number"] for one in letters}
+        if missing:
+            raise StateError(f"No dead letter has the number {min(missing)}",
+                fix=choose(min(missing), [str(one["number"]) for one in self.dead_letters(name)]))
+        now, rows = self.clock(), []
+        for letter in letters:
+            (row,) = self.queue.messages("number=?", (letter["number"],))
+            rows.append(self.queue.change_message(
+                row, dead=None, due=now, attempts=0, error=None, place=None))
+        if rows:
+            await self.queue.write(None, [*rows, (_GIVE_PLACES, (now,))])
+            self._wake()
+        return letters
 
     async def update_rules(self, name: str, rules: list[Json], *,
             replace: bool = False) -> list[Json]:
@@ -4012,11 +4448,76 @@ class FlexiFlowEngine:
         """
         return [] if self.store is None else self.store.journal(name, limit)
 
+    async def prune(self, name: str | None = None, *, keep: int | None = None, older_than: float
+            | str | None = None, completed: bool = False, dry_run: bool = False) -> Json:
+        """Forget history: of one component or of all; the last row of each always stays.
+
+        What goes is not among the last `keep` rows and older than `older_than` (seconds, or like
+        "30d"). `completed` also removes the components that completed before then. Returns `rows`
+        and `of` (journal rows that go, and that there are), `ids` (component and id of each
+        message that is forgotten, so that the same id would be handled again) and `components`.
+        """
+        if keep is None and older_than is None and not completed:
+            raise ArgumentError("Nothing to prune by", fix="keep=, older_than= or completed=True")
+        if keep is not None and (keep.__class__ is not int or keep < 1):
+            raise ArgumentError(f"keep is a whole number from 1: {keep!r}")
+        before = math.inf if older_than is None else self.clock() - seconds(older_than)
+        store, names = self._stored(), [name] if name is not None else self.store.names()
+        gone = [one for one in names if completed and (head := store.head(one))
+            and head["completed"] is not None and head["completed"] < before]
+        found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
+        for one in names:
+            history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
+                " WHERE component=? ORDER BY seq", (one,))
+            last = len(history) if keep is None and older_than is None else (keep or 1)
+            old = itertools.takewhile(lambda row: row[2] < before, history[:-last])
+            rows = history if one in gone else [*old]
+            found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
+            found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
+            if one in gone and not dry_run:
+                await self.remove(one)
+            elif rows and not dry_run:
+                await store.write(None, [(_FORGET, (one, rows[-1][0]))])
+        return found
+
+    async def backup(self, path: Path) -> None:
+        """Copy the store, as it is at one moment, into a file that is a store by itself."""
+        with self._stored()._translated():
+            self.store.backup(os.fspath(path))
+
+    def replay(self, name: str | None = None, config: Any = None) -> list[Json]:
+        """Decide a component's history again, or everybody's, and say where that differs.
+
+        By the definitions that are stored, or by `config`; nothing is run or changed. Each
+        answer is a dict of component, steps, same, differences (seq, message, was, now: outcome,
+        state before and after, data if that differs), state, would_be, and skipped: why not.
+        """
+        store, other = self._stored(), None if config is None else _on_paper(config)
+        if name is not None and store.head(name) is None:
+            raise self._unknown(name)
+        known: dict[str, tuple[Definition, str]] = {}
+
+        def definition_of(entry: Json) -> tuple[Definition, str]:
+            facts: Json = entry["message"] if entry["outcome"] in ("created", "updated") else {}
+            head: Any = store.head(entry["component"])  # for an entry whose beginning was pruned
+            hash = facts.get("created") or facts.get("definition") or head["definition"]
+            if hash not in known:
+                known[hash] = _on_paper({"name": "stored", **store.definition(hash)})
+            return other or known[hash]
+
+        return [_replayed(one, store.journal(one)[::-1], definition_of)
+            for one in (store.names() if name is None else [name])]
+
+    def _stored(self) -> SQLiteStore:
+        if self.store is None:
+            raise StateError("This engine keeps no history", fix='FlexiFlowEngine(store="flow.db")')
+        return self.store  # type: ignore[no-any-return]
+
     def status(self, name: str | None = None) -> list[Json]:
         """Return what is known of one component or of all, as dicts, by name.
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
-        timers: dicts of message and due. Raises StateError for an unknown name.
+        timers: dicts of message, due and id. Raises StateError for an unknown name.
         """
         names = sorted(self._names()) if name is None else [name]
         return [self._facts(one) for one in names]
@@ -4024,16 +4525,15 @@ class FlexiFlowEngine:
     def _facts(self, name: str) -> Json:
         live = self.components.get(name)
         if live is not None and (self.store is None or name in self._unborn):
-            head: Any = {"state": live.state, "seq": live.seq, "data": live.data,
-                "since": live._since, "completed": live.completed}
+            head: Any = {**live.head._asdict(), "data": live.data, "state": live.state}
         else:
             head = self.store and self.store.head(name)
         if head is None:
             raise self._unknown(name)
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
         dead = sum(row["dead"] is not None for row in rows)
-        timers = [{"message": self.queue.sealed(row)["message"]["type"], "due": row["due"]}
-            for row in rows if row["dead"] is None and row["state"] is not None]
+        timers = [{"message": self.queue.sealed(row)["message"]["type"], "due": row["due"],
+            "id": row["id"]} for row in rows if row["dead"] is None and row["state"] is not None]
         return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
             "since": head["since"].get(head["state"]), "completed": head["completed"],
             "dead": dead, "waiting": len(rows) - dead - len(timers), "timers": timers}
