@@ -1964,8 +1964,9 @@ class _Walk:
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
         self.compilers: Json = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
-            "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules, "from": self._sources,
-            "to": self._find, "on": _names, "entry": self._effects, "exit": self._effects,
+            "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules,
+            "from": self._sources, "to": self._find, "on": _names,
+            "entry": self._effects, "exit": self._effects,
             "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
@@ -2969,6 +2970,7 @@ DRAIN_LIMIT = 1000  # messages of its own that a component handles before the ne
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
+_SEQ = "SELECT seq FROM flexiflow_components WHERE name=?"
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
     " WHERE name=? AND seq=? AND owner IS ?")
@@ -2979,6 +2981,7 @@ _NEW_ENTRY = (
     " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
+_QUEUED = "SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=? AND dead IS NULL"
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
 _COUNT = "UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
@@ -3024,16 +3027,49 @@ Head = namedtuple("Head", "definition data seq since completed text chain")
 _NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0)
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
+    return isinstance(value, str) and bool(value) and (
+        value.isascii() or value.encode("utf-8", "replace").decode() == value)
+
+
+def check_message(message: Any) -> Json:
+    """Return a message as a dict; raise ArgumentError if it is not one with a type."""
+    if not isinstance(message, dict):
+        raise ArgumentError(f"Not a message: {message!r}", fix='write {"type": "start"}')
+    for key in ("type", "id", "correlation_id", "component"):
+        value = message.get(key)
+        if (value is not None or key == "type") and not _is_name(value):
+            raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}",
+                fix='write {"type": "start"}' if key == "type" else "leave it out, or name it")
+    return message if message.__class__ is dict else dict(message)
+
+
+def payload(message: Json) -> Json:
+    """Return a message without its envelope."""
+    return {key: value for key, value in message.items() if key not in _ENVELOPE}
+
+
+def message_of(row: Json) -> Json:
+    """Return a message of the queue as its component is to see it."""
+    return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
+
+
+@functools.lru_cache(maxsize=4096)
+def _receipt_text(*parts: str | None) -> str:
+    return _encode(parts)
+
+
 class Turn(Context):
-    """The handling of one message: what is set while it lasts, and seen by the code it calls.
+    """The handling of one message, from its arrival to its receipt.
 
     `row` is the message's in the queue, if it comes from there; `leaf` names the state at the
     begin, `state` is the object that the turn's own code sees, `base` its data.
     """
 
-    live = True
+    live = True  # until the component takes the next message
     over = False  # committed, or failed
-    claimed = False
+    claimed = False  # the component, for this process alone
     id: str | None = None  # the message's, and in a store
     text = ""  # its payload
     data: Json | None = None  # a copy of `base`, once code has asked for it
@@ -3053,8 +3089,8 @@ class Turn(Context):
         """Start again from the component as it is now."""
         self.state, self.base, self.data = self.machine._state, self.component.head.data, None
         self.leaf = self.machine.registry.name_of(self.state)
-        engine = self.component._engine
-        self.now: float = time.time() if engine is None else engine.clock()
+        self.engine = self.component._engine
+        self.now: float = self.engine.clock()
 
     def __enter__(self) -> Turn:
         _context.set(self)
@@ -3080,10 +3116,10 @@ class Turn(Context):
         _written(out.message, f"message to {out.to}")
         if self.over:
             self.sent = [out]
-            rows = self.component._queue_rows(self, Plan("sent", self.base))
+            rows = self._queue_rows()
             if rows:
-                self.late = [*self.late, self.component._engine.queue.write(None, rows)]
-            self.component._keep(self)
+                self.late = [*self.late, self.engine.queue.write(None, rows)]
+            self._keep()
         else:
             self.outbox = [*self.outbox, out]
         return Receipt("queued", out.to, out.id)
@@ -3112,7 +3148,330 @@ class Turn(Context):
             self.undo()
         if self.claimed:
             self.claimed = False
-            self.late = [*self.late, self.component._engine._release(self.component.name)]
+            self.late = [*self.late, self.engine._release(self.component.name)]
+
+    # ---- from the message to the receipt
+
+    async def run(self) -> Receipt:
+        """Decide, act, commit and announce; in a store again, while other processes are quicker."""
+        component, store = self.component, self.engine.store
+        given = self.id = self.message.get("id")
+        try:
+            if store is not None:
+                self.id = given or new_id()
+                self.message = {**self.message, "id": self.id}
+                self.text = _written(payload(self.message), "message")
+            while True:
+                if store is not None:
+                    if store.committing is not None:
+                        await asyncio.wait([store.committing])
+                    self.refresh()  # nothing is decided, or run, on what is over
+                if self.row is not None or (given and store is not None):
+                    answer = await self._answered()
+                    if answer is not None:
+                        return answer
+                if store is not None and component.head.definition.has_code and not self.claimed:
+                    await self.claim()
+                    continue
+                plan = self._decided()
+                if plan.outcome == "class":
+                    await self._ask_class(plan)
+                if plan.actions:
+                    await self.act(plan)
+                if plan.outcome == "unknown":
+                    break
+                commit = self.commit(plan)
+                if commit is None or await commit is None:
+                    break
+                self.undo()
+                self.claimed = False
+        except (Exception, SystemExit):
+            self.end()
+            await self.publish("component.message.received", message=self.message)
+            await self.settled()
+            raise
+        finally:
+            self.end()
+        outcome, before = plan.outcome, self.leaf
+        after = self.machine.registry.name_of(self.state) if outcome == "moved" else before
+        id, seq = (None, None) if outcome == "unknown" else (self.id, component.head.seq)
+        receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
+            outcome, component.name, id, before, after, seq, plan.reason, plan.data, False))
+        if component.event_bus is not None and component.event_bus._events:
+            await self._announce(plan, receipt)
+        return receipt
+
+    def refresh(self) -> None:
+        """Begin again with what the store says, if another process has changed it."""
+        component, store = self.component, self.engine.store
+        if store is not None and store.rows(_SEQ, (component.name,)) != [(component.head.seq,)]:
+            component._load(self.engine._head(component.name))
+        self.begin()
+
+    async def _answered(self) -> Receipt | None:
+        """Return the receipt of a message that is over, here or in another process."""
+        name, store = self.component.name, self.engine.store
+        found = store.journal(name, 1, "message_id=?", (self.id,)) if store else None
+        if not store or not found:
+            if self._queued():
+                return None
+            return Receipt("ignored", name, self.id, self.leaf, self.leaf, self.component.seq,
+                "it has been handled elsewhere")
+        entry = found[0]
+        if _encode(entry["message"]) != self.text:
+            raise id_taken(name, self.id, first=entry["message"].get("type"))
+        if self.row is not None:
+            await store.write(None, [(_UNQUEUE, (name, self.id))])
+        last = store.journal(name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
+        later = last or store.journal(name, 1, "data IS NOT NULL")
+        data = last[0]["data"] if last else None if later else self.base  # pruned, or the same
+        return Receipt._make([*map(entry.get, Receipt._fields[:7]), data, True])
+
+    def _queued(self) -> bool:
+        """Tell whether the message still waits in the queue, if that is where it comes from."""
+        if self.row is None or self.engine is _ALONE:
+            return True
+        found = self.engine.queue.rows(_QUEUED, (self.component.name, self.row["id"]))
+        for (self.row["rule"],) in found:  # which a change of rules may have given another number
+            return True
+        return False
+
+    async def claim(self) -> None:
+        """Let nobody else run the component's code; count the attempt at a queued message.
+
+        The count is kept before the code runs: a message that kills its process counts, too.
+        """
+        engine, name, start = self.engine, self.component.name, time.monotonic()
+
+        def held(execute: Callable[..., Any]) -> Any:
+            return execute(f"{_CLAIMED} AND name=?", (*engine._rivals(), name)).fetchone()
+
+        def done() -> None:
+            self.claimed = True
+            engine._hold(name)
+            if self.row is not None:
+                self.row["claimed"] = True
+            if self.over:  # cancelled meanwhile
+                self.end()
+
+        rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
+        while True:
+            claim = (_CLAIM, (engine.id, engine.clock() + LEASE, name))
+            if await engine.store.write(held, [claim, *rows], done) is None:
+                return
+            if time.monotonic() - start > TURN_LIMIT + 1:  # a lease that ends in 30 s has ended
+                raise _no_turn(name, "another process is at work on the message before this one")
+            await asyncio.sleep(_pause())
+
+    # ---- deciding and acting
+
+    def _decided(self) -> Plan:
+        """Return what the rules say, with the state object that it leads to."""
+        definition, row = self.component.head.definition, self.row
+        timer = reason = None
+        if definition is None:
+            return Plan("class", self.base)
+        if self.component.head.completed is not None:
+            reason = f"completed in {self.leaf}"
+        elif row is not None and row.get("state") is not None:
+            rule = definition.by_number.get(row["rule"])
+            if rule is None or row["state"] not in definition.sources(self.leaf):
+                reason = f"the timer of {row['state']} is over"  # it was dead when that was left
+            else:
+                timer = definition.candidate(self.leaf, rule, row["state"])
+        if reason is not None:
+            plan = Plan("ignored", self.base)
+            plan.reason = reason
+        else:
+            plan = decide(definition, self.leaf, self.scope(self.leaf), timer)
+        plan.state = self.state
+        if plan.passage is not None and plan.outcome == "moved":
+            plan.state = plan.passage.node.instance or plan.passage.node.create()
+        return plan
+
+    def scope(self, leaf: str) -> Scope:
+        """Return what guards and values may look at."""
+        return {"message": self.message, "data": self.base, "component": self.component.name,
+            "state": leaf, "id": self.id, "now": self.now, "self": self.component}
+
+    async def _ask_class(self, plan: Plan) -> None:
+        """Let the current state's class answer."""
+        state = self.state
+        self.kept = state, fresh(vars(state))
+        proceed, plan.state = await ask(state, self.message, self.component)
+        self._take_data(plan)
+        if not proceed:
+            plan.outcome = "blocked" if plan.refused else "ignored"
+            plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
+        else:
+            plan.outcome = "stayed" if plan.state is state else "moved"
+        definition, cls = self.component.head.definition, plan.state.__class__
+        if definition is not None and plan.outcome == "moved":  # go there as a rule would
+            name = self.machine.registry.name_of(plan.state)
+            if name not in definition.nodes:
+                if self.engine.store is not None:
+                    raise StateError(
+                        f"State {name!r} is not in the config of {self.component.name!r}",
+                        why="a store could not bring it back",
+                        fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
+                definition.nodes[name] = Node(name, cls=cls)
+            plan.passage = definition.passage(self.leaf, self.leaf, name)
+            follow(plan, self.scope(self.leaf))
+
+    async def act(self, plan: Plan) -> None:
+        """Run the actions; they see the new state, and data that they may change."""
+        self.state, self.base, self.data = plan.state, plan.data, None
+        for action in plan.actions:
+            result = action(self.message, self.component)
+            if result is not None and inspect.isawaitable(result):
+                await result
+        self._take_data(plan)
+
+    def _take_data(self, plan: Plan) -> None:
+        """Take over the data as the code that was called has left it."""
+        if self.data is not None:
+            if self.data.__class__ is not dict:
+                raise StateError(f"Data of {self.component.name!r} is not a dict: {self.data!r}")
+            plan.data, self.data = fresh(self.data), None
+            self.base = plan.data
+
+    # ---- committing
+
+    def commit(self, plan: Plan, changed: Any = None, rows: Sequence[Row] = ()) -> Any:
+        """Make a plan true: at once in memory; else return the write that is to be awaited.
+
+        `changed` is another definition to go over to, `rows` what that changes in the queue.
+        """
+        engine, old, passage, now = self.engine, self.component.head, plan.passage, self.now
+        seq, since, completed = old.seq + (plan.outcome != "created"), old.since, old.completed
+        if seq and passage is not None and passage.enters:
+            since = {name: now if name in passage.enters else since.get(name, now)
+                     for name in passage.active}
+            completed = now if passage.completes else None
+        if changed is not None:
+            since = {changed.renamed.get(name, name): at for name, at in since.items()}
+        self.sent, self.outbox = [*plan.sends, *self.outbox], ()
+        if self.row is not None or self.sent or (passage is not None and passage.busy):
+            rows = [*rows, *self._queue_rows(plan)]
+        head = Head(changed or old.definition, plan.data, seq, since, completed, None, 0)
+        if engine.store is not None:
+            return self._write(plan, head, rows)
+        adopt = functools.partial(self.component._adopt, head, plan.state, self)
+        return engine.queue.write(None, rows, adopt) if rows else adopt()
+
+    def _write(self, plan: Plan, head: Any, rows: Sequence[Row]) -> Any:
+        """Return the write of a plan: the component's row, the journal's, and `rows`."""
+        component, (definition, data, seq, since, completed, *_) = self.component, head
+        name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
+        kept = _written(attributes, f"attributes of {name}") if attributes else None
+        old = component.head
+        text = (old.text if data is old.data else None) or _written(data, "data")
+        receipt = _receipt_text(plan.outcome, self.leaf, name, plan.reason)
+        entry = (component.name, seq, self.id, self.correlation_id, self.text, receipt,
+            text if text != old.text or not seq else None, self.now)
+        chain = checksum(*entry, start=old.chain)
+        values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
+        values += (checksum(component.name, *values, start=chain), component.name)
+        owner = self.engine.id if self.claimed else None
+
+        def check(execute: Callable[..., Any]) -> str | None:
+            if not self._queued():
+                return "moved on"
+            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
+                else execute(_NEW_HEAD, values))
+            return None if done.rowcount == 1 else "moved on"
+
+        journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
+        if not seq or definition is not old.definition:
+            journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
+        return self.engine.store.write(check, [*journal, *rows], functools.partial(
+            component._adopt, head._replace(text=text, chain=chain), plan.state, self))
+
+    def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
+        """Return what changes in the queue: the message itself, timers, what is sent."""
+        name, definition = self.component.name, self.component.head.definition
+        passage: Any = plan and plan.passage
+        timers = plan.timers if plan is not None and passage and not passage.completes else ()
+        if self.engine is _ALONE:
+            if timers or any(out.to != name or out.delay for out in self.sent):
+                raise StateError(
+                    f"{name!r} sends or waits without an engine", fix="engine.register(it)")
+            return []
+        rows = [] if self.row is None or plan is None else [(_UNQUEUE, (name, self.id))]
+        if passage and definition.has_timers:
+            gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
+            rows += [(_NO_TIMERS, (name, owner)) for owner in gone]
+        for out in self.sent:
+            out.id = out.id or new_id()
+            text = _written(out.message, f"message to {out.to}")
+            rows += self.engine.queue.message_rows(self.now, out.to, out.id,
+                out.correlation_id or self.correlation_id, text, self.now + out.delay)
+        for due, owner, number in timers:
+            rows += self.timer_rows(definition.by_number[number], owner, due)
+        return rows
+
+    def timer_rows(self, rule: Rule, owner: str, due: float) -> list[Row]:
+        """Return what puts a timer into the queue."""
+        kind = f"after {rule.text['after']}"
+        text = _encode({"type": kind, "state": owner, "rule": rule.number})
+        return self.engine.queue.message_rows(self.now, self.component.name, new_id(),
+            self.correlation_id, text, due, owner, rule.number)
+
+    def _keep(self) -> None:
+        """Remember what was sent to the component itself, to be handled before anything else."""
+        component, engine = self.component, self.engine
+        if engine is not _ALONE:
+            engine.posted.update(out.to for out in self.sent)
+            engine._wake()
+        component._internal = [*(component._internal or ()), *(
+            {"component": out.to, "message": out.message, "id": out.id,
+                "correlation_id": out.correlation_id or self.correlation_id}
+            for out in self.sent if out.to == component.name and not out.delay)]
+
+    def committed(self) -> None:
+        """Take note of the commit, and send what a task has sent while it was under way."""
+        component = self.component
+        self.state, self.base, self.kept = component.state_machine._state, component.head.data, None
+        if self.claimed:
+            self.claimed = False
+            self.engine._claims.discard(component.name)
+        self.over = True
+        if self.sent:
+            self._keep()
+        while self.outbox:
+            out, *self.outbox = self.outbox
+            self.post(out)
+
+    # ---- events
+
+    async def _announce(self, plan: Plan, receipt: Receipt) -> None:
+        """Publish what happened, as long as the turn lasts; no handler changes the outcome."""
+        await self.emit(plan)
+        await self.publish("component.message.received", message=self.message)
+        if receipt.outcome == "moved":
+            before, to = receipt.from_state, receipt.to_state
+            await self.publish("state.changed", from_state=before, to_state=to, state=to)
+            if self.component.completed is not None:
+                await self.publish("component.completed", state=to)
+
+    async def emit(self, plan: Plan) -> None:
+        """Publish the events that rules and states emit."""
+        for name, content in plan.emits:
+            await self.publish(name, content, message=self.message, state=self.component.state)
+
+    async def publish(self, event: str, content: Any = None, **facts: Any) -> None:
+        """Publish an event with `content`, or with facts about the component and its turn."""
+        component = self.component
+        if component.event_bus is None or not component.event_bus.listens(event):
+            return
+        if content is None:
+            facts = {key: fresh(one) for key, one in facts.items()}
+            content = {"component": component.name, **facts, "seq": component.seq,
+                "correlation_id": self.correlation_id}
+        try:
+            await component.event_bus.publish(event, content)
+        except StateError as error:  # published too deep
+            (component.logger or logger).error("Event %r was not published", event, exc_info=error)
 
 
 def live_turn(component: AsyncComponent | None = None) -> Turn | None:
@@ -3125,32 +3484,8 @@ def live_turn(component: AsyncComponent | None = None) -> Turn | None:
     return None
 
 
-def _is_name(value: Any) -> bool:
-    """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
-    return isinstance(value, str) and bool(value) and (
-        value.isascii() or value.encode("utf-8", "replace").decode() == value)
-
-
-def check_message(message: Any) -> Json:
-    """Return a message as a dict; raise ArgumentError if it is not one with a type."""
-    if not isinstance(message, dict):
-        raise ArgumentError(f"Not a message: {message!r}", fix='write {"type": "start"}')
-    for key in ("type", "id", "correlation_id", "component"):
-        value = message.get(key)
-        if (value is not None or key == "type") and not _is_name(value):
-            raise ArgumentError(f"The {key!r} of a message is text, and not empty: {value!r}",
-                fix='write {"type": "start"}' if key == "type" else "leave it out, or name it")
-    return message if message.__class__ is dict else dict(message)
-
-
-def payload(message: Json) -> Json:
-    """Return a message without its envelope."""
-    return {key: value for key, value in message.items() if key not in _ENVELOPE}
-
-
-@functools.lru_cache(maxsize=4096)
-def _receipt_text(*parts: str | None) -> str:
-    return _encode(parts)
+def _no_turn(name: str, why: str) -> StateError:
+    return StateError(f"No turn for {TURN_LIMIT:g} seconds: {name!r}", why=why, component=name)
 
 
 class AsyncComponent:
@@ -3168,9 +3503,10 @@ class AsyncComponent:
             raise ArgumentError(f"Not a name for a component: {name!r}")
         self.name, self.logger, self.event_bus = name, logger, event_bus
         self.state_machine = state_machine or StateMachine.from_name("InitialState")
+        self._engine = _ALONE
         nothing: Any = None
         self.head: Any = _NO_HEAD  # its definition is None: made by hand, without rules
-        self.metadata = self._engine = nothing
+        self.metadata = nothing
         # `_prepare` comes before the next message where there is something to compile, read or
         # carry out: `_birth`, the plan of a new component, and `_update`, a definition.
         self._rules, self._unready = rules, bool(rules)
@@ -3233,14 +3569,12 @@ class AsyncComponent:
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
         async with self._own_turn("rules.updated") as turn:
-            self._refresh(turn)
+            turn.refresh()
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
                 rules += [] if rule in rules else [rule]
             await self._swap(turn, self._compiled(rules, replace))
             return self.rules
-
-    # ---- turns
 
     async def handle_message(self, message: Json, *, _row: Json | None = None,
             _strict: bool = True) -> Receipt:
@@ -3264,7 +3598,7 @@ class AsyncComponent:
         try:
             if self._unready or self._internal:
                 await self._prepare(turn)
-            receipt = await self._run(turn)
+            receipt = await turn.run()
             if self._internal or turn.late:
                 await self._drain(turn)
         finally:
@@ -3274,6 +3608,8 @@ class AsyncComponent:
         if _strict and receipt[0] == "unknown":
             raise self._unknown(turn, receipt)
         return receipt
+
+    # ---- turns: one at a time, in the order of their coming
 
     @contextlib.asynccontextmanager
     async def _own_turn(self, kind: str) -> AsyncIterator[Turn]:
@@ -3298,7 +3634,7 @@ class AsyncComponent:
         try:
             await asyncio.wait([future], timeout=TURN_LIMIT)
             if not future.done():
-                raise self._no_turn("the message before this one is not done; perhaps two"
+                raise _no_turn(self.name, "the message before this one is not done; perhaps two"
                     " components wait for each other")
         except BaseException:
             future.cancel()
@@ -3306,10 +3642,6 @@ class AsyncComponent:
                 self._pass_on()
             raise
         turn.begin()
-
-    def _no_turn(self, why: str) -> StateError:
-        return StateError(
-            f"No turn for {TURN_LIMIT:g} seconds: {self.name!r}", why=why, component=self.name)
 
     def _pass_on(self) -> None:
         """Give the turn to who has waited longest."""
@@ -3332,7 +3664,7 @@ class AsyncComponent:
                     if count > DRAIN_LIMIT:
                         raise StateError(f"{self.name!r} sent itself more than {DRAIN_LIMIT}"
                             " messages in one turn", fix="break the circle, or send with a delay")
-                    receipt = await self._run(turn)
+                    receipt = await turn.run()
                     if receipt.outcome == "unknown":
                         raise self._unknown(turn, receipt)
                 except BaseException as error:
@@ -3340,11 +3672,7 @@ class AsyncComponent:
                         self._internal.insert(0, row)  # the next turn will run it
                         raise
                     turn.end()
-                    if self._engine is not None:
-                        await self._engine._failed(row, error, count > DRAIN_LIMIT)
-                    else:
-                        (self.logger or logger).error("Message %r to %r failed",
-                            row["message"]["type"], self.name, exc_info=error)
+                    await self._engine._failed(row, error, count > DRAIN_LIMIT)
                 await turn.settled()
         holder.begin()
 
@@ -3356,307 +3684,26 @@ class AsyncComponent:
         error.receipt = receipt  # type: ignore[attr-defined]
         return error
 
-    async def _run(self, turn: Turn) -> Receipt:
-        """Decide, act, commit and announce; in a store again, while other processes are quicker."""
-        store = None if self._engine is None else self._engine.store
-        given = turn.id = turn.message.get("id")
-        try:
-            if store is not None:
-                turn.id = given or new_id()
-                turn.message = {**turn.message, "id": turn.id}
-                turn.text = _written(payload(turn.message), "message")
-            while True:
-                if store is not None:
-                    if store.committing is not None:
-                        await asyncio.wait([store.committing])
-                    self._refresh(turn)  # nothing is decided, or run, on what is over
-                if turn.row is not None or (given and store is not None):
-                    answer = await self._answered(turn, store)
-                    if answer is not None:
-                        return answer
-                if store is not None and self.head.definition.has_code and not turn.claimed:
-                    await self._claim(turn)
-                    continue
-                plan = self._decided(turn)
-                if plan.outcome == "class":
-                    await self._ask_class(turn, plan)
-                if plan.actions:
-                    await self._act(turn, plan)
-                if plan.outcome == "unknown":
-                    break
-                commit = self._commit(turn, plan)
-                if commit is None or await commit is None:
-                    break
-                turn.undo()
-                turn.claimed = False
-        except (Exception, SystemExit):
-            turn.end()
-            await self._publish("component.message.received", turn, message=turn.message)
-            await turn.settled()
-            raise
-        finally:
-            turn.end()
-        outcome, before = plan.outcome, turn.leaf
-        after = turn.machine.registry.name_of(turn.state) if outcome == "moved" else before
-        id, seq = (None, None) if outcome == "unknown" else (turn.id, self.head.seq)
-        receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
-            outcome, self.name, id, before, after, seq, plan.reason, plan.data, False))
-        if self.event_bus is not None and self.event_bus._events:
-            await self._announce(turn, plan, receipt)
-        return receipt
-
-    def _refresh(self, turn: Turn) -> None:
-        """Begin again with what the store says, if another process has changed it."""
-        store: Any = self._engine and self._engine.store
-        sql = "SELECT seq FROM flexiflow_components WHERE name=?"
-        if store is not None and store.rows(sql, (self.name,)) != [(self.head.seq,)]:
-            self._load(self._engine._head(self.name))
-        turn.begin()
-
-    async def _answered(self, turn: Turn, store: SQLiteStore | None) -> Receipt | None:
-        """Return the receipt of a message that is over, here or in another process."""
-        found = store.journal(self.name, 1, "message_id=?", (turn.id,)) if store else None
-        if not store or not found:
-            if turn.row is None or self._queued(turn.row):
-                return None
-            return Receipt("ignored", self.name, turn.id, turn.leaf, turn.leaf, self.seq,
-                "it has been handled elsewhere")
-        entry = found[0]
-        if _encode(entry["message"]) != turn.text:
-            raise id_taken(self.name, turn.id, first=entry["message"].get("type"))
-        if turn.row is not None:
-            await store.write(None, [(_UNQUEUE, (self.name, turn.id))])
-        last = store.journal(self.name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
-        later = last or store.journal(self.name, 1, "data IS NOT NULL")
-        data = last[0]["data"] if last else None if later else self.head.data  # pruned, or the same
-        return Receipt._make([*map(entry.get, Receipt._fields[:7]), data, True])
-
-    async def _claim(self, turn: Turn) -> None:
-        """Let nobody else run the component's code; count the attempt at a queued message.
-
-        The count is kept before the code runs: a message that kills its process counts, too.
-        """
-        engine, start = self._engine, time.monotonic()
-
-        def held(execute: Callable[..., Any]) -> Any:
-            sql = f"{_CLAIMED} AND name=?"
-            return execute(sql, (*engine._rivals(), self.name)).fetchone()
-
-        def done() -> None:
-            turn.claimed = True
-            engine._hold(self.name)
-            if turn.row is not None:
-                turn.row["claimed"] = True
-            if turn.over:  # cancelled meanwhile
-                turn.end()
-
-        rows: list[Row] = [] if turn.row is None else [(_COUNT, (1, self.name, turn.id))]
-        while True:
-            claim = (_CLAIM, (engine.id, engine.clock() + LEASE, self.name))
-            if await engine.store.write(held, [claim, *rows], done) is None:
-                return
-            if time.monotonic() - start > TURN_LIMIT + 1:  # a lease that ends in 30 s has ended
-                raise self._no_turn("another process is at work on the message before this one")
-            await asyncio.sleep(_pause())
-
-    # ---- deciding and acting
-
-    def _decided(self, turn: Turn) -> Plan:
-        """Return what the rules say, with the state object that it leads to."""
-        definition, row, timer, reason = self.head.definition, turn.row, None, None
-        if definition is None:
-            return Plan("class", turn.base)
-        if self.head.completed is not None:
-            reason = f"completed in {turn.leaf}"
-        elif row is not None and row.get("state") is not None:
-            rule = definition.by_number.get(row["rule"])
-            if rule is None or row["state"] not in definition.sources(turn.leaf):
-                reason = f"the timer of {row['state']} is over"  # it was dead when that was left
-            else:
-                timer = definition.candidate(turn.leaf, rule, row["state"])
-        if reason is not None:
-            plan = Plan("ignored", turn.base)
-            plan.reason = reason
-        else:
-            plan = decide(definition, turn.leaf, self._scope(turn, turn.leaf), timer)
-        plan.state = turn.state
-        if plan.passage is not None and plan.outcome == "moved":
-            plan.state = plan.passage.node.instance or plan.passage.node.create()
-        return plan
-
-    def _scope(self, turn: Turn, leaf: str) -> Scope:
-        return {"message": turn.message, "data": turn.base, "component": self.name, "state": leaf,
-            "id": turn.id, "now": turn.now, "self": self}
-
-    async def _ask_class(self, turn: Turn, plan: Plan) -> None:
-        """Let the current state's class answer."""
-        state = turn.state
-        turn.kept = state, fresh(vars(state))
-        proceed, plan.state = await ask(state, turn.message, self)
-        self._take_data(turn, plan)
-        if not proceed:
-            plan.outcome = "blocked" if plan.refused else "ignored"
-            plan.reason = f"{turn.leaf} does not take {turn.message['type']!r}"
-        else:
-            plan.outcome = "stayed" if plan.state is state else "moved"
-        definition, cls = self.head.definition, plan.state.__class__
-        if definition is not None and plan.outcome == "moved":  # go there as a rule would
-            name = self.state_machine.registry.name_of(plan.state)
-            if name not in definition.nodes:
-                if self._engine is not None and self._engine.store is not None:
-                    raise StateError(f"State {name!r} is not in the config of {self.name!r}",
-                        why="a store could not bring it back",
-                        fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
-                definition.nodes[name] = Node(name, cls=cls)
-            plan.passage = definition.passage(turn.leaf, turn.leaf, name)
-            follow(plan, self._scope(turn, turn.leaf))
-
-    async def _act(self, turn: Turn, plan: Plan) -> None:
-        """Run the actions; they see the new state, and data that they may change."""
-        turn.state, turn.base, turn.data = plan.state, plan.data, None
-        for action in plan.actions:
-            result = action(turn.message, self)
-            if result is not None and inspect.isawaitable(result):
-                await result
-        self._take_data(turn, plan)
-
-    def _take_data(self, turn: Turn, plan: Plan) -> None:
-        """Take over the data as the code that was called has left it."""
-        if turn.data is not None:
-            if turn.data.__class__ is not dict:
-                raise StateError(f"Data of {self.name!r} is not a dict: {turn.data!r}")
-            plan.data, turn.data = fresh(turn.data), None
-            turn.base = plan.data
-
-    # ---- committing
-
-    def _commit(self, turn: Turn, plan: Plan, changed: Any = None, rows: Any = ()) -> Any:
-        """Make a plan true: at once in memory; else return the write that is to be awaited."""
-        engine, old, passage, now = self._engine, self.head, plan.passage, turn.now
-        seq, since, completed = old.seq + (plan.outcome != "created"), old.since, old.completed
-        if seq and passage is not None and passage.enters:
-            since = {name: now if name in passage.enters else since.get(name, now)
-                     for name in passage.active}
-            completed = now if passage.completes else None
-        if changed is not None:
-            since = {changed.renamed.get(name, name): at for name, at in since.items()}
-        turn.sent, turn.outbox = [*plan.sends, *turn.outbox], ()
-        if turn.row is not None or turn.sent or (passage is not None and passage.busy):
-            rows = [*rows, *self._queue_rows(turn, plan)]
-        head = Head(changed or old.definition, plan.data, seq, since, completed, None, 0)
-        if engine is not None and engine.store is not None:
-            return self._write(turn, plan, head, rows)
-        adopt = functools.partial(self._adopt, head, plan.state, turn)
-        return engine.queue.write(None, rows, adopt) if rows else adopt()
-
-    def _write(self, turn: Turn, plan: Plan, head: Any, rows: Sequence[Row]) -> Any:
-        """Return the write of a plan: the component's row, the journal's, and `rows`."""
-        definition, data, seq, since, completed, *_ = head
-        name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
-        kept = _written(attributes, f"attributes of {name}") if attributes else None
-        old = self.head
-        text = (old.text if data is old.data else None) or _written(data, "data")
-        receipt = _receipt_text(plan.outcome, turn.leaf, name, plan.reason)
-        entry = (self.name, seq, turn.id, turn.correlation_id, turn.text, receipt,
-            text if text != old.text or not seq else None, turn.now)
-        chain = checksum(*entry, start=old.chain)
-        values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
-        values += (checksum(self.name, *values, start=chain), self.name)
-        owner = self._engine.id if turn.claimed else None
-
-        def check(execute: Callable[..., Any]) -> str | None:
-            if turn.row is not None and not self._queued(turn.row):
-                return "moved on"
-            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
-                else execute(_NEW_HEAD, values))
-            return None if done.rowcount == 1 else "moved on"
-
-        journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
-        if not seq or definition is not old.definition:
-            journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
-        return self._engine.store.write(check, [*journal, *rows], functools.partial(
-            self._adopt, head._replace(text=text, chain=chain), plan.state, turn))
-
-    def _queue_rows(self, turn: Turn, plan: Plan) -> list[Row]:
-        """Return what a plan changes in the queue: the message itself, timers, what it sends."""
-        passage, definition, engine = plan.passage, self.head.definition, self._engine
-        if engine is None:
-            if plan.timers or any(out.to != self.name or out.delay for out in turn.sent):
-                raise StateError(f"{self.name!r} sends or waits without an engine",
-                    fix="engine.register(it)")
-            return []
-        now = turn.now
-        rows = [] if turn.row is None or turn.over else [(_UNQUEUE, (self.name, turn.id))]
-        if passage is not None and definition.has_timers:
-            gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
-            rows += [(_NO_TIMERS, (self.name, owner)) for owner in gone]
-        for out in turn.sent:
-            out.id = out.id or new_id()
-            rows += engine.queue.message_rows(now, out.to, out.id, out.correlation_id
-                or turn.correlation_id, _written(out.message, f"message to {out.to}"),
-                now + out.delay)
-        if passage is not None and not passage.completes:
-            for due, owner, number in plan.timers:
-                rows += self._timer_rows(turn, definition.by_number[number], owner, due)
-        return rows
-
-    def _timer_rows(self, turn: Turn, rule: Rule, owner: str, due: float) -> list[Row]:
-        kind = f"after {rule.text['after']}"
-        text = _encode({"type": kind, "state": owner, "rule": rule.number})
-        return self._engine.queue.message_rows(  # type: ignore[no-any-return]
-            turn.now, self.name, new_id(), turn.correlation_id, text, due, owner, rule.number)
-
-    def _keep(self, turn: Turn) -> None:
-        """Remember what was sent to the component itself, to be handled before anything else."""
-        if self._engine is not None:
-            self._engine.posted.update(out.to for out in turn.sent)
-            self._engine._wake()
-        self._internal = [*(self._internal or ()), *(
-            {"component": self.name, "message": out.message, "id": out.id,
-                "correlation_id": out.correlation_id or turn.correlation_id}
-            for out in turn.sent if out.to == self.name and not out.delay)]
-
-    def _queued(self, row: Json) -> bool:
-        """Tell whether a message still waits in the queue: another process may have handled it."""
-        if self._engine is None:
-            return True
-        sql = ("SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
-            " AND dead IS NULL")
-        found = self._engine.queue.rows(sql, (self.name, row["id"]))
-        for (row["rule"],) in found:  # which a change of the rules may have given another number
-            return True
-        return False
-
     def _adopt(self, head: Any, state: State, turn: Turn | None = None) -> None:
         """Become what was committed."""
         if head.definition is not self.head.definition:
             self.state_machine.registry, self._rules = head.definition.registry, None
         self.head, self.state_machine._state = head, state
         if turn is not None:
-            turn.state, turn.base, turn.kept = state, head.data, None
-            if turn.claimed:
-                turn.claimed = False
-                self._engine._claims.discard(self.name)
-            turn.over = True
-            if turn.sent:
-                self._keep(turn)
-            while turn.outbox:  # sent by a task while the commit was under way
-                out, *turn.outbox = turn.outbox
-                turn.post(out)
-        if self._engine is not None:
-            self._engine._wake()
+            turn.committed()
+        self._engine._wake()
 
     # ---- creation, rules, reloading
 
     async def _prepare(self, turn: Turn) -> None:
         """Do what must be done before the next message: be born, be read again, be compiled."""
-        engine = self._engine
+        store = self._engine.store
         if self._birth is not None:
             await self._be_born(turn, self._birth)
-        elif self._unready and engine is not None and engine.store is not None:
-            if engine.store.committing is not None:
-                await asyncio.wait([engine.store.committing])
-            self._load(engine._head(self.name))
+        elif self._unready and store is not None:
+            if store.committing is not None:
+                await asyncio.wait([store.committing])
+            self._load(self._engine._head(self.name))
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
             self._define(self._compiled(self.rules))
@@ -3669,17 +3716,16 @@ class AsyncComponent:
 
     async def _adapt(self, turn: Turn) -> None:
         """Go over to the config that `create_component(update=True)` brought, if that can be."""
-        changed = self._update
         try:
-            await self._swap(turn, changed)
+            await self._swap(turn, self._update)
         except ConfigError as error:  # meanwhile it went where the new config has no state
             self._engine.logger.error("%r keeps its definition", self.name, exc_info=error)
         self._update = None
         self._engine._unborn.pop(self.name, None)
 
     def _define(self, definition: Definition) -> None:
-        self.head, self.state_machine.registry = (
-            self.head._replace(definition=definition), definition.registry)
+        self.head = self.head._replace(definition=definition)
+        self.state_machine.registry = definition.registry
 
     def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
         """Return a definition with these rules instead; raise ConfigError if it is not good."""
@@ -3690,15 +3736,13 @@ class AsyncComponent:
         if old is None and registry.get(self.state) is None:
             registry.register(self.state, type(machine._state))
         source = old.source if old else {"initial_state": self.state}
-        walk = _Walk({"name": self.name, **source, "rules": rules}, registry=registry,
-            allow_imports=self._engine and self._engine.allow_imports)
-        walk.problems()
-        if walk.found.errors:
-            error = _as_error(walk.found.errors, None)
+        config = {"name": self.name, **source, "rules": rules}
+        try:
+            definition = _compile(config, registry, self._engine.allow_imports)
+        except ConfigError as error:
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
-            raise error
-        definition = walk.definition()
+            raise
         self._counterpart(definition)
         return definition
 
@@ -3715,16 +3759,16 @@ class AsyncComponent:
         """Turn 0: run the entry actions; write the component, its data and its timers."""
         with Turn(self, holder, {"type": "created"}) as turn:
             plan = copy.copy(birth)
-            await self._act(turn, plan)
+            await turn.act(plan)
             turn.id, turn.text = "", _encode({"created": self.definition.hash})
-            commit = self._commit(turn, plan)
+            commit = turn.commit(plan)
             lost = commit is not None and await commit is not None
             self._birth = None
             self._engine._unborn.pop(self.name, None)
             if lost:  # another process made it first
                 self._load(self._engine._head(self.name))
             else:
-                await self._emit(turn, plan)
+                await turn.emit(plan)
                 await turn.settled()
 
     def _load(self, head: Json) -> None:
@@ -3741,76 +3785,52 @@ class AsyncComponent:
         """Go over to another definition, between two messages; timers of kept rules run on."""
         node = self._counterpart(changed)
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
-            if self._engine is not None and self._engine.store and self.definition.has_code:
-                await self._claim(turn)
+            if self._engine.store is not None and self.definition.has_code:
+                await turn.claim()
             plan = Plan("updated", self.head.data)
             plan.state = node.create(vars(turn.state) or None)
             turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
             try:
-                commit = self._commit(turn, plan, changed, self._timer_changes(turn, changed, node))
+                commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
                 lost = commit is not None and await commit is not None
             finally:
                 turn.end()
             if lost:
                 self._unready = True
                 raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
-            await self._publish("rules.updated", turn, rules=len(self.rules))
+            await turn.publish("rules.updated", rules=len(self.rules))
             await turn.settled()
 
     def _timer_changes(self, turn: Turn, changed: Definition, node: Node) -> list[Row]:
         """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
-        engine, old = self._engine, self.definition
-        if engine is None or not (changed.has_timers or (old and old.has_timers)):
+        queue, old = self._engine.queue, self.definition
+        if self._engine is _ALONE or not (changed.has_timers or (old and old.has_timers)):
             return []
         before = {rule.number: _encode(rule.text) for rule in (old.rules if old else ())}
         after = {_encode(rule.text): rule.number for rule in changed.rules}
         rows: list[Row] = []
-        where = "component=? AND state IS NOT NULL AND dead IS NULL"
-        for row in engine.queue.messages(where, (self.name,)):
+        for row in queue.messages("component=? AND state IS NOT NULL AND dead IS NULL",
+                (self.name,)):
             kept = after.get(before.get(row["rule"], ""))
             owner = changed.renamed.get(row["state"], row["state"])
             rows.append((_UNQUEUE, (self.name, row["id"])) if kept is None
-                else engine.queue.change_message(row, rule=kept, state=owner))
-        scope, back = self._scope(turn, node.name), {v: k for k, v in changed.renamed.items()}
+                else queue.change_message(row, rule=kept, state=owner))
+        scope, back = turn.scope(node.name), {new: old for old, new in changed.renamed.items()}
         for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
                 if _encode(rule.text) not in before.values():
                     since = self.head.since.get(back.get(owner, owner), turn.now)
-                    rows += self._timer_rows(turn, rule, owner, since + seconds(rule.after(scope)))
+                    rows += turn.timer_rows(rule, owner, since + seconds(rule.after(scope)))
         return rows
 
-    # ---- events
 
-    async def _announce(self, turn: Turn, plan: Plan, receipt: Receipt) -> None:
-        """Publish what happened, as long as the turn lasts; no handler changes the outcome."""
-        await self._emit(turn, plan)
-        await self._publish("component.message.received", turn, message=turn.message)
-        if receipt.outcome == "moved":
-            to = receipt.to_state
-            await self._publish(
-                "state.changed", turn, from_state=receipt.from_state, to_state=to, state=to)
-            if self.completed is not None:
-                await self._publish("component.completed", turn, state=to)
-
-    async def _emit(self, turn: Turn, plan: Plan) -> None:
-        for name, payload in plan.emits:
-            await self._publish(name, turn, payload, message=turn.message, state=self.state)
-
-    async def _publish(self, event: str, turn: Turn, payload: Any = None, **facts: Any) -> None:
-        if self.event_bus is None or not self.event_bus.listens(event):
-            return
-        if payload is None:
-            payload = {"component": self.name, **{key: fresh(one) for key, one in facts.items()},
-                       "seq": self.seq, "correlation_id": turn.correlation_id}
-        try:
-            await self.event_bus.publish(event, payload)
-        except StateError as error:  # published too deep
-            (self.logger or logger).error("Event %r was not published", event, exc_info=error)
-
-
-def message_of(row: Json) -> Json:
-    """Return a message of the queue as its component is to see it."""
-    return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
+def _compile(config: Json, registry: StateRegistry,
+        allow_imports: Sequence[str] | None) -> Definition:
+    """Return the definition of a config whose states are those of `registry` and its own."""
+    walk = _Walk(config, registry=registry, allow_imports=allow_imports)
+    if walk.problems().errors:
+        raise _as_error(walk.found.errors, None)
+    return walk.definition()
 
 
 def _message(message: str | Json, fields: Json) -> Json:
@@ -3909,7 +3929,6 @@ class FlexiFlowEngine:
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
-        self._cancelled: set[Any] = set()  # deliveries that `run` has called off
         self._configs: dict[str, ComponentConfig] = {}  # by what they say
         self._definitions: dict[str, Definition] = {}  # of the store, by hash
         self._foreign: set[str] = set()  # hashes of definitions whose code is not to be had here
@@ -3979,7 +3998,7 @@ class FlexiFlowEngine:
         other = self.components.get(component.name)
         if other is component:
             return
-        if other is not None or component._engine is not None:
+        if other is not None or component._engine is not _ALONE:
             raise StateError(f"Component {component.name!r} is registered already",
                 why="two of one name would overwrite each other", fix="use another name")
         if component.definition is None and (self.store is not None or component._rules):
@@ -4037,7 +4056,7 @@ class FlexiFlowEngine:
             elif component.definition is not None:
                 self._conceive(component, component.definition)
         except BaseException:
-            component._engine = None
+            component._engine = _ALONE
             raise
         component.logger = component.logger or self.logger
         component.event_bus = component.event_bus or self.event_bus
@@ -4057,7 +4076,7 @@ class FlexiFlowEngine:
             birth = definition.passage(None, "*", component.state)
         plan = Plan("created", component.head.data, birth)
         turn = Turn(component, None, {"type": "created"})
-        follow(plan, component._scope(turn, birth.node.name))
+        follow(plan, turn.scope(birth.node.name))
         plan.state = component.state_machine._state
         component.head = component.head._replace(data=plan.data, since=dict.fromkeys(
             birth.active, turn.now), completed=turn.now if birth.completes else None)
@@ -4110,10 +4129,7 @@ class FlexiFlowEngine:
         """Return a definition of the store, compiled once."""
         if hash not in self._definitions:
             source = {"name": "stored", **self.store.definition(hash)}
-            walk = _Walk(source, registry=registry, allow_imports=self.allow_imports)
-            if walk.problems().errors:
-                raise _as_error(walk.found.errors, None)
-            self._definitions[hash] = walk.definition()
+            self._definitions[hash] = _compile(source, registry, self.allow_imports)
         return self._definitions[hash]
 
     async def remove(self, name: str) -> None:
@@ -4216,98 +4232,14 @@ class FlexiFlowEngine:
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         await self._settle()
-        streams: dict[str, asyncio.Task[int]] = {}
-        delivered = 0
-        try:
-            while True:
-                if not self._stopping or until_idle:
-                    ready, more = await self._ready(component, concurrency - len(streams), streams)
-                    for name, rows in ready.items():
-                        streams[name] = asyncio.ensure_future(self._deliver(rows))
-                if not streams and (self._stopping or until_idle) and not (until_idle and more):
-                    return delivered
-                await self._sleep(0.02 if more else 1.0, *streams.values())
-                for name in [name for name, task in streams.items() if task.done()]:
-                    delivered += streams.pop(name).result()
-        finally:
-            await self._call_off([*streams.values()])
-
-    async def _ready(self, component: str | None, room: int,
-            busy: Iterable[str]) -> tuple[dict[str, list[Json]], bool]:
-        """Give what has come due its place; return rows to deliver, by component, in their order.
-
-        Also whether there is more that other processes are at work on.
-        """
-        if self.queue.committing is not None:
-            await asyncio.wait([self.queue.committing])
-        if self._next_due() <= self.clock():
-            await self.queue.write(None, [(_GIVE_PLACES, (self.clock(),))])
-        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self._rivals())]
-        rows = self._placed(component, [*busy, *claimed]) if room else []
-        found: dict[str, list[Json]] = {}
-        for row in rows:
-            if row["component"] in found or len(found) < room:
-                found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not rows and self._placed(component, [*busy]))
-
-    def _placed(self, component: str | None, besides: list[str]) -> list[Json]:
-        """Return the first rows that may run, of one component or of all `besides` some."""
-        marks = [",".join("?" * len(values)) for values in (self._foreign, besides)]
-        return self.queue.messages(
-            f"place IS NOT NULL AND component IS{' NOT' * (component is None)} ?"
-            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
-            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
-            f" ORDER BY place LIMIT {_BATCH}", (component, *self._foreign, *besides))
-
-    async def _deliver(self, rows: list[Json]) -> int:
-        """Deliver rows of one component; what fails is tried again later, if it can be read."""
-        for count, row in enumerate(rows):
-            try:
-                if not await self._deliver_one(row):
-                    return count
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
-                if asyncio.current_task() in self._cancelled:
-                    if row.get("claimed"):
-                        count_back = (_COUNT, (-1, row["component"], row["id"]))
-                        self.queue.write(None, [count_back])
-                    raise
-                await self._failed(row, error)
-        return len(rows)
-
-    async def _deliver_one(self, row: Json) -> bool:
-        """Deliver a row; return False where its component's code is not to be had here."""
-        try:
-            message = message_of(self.queue.sealed(row))
-            component = self._find(row["component"])
-        except ImportError_ as error:
-            head = self._head(row["component"])
-            self._foreign.add(head["definition"])
-            self.logger.warning("Messages to %r are left alone: %s", row["component"], error.what)
-            return False
-        except (ConfigError, PersistenceError, ValueError) as error:
-            await self._failed(row, error, dead=True)
-            return True
-        await self._announce()
-        retry = component.definition.retry if component.definition else QUEUE_RETRY
-        if row["attempts"] >= retry.max_attempts:
-            died = StateError(f"Its process died of it {row['attempts']} times",
-                why="each time it was begun, and neither done nor failed")
-            await self._failed(row, died, dead=True)
-            return True
-        await component.handle_message(message, _row=row)
-        return True
-
-    async def _call_off(self, tasks: list[asyncio.Task[int]]) -> None:
-        """Cancel deliveries and wait for their end."""
-        self._cancelled.update(tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        self._cancelled.difference_update(tasks)
+        return await _Delivery(self, component, concurrency).run(until_idle)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
+        if self is _ALONE:
+            self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
+                exc_info=error)
+            return
         begun = row.get("claimed", False)  # and counted then
         found = self.queue.messages("component=? AND message_id=? AND dead IS NULL",
             (row["component"], row["id"]))
@@ -4319,7 +4251,7 @@ class FlexiFlowEngine:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
             attempts = row["attempts"]  # it has not been tried
         else:
-            retry = component.definition.retry if component.definition else QUEUE_RETRY
+            retry = self._retry(component.name)
             dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
             pause = retry.delay(attempts, random.random())
         again = {"dead": now} if dead else {"due": now + pause}
@@ -4337,7 +4269,11 @@ class FlexiFlowEngine:
                 **{key: row[key] for key in ("component", "message", "id", "correlation_id")},
                 "error": str(error), "seq": component and component.seq})
 
-    # ---- claims: see `AsyncComponent._claim`
+    def _retry(self, name: str) -> RetryConfig:
+        definition = self.components[name].definition
+        return definition.retry if definition else QUEUE_RETRY
+
+    # ---- claims: see `Turn.claim`
 
     def _rivals(self) -> tuple[str, float, float]:
         """Return the values of _CLAIMED: whose claims do not count, and which leases hold."""
@@ -4537,6 +4473,104 @@ class FlexiFlowEngine:
         return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
             "since": head["since"].get(head["state"]), "completed": head["completed"],
             "dead": dead, "waiting": len(rows) - dead - len(timers), "timers": timers}
+
+
+_ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
+
+
+class _Delivery:
+    """One `run` of an engine: a stream of messages for each component that has some."""
+
+    def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
+        self.engine, self.queue, self.component = engine, engine.queue, component
+        self.concurrency, self.called_off = concurrency, False
+        self.streams: dict[str, asyncio.Task[int]] = {}
+
+    async def run(self, until_idle: bool) -> int:
+        """Deliver until the engine is closed, or nothing is due; return how many messages."""
+        engine, delivered = self.engine, 0
+        try:
+            while True:
+                more = False
+                if until_idle or not engine._stopping:
+                    ready, more = await self._ready()
+                    for name, rows in ready.items():
+                        self.streams[name] = asyncio.ensure_future(self._deliver(rows))
+                if not (self.streams or more) and (until_idle or engine._stopping):
+                    return delivered
+                await engine._sleep(0.02 if more else 1.0, *self.streams.values())
+                for name in [name for name, task in self.streams.items() if task.done()]:
+                    delivered += self.streams.pop(name).result()
+        finally:
+            self.called_off = True
+            for task in self.streams.values():
+                task.cancel()
+            if self.streams:
+                await asyncio.wait(self.streams.values())
+
+    async def _ready(self) -> tuple[dict[str, list[Json]], bool]:
+        """Give what has come due its place; return rows to deliver, by component, in their order.
+
+        Also whether there is more, at which other processes are at work.
+        """
+        if self.queue.committing is not None:
+            await asyncio.wait([self.queue.committing])
+        if self.engine._next_due() <= self.engine.clock():
+            await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
+        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
+        room = self.concurrency - len(self.streams)
+        rows = self._placed([*self.streams, *claimed]) if room else []
+        found: dict[str, list[Json]] = {}
+        for row in rows:
+            if row["component"] in found or len(found) < room:
+                found.setdefault(row["component"], []).append(row)
+        return found, bool(claimed and not rows and self._placed([*self.streams]))
+
+    def _placed(self, besides: list[str]) -> list[Json]:
+        """Return the first rows that may run, besides those of some components."""
+        foreign = self.engine._foreign
+        marks = [",".join("?" * len(values)) for values in (foreign, besides)]
+        return self.queue.messages(
+            f"place IS NOT NULL AND component IS{' NOT' * (self.component is None)} ?"
+            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
+            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
+            f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
+
+    async def _deliver(self, rows: list[Json]) -> int:
+        """Deliver rows of one component; what fails is tried again later, if it can be read."""
+        for count, row in enumerate(rows):
+            try:
+                if not await self._deliver_one(row):
+                    return count
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if self.called_off:
+                    if row.get("claimed"):  # the attempt is given back
+                        self.queue.write(None, [(_COUNT, (-1, row["component"], row["id"]))])
+                    raise
+                await self.engine._failed(row, error)
+        return len(rows)
+
+    async def _deliver_one(self, row: Json) -> bool:
+        """Deliver a row; return False where its component's code is not to be had here."""
+        engine, name = self.engine, row["component"]
+        try:
+            message = message_of(self.queue.sealed(row))
+            component = engine._find(name)
+        except ImportError_ as error:
+            engine._foreign.add(engine._head(name)["definition"])
+            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
+            return False
+        except (ConfigError, PersistenceError, ValueError) as error:
+            await engine._failed(row, error, dead=True)
+            return True
+        await engine._announce()
+        if row["attempts"] >= engine._retry(name).max_attempts:
+            died = StateError(f"Its process died of it {row['attempts']} times",
+                why="each time it was begun, and neither done nor failed")
+            await engine._failed(row, died, dead=True)
+        else:
+            await component.handle_message(message, _row=row)
+        return True
 
 
 # --------------------------------------------------------------------------------------------

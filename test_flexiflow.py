@@ -4216,7 +4216,8 @@ class Explaining(ConfigCase):
             Warnings:
               WARN colour: Unknown key: 'colour'
                 Fix: use one of '$schema', 'data', 'description', 'initial_state', """
-            """'initial_state_resolution', 'name', 'packs', 'renamed', 'retry', 'rules', 'states', 'version'
+            """'initial_state_resolution', 'name', 'packs', 'renamed', 'retry', 'rules', """
+            """'states', 'version'
               WARN rules[1].giard: Unknown key: 'giard'
                 Why: without a key of the engine a rule is a note and does nothing
                 Fix: did you mean 'guard'?
