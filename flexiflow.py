@@ -2853,8 +2853,11 @@ class SQLiteStore:
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return what a SELECT finds."""
-        with self._translated():
-            return self.db.execute(sql, values).fetchall()
+        db = self.db
+        try:
+            return db.execute(sql, values).fetchall()
+        except Exception as error:
+            raise self._translate(error) from error
 
     def names(self) -> list[str]:
         """Return the names of all components, those of which only the history is left included."""
@@ -3141,14 +3144,19 @@ class Turn(Context):
             vars(state).update(attributes)
             self.component._unready = True  # a commit under way may still succeed: read it again
 
-    def end(self) -> None:
-        """Undo what is not committed, and let go of the claim."""
+    def end(self, failed: bool = False) -> None:
+        """Undo what is not committed, and let go of the claim.
+
+        At a queued message that failed it is let go together with the count of the failure, or
+        another process would try again at once.
+        """
         if not self.over:
             self.over = True
             self.undo()
-        if self.claimed:
-            self.claimed = False
-            self.late = [*self.late, self.engine._release(self.component.name)]
+        if self.claimed and not (failed and self.row is not None):
+            self.late = [*self.late, self.engine.store.write(
+                None, self.engine._release(self.component.name))]
+        self.claimed = False
 
     # ---- from the message to the receipt
 
@@ -3185,10 +3193,11 @@ class Turn(Context):
                     break
                 self.undo()
                 self.claimed = False
-        except (Exception, SystemExit):
-            self.end()
-            await self.publish("component.message.received", message=self.message)
-            await self.settled()
+        except BaseException as error:
+            self.end(failed=True)
+            if isinstance(error, (Exception, SystemExit)):
+                await self.publish("component.message.received", message=self.message)
+                await self.settled()
             raise
         finally:
             self.end()
@@ -3670,6 +3679,7 @@ class AsyncComponent:
                 except BaseException as error:
                     if not _is_own_failure(error) and not isinstance(error, SystemExit):
                         self._internal.insert(0, row)  # the next turn will run it
+                        self._engine._give_back(row)
                         raise
                     turn.end()
                     await self._engine._failed(row, error, count > DRAIN_LIMIT)
@@ -4240,10 +4250,12 @@ class FlexiFlowEngine:
             self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
                 exc_info=error)
             return
-        begun = row.get("claimed", False)  # and counted then
+        begun = row.pop("claimed", False)  # and counted then
+        rows = self._release(row["component"]) if begun else []
         found = self.queue.messages("component=? AND message_id=? AND dead IS NULL",
             (row["component"], row["id"]))
         if not found:
+            await self.queue.write(None, rows)
             return
         (row,), now = found, self.clock()
         attempts, component = row["attempts"] + (not begun), self.components.get(row["component"])
@@ -4260,7 +4272,7 @@ class FlexiFlowEngine:
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
             "state": component and component.state}
-        await self.queue.write(None, [self.queue.change_message(
+        await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
             with contextlib.suppress(ValueError):
@@ -4278,7 +4290,7 @@ class FlexiFlowEngine:
     def _rivals(self) -> tuple[str, float, float]:
         """Return the values of _CLAIMED: whose claims do not count, and which leases hold."""
         now = self.clock()
-        return self.id, now, now + LEASE
+        return self.id, now, now + 2 * LEASE
 
     def _hold(self, name: str) -> None:
         """Renew the claim on a component for as long as its code runs."""
@@ -4293,9 +4305,16 @@ class FlexiFlowEngine:
             self.store.write(None, [(_RENEW, (until, name, self.id)) for name in claims])
             self._hold(claims[0])
 
-    def _release(self, name: str) -> Any:
+    def _release(self, name: str) -> list[Row]:
+        """Return what lets go of a component."""
         self._claims.discard(name)
-        return self.store.write(None, [(_RELEASE, (name, self.id))])
+        return [(_RELEASE, (name, self.id))]
+
+    def _give_back(self, row: Json) -> None:
+        """Let go of a queued message whose attempt was broken off, and does not count."""
+        if row.pop("claimed", False):
+            count = (_COUNT, (-1, row["component"], row["id"]))
+            self.store.write(None, [count, *self._release(row["component"])])
 
     # ---- sleeping
 
@@ -4398,10 +4417,14 @@ class FlexiFlowEngine:
         if keep is not None and (keep.__class__ is not int or keep < 1):
             raise ArgumentError(f"keep is a whole number from 1: {keep!r}")
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
-        store, names = self._stored(), [name] if name is not None else self.store.names()
+        store = self._stored()
+        names = store.names() if name is None else [name]
+        if name is not None and store.head(name) is None:
+            raise self._unknown(name)
         gone = [one for one in names if completed and (head := store.head(one))
             and head["completed"] is not None and head["completed"] < before]
         found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
+        writes: list[asyncio.Future[Any]] = []
         for one in names:
             history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
                 " WHERE component=? ORDER BY seq", (one,))
@@ -4410,10 +4433,13 @@ class FlexiFlowEngine:
             rows = history if one in gone else [*old]
             found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
             found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
-            if one in gone and not dry_run:
-                await self.remove(one)
-            elif rows and not dry_run:
-                await store.write(None, [(_FORGET, (one, rows[-1][0]))])
+            forget: list[Row] = [(sql, (one,)) for sql in _REMOVE] if one in gone else [
+                (_FORGET, (one, seq)) for seq, *_ in rows[-1:]]
+            if forget and not dry_run:
+                writes.append(store.write(None, forget))
+        await asyncio.gather(*writes)
+        for one in () if dry_run else gone:
+            self.components.pop(one, None)
         return found
 
     async def backup(self, path: Path) -> None:
@@ -4544,8 +4570,7 @@ class _Delivery:
                     return count
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
-                    if row.get("claimed"):  # the attempt is given back
-                        self.queue.write(None, [(_COUNT, (-1, row["component"], row["id"]))])
+                    self.engine._give_back(row)
                     raise
                 await self.engine._failed(row, error)
         return len(rows)
@@ -4555,12 +4580,16 @@ class _Delivery:
         engine, name = self.engine, row["component"]
         try:
             message = message_of(self.queue.sealed(row))
+        except (PersistenceError, ValueError) as error:
+            await engine._failed(row, error, dead=True)
+            return True
+        try:
             component = engine._find(name)
         except ImportError_ as error:
             engine._foreign.add(engine._head(name)["definition"])
             engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
             return False
-        except (ConfigError, PersistenceError, ValueError) as error:
+        except ConfigError as error:
             await engine._failed(row, error, dead=True)
             return True
         await engine._announce()
