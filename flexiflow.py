@@ -3177,6 +3177,7 @@ class Turn(Context):
                 if self.row is not None or (given and store is not None):
                     answer = await self._answered()
                     if answer is not None:
+                        self.end()
                         return answer
                 if store is not None and component.head.definition.has_code and not self.claimed:
                     await self.claim()
@@ -3187,6 +3188,7 @@ class Turn(Context):
                 if plan.actions:
                     await self.act(plan)
                 if plan.outcome == "unknown":
+                    self.end()
                     break
                 commit = self.commit(plan)
                 if commit is None or await commit is None:
@@ -3199,8 +3201,6 @@ class Turn(Context):
                 await self.publish("component.message.received", message=self.message)
                 await self.settled()
             raise
-        finally:
-            self.end()
         outcome, before = plan.outcome, self.leaf
         after = self.machine.registry.name_of(self.state) if outcome == "moved" else before
         id, seq = (None, None) if outcome == "unknown" else (self.id, component.head.seq)
@@ -3306,9 +3306,11 @@ class Turn(Context):
     async def _ask_class(self, plan: Plan) -> None:
         """Let the current state's class answer."""
         state = self.state
-        self.kept = state, fresh(vars(state))
+        attributes = vars(state)
+        self.kept = state, fresh(attributes) if attributes else {}
         proceed, plan.state = await ask(state, self.message, self.component)
-        self._take_data(plan)
+        if self.data is not None:
+            self._take_data(plan)
         if not proceed:
             plan.outcome = "blocked" if plan.refused else "ignored"
             plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
@@ -3334,15 +3336,15 @@ class Turn(Context):
             result = action(self.message, self.component)
             if result is not None and inspect.isawaitable(result):
                 await result
-        self._take_data(plan)
+        if self.data is not None:
+            self._take_data(plan)
 
     def _take_data(self, plan: Plan) -> None:
         """Take over the data as the code that was called has left it."""
-        if self.data is not None:
-            if self.data.__class__ is not dict:
-                raise StateError(f"Data of {self.component.name!r} is not a dict: {self.data!r}")
-            plan.data, self.data = fresh(self.data), None
-            self.base = plan.data
+        if self.data.__class__ is not dict:
+            raise StateError(f"Data of {self.component.name!r} is not a dict: {self.data!r}")
+        self.base = plan.data = fresh(self.data)
+        self.data = None
 
     # ---- committing
 
@@ -3351,22 +3353,27 @@ class Turn(Context):
 
         `changed` is another definition to go over to, `rows` what that changes in the queue.
         """
-        engine, old, passage, now = self.engine, self.component.head, plan.passage, self.now
-        seq, since, completed = old.seq + (plan.outcome != "created"), old.since, old.completed
+        engine, passage, now = self.engine, plan.passage, self.now
+        definition, _, seq, since, completed, *_ = self.component.head
+        seq += plan.outcome != "created"
         if seq and passage is not None and passage.enters:
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
         if changed is not None:
             since = {changed.renamed.get(name, name): at for name, at in since.items()}
-        self.sent, self.outbox = [*plan.sends, *self.outbox], ()
+        self.sent = [*plan.sends, *self.outbox] if plan.sends or self.outbox else ()
+        self.outbox = ()
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
-        head = Head(changed or old.definition, plan.data, seq, since, completed, None, 0)
+        head = tuple.__new__(Head, (  # quicker than calling Head
+            changed or definition, plan.data, seq, since, completed, None, 0))
         if engine.store is not None:
             return self._write(plan, head, rows)
-        adopt = functools.partial(self.component._adopt, head, plan.state, self)
-        return engine.queue.write(None, rows, adopt) if rows else adopt()
+        if not rows:
+            return self.component._adopt(head, plan.state, self)
+        return engine.queue.write(None, rows, functools.partial(
+            self.component._adopt, head, plan.state, self))
 
     def _write(self, plan: Plan, head: Any, rows: Sequence[Row]) -> Any:
         """Return the write of a plan: the component's row, the journal's, and `rows`."""
@@ -3701,7 +3708,8 @@ class AsyncComponent:
         self.head, self.state_machine._state = head, state
         if turn is not None:
             turn.committed()
-        self._engine._wake()
+        if self._engine._alarm is not None:
+            self._engine._wake()
 
     # ---- creation, rules, reloading
 
