@@ -8616,6 +8616,390 @@ class FoundByAttack(Case):
             self.run_async(FlexiFlowEngine().run(concurrency=0))
 
 
+class Claims(StoreCase):
+    """Python code runs in one engine at a time, and once for each message."""
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.ran, self.polls = [], []
+        self.patch("_pause", lambda: self.polls.append(1) or 0.0)
+
+    def noting(self, **settings):
+        """Return a config whose action notes the id of its message, and lets others run."""
+        async def act(message, component):
+            self.ran.append(message["id"])
+            await self.passes(3)
+            if message["type"] == "fail":
+                raise RuntimeError("no")
+
+        rule = {"on": ["go", "fail"], "action": self.code(act)}
+        return self.machine(rule, {"on": "stay"}, **settings)
+
+    def hanging(self, fail=False, **settings):
+        """Return a config whose action waits, the first time, for `self.go`."""
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            self.ran.append(message["id"])
+            if len(self.ran) == 1:
+                self.begun.set()
+                await self.go.wait()
+            if fail:
+                raise RuntimeError("no")
+
+        return self.machine({"on": "go", "action": self.code(act)}, **settings)
+
+    def owner(self, name="m"):
+        return self.rows("SELECT owner, lease FROM flexiflow_components WHERE name=?", name)[0]
+
+    def attempts(self):
+        return self.rows("SELECT message_id, attempts FROM flexiflow_messages ORDER BY number")
+
+    async def died(self, config, seconds=30.0):
+        """Make a component whose code a process, dead by now, has claimed for so long."""
+        self.engine.create_component(config)
+        await self.engine.run(until_idle=True)
+        self.change("UPDATE flexiflow_components SET owner='dead', lease=? WHERE name=?",
+            self.clock.now + seconds, config["name"])
+
+    async def asked(self, times=5):
+        """Wait until the claim of another has been looked at so many times."""
+        count = len(self.polls) + times
+        while len(self.polls) < count:
+            await asyncio.sleep(0)
+
+    async def until(self, found):
+        while not found():
+            await asyncio.sleep(0.001)
+
+    # ---- failures first
+
+    async def test_a_claim_is_not_taken_over_before_its_lease_is_over(self):
+        await self.died(self.noting())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        found = []
+        for seconds in (0, 29.999, 0.001):
+            self.clock.now += seconds
+            await (self.asked() if seconds != 0.001 else task)
+            found.append(list(self.ran))
+        self.assertEqual((found, task.result().seq, self.owner()),
+            ([[], [], ["x"]], 1, (None, None)))
+
+    async def test_who_waits_too_long_for_a_claim_is_told(self):
+        await self.died(self.noting())
+        self.patch("TURN_LIMIT", -1.0)
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(str(caught.exception), "No turn for -1 seconds: 'm'\n"
+            "Why: another process is at work on the message before this one\n"
+            "Context:\n  component='m'")
+        self.assertEqual((self.ran, self.owner()[0]), ([], "dead"))
+
+    async def test_a_message_of_the_queue_waits_for_a_claim_without_an_attempt(self):
+        other = self.open()
+        await self.died(self.noting(retry={"max_attempts": 1}))
+        self.patch("TURN_LIMIT", -1.0)
+        await self.engine.send("m", "go", id="x")
+        self.change("UPDATE flexiflow_components SET owner=NULL")
+        (row,) = self.engine.queue.messages("1")  # read before somebody else claims it
+        component = self.engine.get("m")
+        self.change("UPDATE flexiflow_components SET owner='dead'")
+        task = asyncio.ensure_future(component.handle_message(
+            {"type": "go", "id": "x"}, _row=row))
+        await self.asked()
+        before = self.attempts()
+        self.clock.now += 30
+        receipt = await task
+        self.assertEqual((before, receipt.seq, self.ran), ([("x", 0)], 1, ["x"]))
+        await other.close()
+
+    async def test_the_queue_of_a_claimed_component_waits_and_others_go_on(self):
+        await self.died(self.noting())
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("m", "go", id="x")
+        await self.engine.send("lamp", "press")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.until(lambda: self.engine.get("lamp").seq)
+        before = list(self.ran), self.attempts(), worker.done()
+        self.clock.now += 30
+        delivered = await worker
+        self.assertEqual((before, delivered, self.ran), (([], [("x", 0)], False), 2, ["x"]))
+
+    async def test_a_lease_of_a_clock_that_was_ahead_holds_nobody_up(self):
+        await self.died(self.noting())
+        self.clock.now -= 3600
+        await self.engine.handle_message("m", "go", id="x")
+        self.assertEqual((self.ran, self.polls), (["x"], []))
+
+    async def test_a_clock_that_is_set_back_a_little_does_not_free_what_another_runs(self):
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now -= 1
+        second = asyncio.ensure_future(other.handle_message("m", "go", id="y"))
+        await self.asked()
+        before = list(self.ran)
+        self.go.set()
+        receipts = [await first, await second]
+        self.assertEqual((before, self.ran), (["x"], ["x", "y"]))
+        self.assertEqual([one.seq for one in receipts], [1, 2])
+
+    async def test_a_clock_that_is_set_forward_costs_a_second_run_and_never_a_second_move(self):
+        other = self.open()
+        self.engine.create_component(self.hanging(data={"n": 0}))
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now += 3600
+        second = await other.handle_message("m", "go", id="y")
+        self.go.set()
+        receipts = [await first, second]
+        rows = [(row["seq"], row["id"]) for row in self.engine.history("m")]
+        self.assertEqual(([one.seq for one in receipts], rows),
+            ([2, 1], [(2, "x"), (1, "y"), (0, "")]))
+        self.assertEqual((self.ran, self.owner()), (["x", "y", "x"], (None, None)))
+
+    async def test_a_claim_is_let_go_of_however_the_message_ends(self):
+        config = self.noting(states={"A": {}, "B": {}, "End": {"final": True}})
+        config["rules"] += [{"from": "B", "on": "leave"}, {"on": "end", "to": "End"}]
+        self.engine.create_component(config)
+        found = []
+        for kind in ("go", "fail", "unknown", "leave", "stay", "end", "go"):
+            with contextlib.suppress(RuntimeError, StateError):
+                await self.engine.handle_message("m", kind)
+            found.append((kind, self.owner()))
+        again = [await self.engine.handle_message("m", "go", id="x") for _ in range(2)]
+        self.assertEqual([one for one in found if one[1] != (None, None)], [])
+        self.assertEqual((again[1].duplicate, self.owner()), (True, (None, None)))
+
+    async def test_a_claim_is_let_go_of_when_its_caller_is_cancelled(self):
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        during = self.owner()
+        task.cancel()
+        await asyncio.wait([task])
+        await self.until(lambda: self.owner() == (None, None))
+        self.assertEqual((during, task.cancelled()),
+            ((self.engine.id, self.clock.now + 30), True))
+
+    async def test_a_caller_cancelled_at_any_point_leaves_no_claim_behind(self):
+        for slow in (False, True):
+            self.patch("SLOW_COMMIT", -1.0 if slow else ff.SLOW_COMMIT)
+            for steps in range(40):
+                name = f"m{slow}{steps}"
+                self.engine.create_component(self.noting(), name=name)
+                task = asyncio.ensure_future(self.engine.handle_message(name, "go", id="x"))
+                await self.passes(steps)
+                task.cancel()
+                await asyncio.wait([task])
+                await self.engine.handle_message(name, "go", id="y")
+                with self.subTest(slow=slow, steps=steps):
+                    self.assertEqual((self.owner(name), self.engine._claims), ((None, None), set()))
+
+    async def test_an_engine_that_lost_a_claim_stops_renewing_it(self):
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        other = self.open()
+        self.clock.now += 3600
+        await other.handle_message("m", "go", id="y")
+        await other.handle_message("m", "go", id="z")
+        self.change("UPDATE flexiflow_components SET owner='third', lease=?", self.clock.now + 30)
+        self.go.set()
+        await self.asked()
+        held = set(self.engine._claims)
+        self.clock.now += 30
+        await task
+        self.assertEqual((held, self.engine._claims), (set(), set()))
+
+    # ---- what holds
+
+    async def test_two_engines_run_an_action_once_for_each_message_of_the_queue(self):
+        names = ("a", "b", "c")
+        for name in names:
+            self.engine.create_component(self.noting(), name=name)
+        for n in range(30):
+            await self.engine.send(names[n % 3], "go", id=f"i{n}")
+        other = self.open()
+        await asyncio.gather(*[one.run(until_idle=True) for one in (self.engine, other)])
+        self.assertEqual(sorted(self.ran), sorted(f"i{n}" for n in range(30)))
+        self.assertEqual([one["seq"] for one in self.engine.status()], [10, 10, 10])
+
+    async def test_two_engines_run_an_action_once_for_each_direct_call(self):
+        engines = self.engine, self.open()
+        self.engine.create_component(self.noting())
+        await self.engine.run(until_idle=True)
+        calls = [engines[n % 2].handle_message("m", "go", id=f"i{n}") for n in range(20)]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual(sorted(self.ran), sorted(f"i{n}" for n in range(20)))
+        self.assertEqual(sorted(one.seq for one in receipts), [*range(1, 21)])
+
+    async def test_two_engines_that_get_the_same_id_run_its_action_once(self):
+        engines = self.engine, self.open()
+        self.engine.create_component(self.noting())
+        await self.engine.run(until_idle=True)
+        calls = [engine.handle_message("m", "go", id="x") for engine in engines * 3]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual((self.ran, sorted(one.duplicate for one in receipts)),
+            (["x"], [False] + [True] * 5))
+
+    async def test_a_claim_is_renewed_while_a_long_action_runs(self):
+        self.patch("LEASE", 0.03)
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.handle_message("m", "go", id="y"))
+        for _ in range(10):  # ten leases long
+            self.clock.now += 0.02
+            await self.until(lambda: self.owner()[1] == self.clock.now + 0.03)
+            await self.asked()
+        before = list(self.ran)
+        self.go.set()
+        receipts = [await first, await second]
+        self.assertEqual((before, self.ran), (["x"], ["x", "y"]))
+        self.assertEqual([one.seq for one in receipts], [1, 2])
+
+    async def test_a_claim_is_renewed_in_an_engine_that_was_closed_and_is_used_again(self):
+        self.engine.create_component(self.noting(name="a"))
+        await self.engine.handle_message("a", "go", id="first")
+        await self.engine.close()
+        self.ran.clear()
+        self.patch("LEASE", 0.03)
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now += 5
+        await asyncio.wait_for(self.until(lambda: self.owner()[1] == self.clock.now + 0.03), 30)
+        self.go.set()
+        self.assertEqual((await task).outcome, "stayed")
+
+    async def test_rules_without_code_take_no_claim_and_mind_none(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        statements = []
+        self.engine.store.db.set_trace_callback(statements.append)
+        await self.engine.handle_message("lamp", "press")
+        await self.engine.send("lamp", "press")
+        await self.engine.run(until_idle=True)
+        claims = [sql for sql in statements if "SET owner" in sql or "SET attempts" in sql]
+        self.change("UPDATE flexiflow_components SET owner='dead', lease=?", self.clock.now + 30)
+        receipt = await asyncio.wait_for(self.engine.handle_message("lamp", "press"), 10)
+        self.assertEqual((claims, receipt.seq, self.polls), ([], 3, []))
+
+    async def test_a_claim_is_taken_for_a_guard_or_a_class_in_python_as_well(self):
+        async def answer(state, message, component):
+            found.append(self.owner()[0])
+            return True, state
+
+        def allow(message, component):
+            found.append(self.owner()[0])
+            return True
+
+        found = []
+        speaker = type("Speaker", (State,), {"handle_message": answer})
+        configs = (self.machine({"on": "go", "guard": self.code(allow)}),
+            self.machine(states={"Speaker": self.code(speaker)}))
+        for config in configs:
+            self.engine.create_component(config)
+            await self.engine.handle_message("m", "go")
+            await self.engine.remove("m")
+        self.assertEqual(found, [self.engine.id] * 2)
+
+    async def test_new_rules_wait_for_a_claim(self):
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.update_rules("m", [{"on": "new"}]))
+        await self.asked()
+        early = second.done()
+        self.go.set()
+        await asyncio.gather(first, second)
+        outcomes = [row["outcome"] for row in self.engine.history("m")]
+        self.assertEqual((early, outcomes, self.owner()),
+            (False, ["updated", "stayed", "created"], (None, None)))
+
+    # ---- attempts
+
+    async def test_an_attempt_is_counted_before_the_action_runs(self):
+        self.engine.create_component(self.hanging())
+        await self.engine.send("m", "go", id="x")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        during = self.attempts()
+        self.go.set()
+        await worker
+        self.assertEqual((during, self.attempts()), ([("x", 1)], []))
+
+    async def test_a_failed_attempt_counts_once(self):
+        self.engine.create_component(self.noting(retry={"max_attempts": 3, "base_delay": 1}))
+        await self.engine.send("m", "fail", id="x")
+        found = []
+        for _ in range(3):
+            await self.engine.run(until_idle=True)
+            found += self.attempts()
+            self.clock.now += 60
+        self.assertEqual((found, self.ran), ([("x", 1), ("x", 2), ("x", 3)], ["x"] * 3))
+
+    async def test_a_message_that_fails_elsewhere_keeps_its_pause(self):
+        """Two workers have read the same row; the second finds it put off by the first."""
+        self.engine.create_component(self.noting(retry={"max_attempts": 2, "base_delay": 10}))
+        await self.engine.send("m", "fail", id="x")
+        await asyncio.gather(*[self.engine.run(until_idle=True) for _ in range(2)])
+        self.assertEqual((self.ran, self.attempts()), (["x"], [("x", 1)]))
+
+    async def test_a_claim_on_what_failed_elsewhere_meanwhile_runs_and_counts_nothing(self):
+        other = self.open()
+        config = self.hanging(fail=True, retry={"max_attempts": 2, "base_delay": 10})
+        self.engine.create_component(config)
+        await self.engine.send("m", "go", id="x")
+        (row,) = other.queue.messages("1")  # read before the first has claimed it
+        first = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.get("m").handle_message(
+            {"type": "go", "id": "x"}, _row=row))
+        await self.asked()
+        self.go.set()
+        await asyncio.gather(first, second)
+        self.assertEqual((self.ran, self.attempts(), second.result().outcome),
+            (["x"], [("x", 1)], "ignored"))
+
+    async def test_an_attempt_cancelled_while_its_claim_is_committed_is_given_back(self):
+        self.engine.create_component(self.noting(retry={"max_attempts": 1}))
+        await self.engine.send("m", "go", id="x")
+        self.patch("SLOW_COMMIT", -1.0)
+        for steps in range(40):
+            worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+            await self.passes(steps)
+            worker.cancel()
+            await asyncio.wait([worker])
+            if self.engine.get("m").seq:
+                break
+            await self.until(lambda: self.engine.store.committing is None
+                and not self.engine.store._waiting)
+            with self.subTest(steps=steps):
+                self.assertEqual(self.attempts(), [("x", 0)])
+        self.assertEqual(self.engine.dead_letters(), [])
+
+    async def test_an_own_message_of_a_cancelled_worker_gets_its_attempt_back(self):
+        config = self.hanging(retry={"max_attempts": 1})
+        config["rules"].append({"on": "start", "send": {"to": "m", "type": "go", "id": "own"}})
+        self.engine.create_component(config)
+        await self.engine.send("m", "start", id="x")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        worker.cancel()
+        await asyncio.wait([worker])
+        self.go.set()
+        await self.reopen()
+        await self.engine.run(until_idle=True)
+        facts = self.engine.status("m")[0]
+        self.assertEqual((self.ran, facts["seq"], self.engine.dead_letters()),
+            (["own", "own"], 2, []))
+
+
 # ---- 13. Command line, in child processes
 
 
