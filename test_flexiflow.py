@@ -9000,6 +9000,190 @@ class Claims(StoreCase):
             (["own", "own"], 2, []))
 
 
+class ClaimsOfProcesses(StoreCase):
+    """The same with processes: some work together, some die, some have not all the code."""
+
+    ACTS = """
+        import os
+        def note(message, component):
+            with open("log", "a") as log:
+                log.write(message["id"] + "\\n")
+        def work(message, component):
+            note(message, component)
+            component.data["n"] += 1
+        def die(message, component):
+            note(message, component)
+            os._exit(9)
+        """
+    HEAD = """
+        import asyncio, logging, sys
+        import flexiflow
+        from flexiflow import FlexiFlowEngine
+        logging.getLogger("flexiflow").addHandler(logging.NullHandler())
+        """
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.write("acts.py", textwrap.dedent(self.ACTS))
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.modules.pop, "acts", None)
+        self.addCleanup(sys.path.remove, str(self.folder))
+
+    def child(self, body, *args):
+        return self.start(textwrap.dedent(self.HEAD) + textwrap.dedent(body), *args)
+
+    def noted(self):
+        path = self.folder / "log"
+        return path.read_text().split() if path.exists() else []
+
+    async def test_four_processes_run_an_action_once_for_each_message(self):
+        config = self.machine({"on": "go", "action": "acts:work"}, data={"n": 0})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        for n in range(40):
+            await self.engine.send("ab"[n % 2], "go", id=f"q{n}")
+        await self.engine.close()
+        children = [self.child("""
+            async def main(me):
+                engine = FlexiFlowEngine("flow.db")
+                calls = [engine.handle_message("ab"[n % 2], "go", id=f"{me}.{n}")
+                    for n in range(10)]
+                await asyncio.gather(engine.run(until_idle=True), *calls)
+                await engine.close()
+            asyncio.run(main(sys.argv[1]))
+            """, str(me)) for me in range(4)]
+        codes = [child.wait(60) for child in children]
+        await self.engine.run(until_idle=True)
+        ids = [f"q{n}" for n in range(40)] + [f"{me}.{n}" for me in range(4) for n in range(10)]
+        self.assertEqual((codes, sorted(self.noted())), ([0] * 4, sorted(ids)))
+        self.assertEqual([one["data"]["n"] for one in self.engine.status()], [40, 40])
+
+    async def test_a_message_that_kills_its_process_ends_as_a_dead_letter_and_blocks_nobody(self):
+        config = self.machine(
+            {"on": "bad", "action": "acts:die"}, {"on": "go", "action": "acts:work"},
+            data={"n": 0}, retry={"max_attempts": 3})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        for name, kind, id in (("a", "bad", "x"), ("a", "go", "y"), ("b", "go", "z")):
+            await self.engine.send(name, kind, id=id)
+        await self.engine.close()
+        codes = []
+        for _ in range(4):
+            child = self.child("""
+                flexiflow.LEASE = 0.3
+                async def main():
+                    engine = FlexiFlowEngine("flow.db", clock=lambda: 1e6 + flexiflow.time.time())
+                    await engine.run(until_idle=True)
+                    await engine.close()
+                asyncio.run(main())
+                """)
+            codes.append(child.wait(60))
+        (letter,) = self.engine.dead_letters()
+        facts = [(one["name"], one["seq"], one["dead"]) for one in self.engine.status()]
+        shown = {key: letter[key] for key in ("component", "id", "attempts", "error", "state")}
+        self.assertEqual(codes, [9, 9, 9, 0])
+        self.assertEqual(shown, {"component": "a", "id": "x", "attempts": 3, "state": "A",
+            "error": "StateError: Its process died of it 3 times\n"
+            "Why: each time it was begun, and neither done nor failed"})
+        self.assertEqual((facts, sorted(self.noted())),
+            ([("a", 1, 1), ("b", 1, 0)], ["x", "x", "x", "y", "z"]))
+
+    async def test_the_claim_of_a_killed_process_is_taken_over_when_its_lease_is_over(self):
+        self.engine.create_component(self.machine({"on": "go", "action": "acts:work"}, {
+            "on": "bad", "action": "acts:die"}, data={"n": 0}))
+        await self.engine.close()
+        child = self.child("""
+            async def main():
+                engine = FlexiFlowEngine("flow.db", clock=lambda: 1e6)
+                await engine.handle_message("m", "bad", id="x")
+            asyncio.run(main())
+            """)
+        self.assertEqual(child.wait(60), 9)
+        self.clock.now = 1e6
+        polls, waiting = [], asyncio.Event()
+        self.patch("_pause", lambda: polls.append(1) or (len(polls) > 5 and waiting.set()) or 0.0)
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="y"))
+        await waiting.wait()
+        before = self.noted(), self.engine.get("m").seq
+        self.clock.now += 30
+        receipt = await task
+        self.assertEqual((before, self.noted(), receipt.data), ((["x"], 0), ["x", "y"], {"n": 1}))
+
+    # ---- code that is not to be had here
+
+    def foreign(self, *rules):
+        """Return a config whose code can be had at first, and not by whoever comes later."""
+        self.write("gone.py", textwrap.dedent(self.ACTS))
+        self.addCleanup(sys.modules.pop, "gone", None)
+        return self.machine({"on": "go", "action": "gone:work"}, *rules, data={"n": 0},
+            retry={"max_attempts": 1})
+
+    def take_code_away(self):
+        os.unlink(self.path("gone.py"))
+        shutil.rmtree(self.path("__pycache__"), ignore_errors=True)
+        sys.modules.pop("gone", None)
+
+    async def test_messages_to_code_that_cannot_be_imported_here_are_left_alone(self):
+        config = self.foreign()
+        for name in ("m", "n"):
+            self.engine.create_component(config, name=name)
+        self.engine.create_component(self.LAMP)
+        for n in range(3):
+            await self.engine.send("m", "go", id=f"x{n}")
+            await self.engine.send("n", "go", id=f"y{n}")
+            await self.engine.send("lamp", "press")
+        await self.reopen()
+        self.take_code_away()
+        lines = self.logged()
+        before = self.rows("SELECT * FROM flexiflow_messages WHERE component<>'lamp'")
+        delivered = [await self.engine.run(until_idle=True) for _ in range(3)]
+        after = self.rows("SELECT * FROM flexiflow_messages WHERE component<>'lamp'")
+        said = [line for line in lines if line.startswith(("WARNING", "ERROR"))]
+        self.assertEqual((delivered, after, self.engine.status("lamp")[0]["seq"]),
+            ([3, 0, 0], before, 3))
+        self.assertEqual([line.split(" ", 2)[2] for line in said],
+            ["Messages to 'm' are left alone: Module not found: 'gone'"])
+
+    async def test_code_that_another_process_has_brought_meanwhile_is_left_alone_as_well(self):
+        self.foreign()
+        worker = self.open()
+        plain = self.machine({"on": "go", "assign": {"n": 1}}, data={"n": 0},
+            retry={"max_attempts": 1})
+        worker.create_component(plain)
+        await worker.handle_message("m", "go", id="first")
+        await self.engine.update_rules(
+            "m", [{"on": "go", "action": "gone:work"}], replace=True)
+        await self.engine.send("m", "go", id="x")
+        self.take_code_away()
+        lines = self.logged()
+        delivered = [await worker.run(until_idle=True) for _ in range(2)]
+        (row,) = self.engine.queue.messages("1")
+        self.assertEqual((delivered, row["attempts"], row["dead"], worker.dead_letters()),
+            ([0, 0], 0, None, []))
+        said = [line for line in lines if line.startswith(("WARNING", "ERROR"))]
+        self.assertEqual([line.split(" ", 2)[2] for line in said],
+            ["Messages to 'm' are left alone: Module not found: 'gone'"])
+
+    async def test_a_direct_call_to_code_that_cannot_be_imported_says_why(self):
+        self.engine.create_component(self.foreign())
+        await self.reopen()
+        self.take_code_away()
+        with self.assertRaises(ImportError_) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(caught.exception.what, "Module not found: 'gone'")
+        self.assertEqual(self.rows("SELECT seq, owner FROM flexiflow_components"), [(0, None)])
+
+    async def test_code_that_may_not_be_imported_is_left_alone(self):
+        self.engine.create_component(self.foreign())
+        await self.engine.send("m", "go")
+        await self.engine.close()
+        strict = FlexiFlowEngine(self.path(), clock=self.clock, allow_imports=())
+        self.addAsyncCleanup(strict.close)
+        delivered = await strict.run(until_idle=True)
+        (row,) = strict.queue.messages("1")
+        self.assertEqual((delivered, row["attempts"], row["dead"]), (0, 0, None))
+
+
 # ---- 13. Command line, in child processes
 
 
