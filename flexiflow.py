@@ -2644,7 +2644,7 @@ class SQLiteStore:
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.Lock()
-        self.committing: asyncio.Future[Any] | None = None  # while a thread commits
+        self._committing: asyncio.Future[Any] | None = None  # while a thread commits
         self._mean = 0.0  # seconds that a commit takes of late
 
     def __repr__(self) -> str:
@@ -2696,6 +2696,11 @@ class SQLiteStore:
             loop.call_soon(self._flush)
         return future
 
+    async def settled(self) -> None:
+        """Wait while a thread commits: what is read meanwhile would hold up the loop."""
+        if self._committing is not None:
+            await asyncio.wait([self._committing])
+
     def _flush(self, since: float = 0.0) -> None:
         """Carry out and commit all that waits, or come back when the file is free."""
         batch = self._waiting = [write for write in self._waiting if not write.future.done()]
@@ -2726,8 +2731,8 @@ class SQLiteStore:
         self._waiting = []
         if self._mean > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
-                self.committing = self._loop.run_in_executor(None, self._commit, db)
-                self.committing.add_done_callback(
+                self._committing = self._loop.run_in_executor(None, self._commit, db)
+                self._committing.add_done_callback(
                     lambda done: self._settle(batch, done.result(), True))
                 return
         self._settle(batch, self._commit(db), True)
@@ -2748,7 +2753,7 @@ class SQLiteStore:
 
     def _settle(self, batch: list[Any], failure: Exception | None, unknown: bool = False) -> None:
         """Tell every write of a batch how it went, and go on with those that wait by now."""
-        self.committing = None
+        self._committing = None
         for write in batch:
             if failure is None and write.answer is None and write.done is not None:
                 write.done()
@@ -3050,6 +3055,8 @@ def check_message(message: Any) -> Json:
 
 def payload(message: Json) -> Json:
     """Return a message without its envelope."""
+    if not any(key in message for key in _ENVELOPE):
+        return message
     return {key: value for key, value in message.items() if key not in _ENVELOPE}
 
 
@@ -3066,8 +3073,9 @@ def _receipt_text(*parts: str | None) -> str:
 class Turn(Context):
     """The handling of one message, from its arrival to its receipt.
 
-    `row` is the message's in the queue, if it comes from there; `leaf` names the state at the
-    begin, `state` is the object that the turn's own code sees, `base` its data.
+    `row` is the message's in the queue, if it comes from there; `head` is the component's at the
+    begin, `leaf` names its state then; `state` is the object that the turn's own code sees,
+    `base` its data.
     """
 
     live = True  # until the component takes the next message
@@ -3090,8 +3098,8 @@ class Turn(Context):
 
     def begin(self) -> None:
         """Start again from the component as it is now."""
-        self.state, self.base, self.data = self.machine._state, self.component.head.data, None
-        self.leaf = self.machine.registry.name_of(self.state)
+        self.state, self.head, self.data = self.machine._state, self.component.head, None
+        self.base, self.leaf = self.head.data, self.machine.registry.name_of(self.state)
         self.engine = self.component._engine
         self.now: float = self.engine.clock()
 
@@ -3115,8 +3123,8 @@ class Turn(Context):
 
     def post(self, out: Outgoing) -> Receipt:
         """Send a message: with the turn's commit, or at once where that has been."""
-        out.id = out.id or new_id()
         _written(out.message, f"message to {out.to}")
+        out.id, out.message = out.id or new_id(), fresh(out.message)
         if self.over:
             self.sent = [out]
             rows = self._queue_rows()
@@ -3167,27 +3175,31 @@ class Turn(Context):
         try:
             if store is not None:
                 self.id = given or new_id()
-                self.message = {**self.message, "id": self.id}
                 self.text = _written(payload(self.message), "message")
+                self.message = {**self.message, "id": self.id}
             while True:
-                if store is not None:
-                    if store.committing is not None:
-                        await asyncio.wait([store.committing])
-                    self.refresh()  # nothing is decided, or run, on what is over
                 if self.row is not None or (given and store is not None):
                     answer = await self._answered()
                     if answer is not None:
                         self.end()
                         return answer
-                if store is not None and component.head.definition.has_code and not self.claimed:
+                if store is not None and self.head.definition.has_code and not self.claimed:
                     await self.claim()
+                    await self.refresh()  # nothing runs on what is over
                     continue
-                plan = self._decided()
+                try:
+                    plan = self._decided()
+                except Exception:
+                    if await self.refresh():  # it was decided on what is over
+                        continue
+                    raise
                 if plan.outcome == "class":
                     await self._ask_class(plan)
                 if plan.actions:
                     await self.act(plan)
                 if plan.outcome == "unknown":
+                    if await self.refresh():
+                        continue
                     self.end()
                     break
                 commit = self.commit(plan)
@@ -3195,6 +3207,7 @@ class Turn(Context):
                     break
                 self.undo()
                 self.claimed = False
+                await self.refresh()
         except BaseException as error:
             self.end(failed=True)
             if isinstance(error, (Exception, SystemExit)):
@@ -3203,23 +3216,30 @@ class Turn(Context):
             raise
         outcome, before = plan.outcome, self.leaf
         after = self.machine.registry.name_of(self.state) if outcome == "moved" else before
-        id, seq = (None, None) if outcome == "unknown" else (self.id, component.head.seq)
+        id, seq = (None, None) if outcome == "unknown" else (self.id, self.head.seq)
         receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
             outcome, component.name, id, before, after, seq, plan.reason, plan.data, False))
         if component.event_bus is not None and component.event_bus._events:
             await self._announce(plan, receipt)
         return receipt
 
-    def refresh(self) -> None:
-        """Begin again with what the store says, if another process has changed it."""
+    async def refresh(self) -> bool:
+        """Begin again with what the store says; tell whether another process has changed it."""
         component, store = self.component, self.engine.store
-        if store is not None and store.rows(_SEQ, (component.name,)) != [(component.head.seq,)]:
+        if store is not None:
+            await store.settled()
+        changed = store is not None and store.rows(_SEQ, (component.name,)) != [
+            (component.head.seq,)]
+        if changed:
             component._load(self.engine._head(component.name))
         self.begin()
+        return changed
 
     async def _answered(self) -> Receipt | None:
         """Return the receipt of a message that is over, here or in another process."""
         name, store = self.component.name, self.engine.store
+        if store is not None:
+            await store.settled()
         found = store.journal(name, 1, "message_id=?", (self.id,)) if store else None
         if not store or not found:
             if self._queued():
@@ -3231,6 +3251,7 @@ class Turn(Context):
             raise id_taken(name, self.id, first=entry["message"].get("type"))
         if self.row is not None:
             await store.write(None, [(_UNQUEUE, (name, self.id))])
+        await self.refresh()
         last = store.journal(name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
         later = last or store.journal(name, 1, "data IS NOT NULL")
         data = last[0]["data"] if last else None if later else self.base  # pruned, or the same
@@ -3276,11 +3297,11 @@ class Turn(Context):
 
     def _decided(self) -> Plan:
         """Return what the rules say, with the state object that it leads to."""
-        definition, row = self.component.head.definition, self.row
+        definition, row = self.head.definition, self.row
         timer = reason = None
         if definition is None:
             return Plan("class", self.base)
-        if self.component.head.completed is not None:
+        if self.head.completed is not None:
             reason = f"completed in {self.leaf}"
         elif row is not None and row.get("state") is not None:
             rule = definition.by_number.get(row["rule"])
@@ -3316,7 +3337,7 @@ class Turn(Context):
             plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
         else:
             plan.outcome = "stayed" if plan.state is state else "moved"
-        definition, cls = self.component.head.definition, plan.state.__class__
+        definition, cls = self.head.definition, plan.state.__class__
         if definition is not None and plan.outcome == "moved":  # go there as a rule would
             name = self.machine.registry.name_of(plan.state)
             if name not in definition.nodes:
@@ -3354,7 +3375,7 @@ class Turn(Context):
         `changed` is another definition to go over to, `rows` what that changes in the queue.
         """
         engine, passage, now = self.engine, plan.passage, self.now
-        definition, _, seq, since, completed, *_ = self.component.head
+        definition, _, seq, since, completed, *_ = self.head
         seq += plan.outcome != "created"
         if seq and passage is not None and passage.enters:
             since = {name: now if name in passage.enters else since.get(name, now)
@@ -3380,7 +3401,7 @@ class Turn(Context):
         component, (definition, data, seq, since, completed, *_) = self.component, head
         name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
         kept = _written(attributes, f"attributes of {name}") if attributes else None
-        old = component.head
+        old = self.head
         text = (old.text if data is old.data else None) or _written(data, "data")
         receipt = _receipt_text(plan.outcome, self.leaf, name, plan.reason)
         entry = (component.name, seq, self.id, self.correlation_id, self.text, receipt,
@@ -3405,7 +3426,7 @@ class Turn(Context):
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
-        name, definition = self.component.name, self.component.head.definition
+        name, definition = self.component.name, self.head.definition
         passage: Any = plan and plan.passage
         timers = plan.timers if plan is not None and passage and not passage.completes else ()
         if self.engine is _ALONE:
@@ -3447,7 +3468,8 @@ class Turn(Context):
     def committed(self) -> None:
         """Take note of the commit, and send what a task has sent while it was under way."""
         component = self.component
-        self.state, self.base, self.kept = component.state_machine._state, component.head.data, None
+        self.state, self.head = self.machine._state, component.head
+        self.base, self.kept = self.head.data, None
         if self.claimed:
             self.claimed = False
             self.engine._claims.discard(component.name)
@@ -3585,7 +3607,7 @@ class AsyncComponent:
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
         async with self._own_turn("rules.updated") as turn:
-            turn.refresh()
+            await turn.refresh()
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
                 rules += [] if rule in rules else [rule]
@@ -3719,8 +3741,7 @@ class AsyncComponent:
         if self._birth is not None:
             await self._be_born(turn, self._birth)
         elif self._unready and store is not None:
-            if store.committing is not None:
-                await asyncio.wait([store.committing])
+            await store.settled()
             self._load(self._engine._head(self.name))
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
@@ -4547,8 +4568,7 @@ class _Delivery:
 
         Also whether there is more, at which other processes are at work.
         """
-        if self.queue.committing is not None:
-            await asyncio.wait([self.queue.committing])
+        await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
         claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
