@@ -628,7 +628,7 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
 
 MAX_NESTING = 32  # publishes within publishes
 HANDLER_FAILED = "event.handler.failed"
-_CO_COROUTINE = 0x80  # inspect's, without an import of it
+_NESTED: frozenset[type] = frozenset((dict, list))
 
 if sys.version_info >= (3, 11):
     HandlerErrors = ExceptionGroup  # noqa: F821
@@ -642,11 +642,14 @@ else:
 
 
 def _copier(data: Any) -> Callable[[Any], Any] | None:
-    """Return what copies a payload for each handler, if one could change what the next sees."""
-    if data.__class__ is dict:
-        nested = any(value.__class__ in (dict, list) for value in data.values())
-        return fresh if nested else dict.copy
-    return fresh if data.__class__ is list else None
+    """Return what copies a payload for each handler, if one could change what the next sees.
+
+    Nothing that is cheaper is as good: a read-only view is no dict, which json.dumps wants, and
+    one that is shared until it changes still changes for whoever kept it.
+    """
+    if data.__class__ is dict and _NESTED.isdisjoint(map(type, data.values())):
+        return dict.copy
+    return fresh if data.__class__ in _NESTED else None
 
 
 class Subscription:
@@ -663,8 +666,9 @@ class Subscription:
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
         # The handler again, while it is an `async def` that may be awaited without a look at it.
-        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0) & _CO_COROUTINE
-        self.direct = handler if flags and filter_fn is None and not once else None
+        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0)
+        plain = filter_fn is None and not once
+        self.direct = handler if plain and flags & inspect.CO_COROUTINE else None
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
@@ -678,14 +682,13 @@ SubscriptionHandle = Subscription
 class AsyncEventManager:
     """Publish events to subscribed functions, within one process and one event loop."""
 
-    __slots__ = ("_events", "_owners", "_ready", "_numbers", "_in_flight", "_logger", "__weakref__")
-
     def __init__(self, logger: Any = None) -> None:
         self._events: dict[str, dict[Subscription, None]] = {}
         # By component: most have one subscription, and a dict for each would double their cost.
         self._owners: dict[str, Any] = {}
         self._ready: dict[str, tuple[Subscription, ...]] = {}  # in order of delivery, until changed
-        self._numbers, self._in_flight, self._logger = itertools.count(1), 0, logger
+        self._numbers, self._in_flight = itertools.count(1), 0
+        self._logger = logger or logging.getLogger("flexiflow")
 
     async def subscribe(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int = 3, filter_fn: Callable[[str, Any], Any] | None = None, *,
@@ -756,17 +759,14 @@ class AsyncEventManager:
         self._in_flight += 1
         try:
             if self._in_flight > MAX_NESTING:
-                self._check_nesting(event_name)
-            if delivery == "concurrent":
-                return await self._publish_together(ready, event_name, data, on_error)
+                self._chain()
             copy = _copier(data) if len(ready) > 1 else None
+            if delivery == "concurrent":
+                return await self._publish_together(ready, event_name, data, copy, on_error)
             for sub in ready:
-                direct = sub.direct
+                own, direct = data if copy is None else copy(data), sub.direct
                 try:
-                    if direct is not None:
-                        await direct(data if copy is None else copy(data))
-                    else:
-                        await self._call(sub, event_name, data if copy is None else copy(data))
+                    await (self._call(sub, event_name, own) if direct is None else direct(own))
                 except BaseException as error:
                     if not _is_own_failure(error):
                         raise
@@ -780,52 +780,47 @@ class AsyncEventManager:
         """Tell whether anybody would hear the event: where not, its payload need not be made."""
         return event_name in self._events or "*" in self._events
 
-    async def _publish_together(self, ready: tuple[Subscription, ...], event_name: str, data: Any,
-            on_error: str) -> None:
-        chain = self._nested()
+    async def _publish_together(self, ready: Sequence[Subscription], event: str, data: Any,
+            copy: Callable[[Any], Any] | None, on_error: str) -> None:
+        chain = self._chain() if self._in_flight > 1 else [event]
         # Cancelled here, gather cancels the handlers and waits for them.
-        copy = _copier(data)
         results = await asyncio.gather(*[
-            self._call(sub, event_name, data if copy is None else copy(data), chain)
-            for sub in ready], return_exceptions=True)
+            self._call(sub, event, data if copy is None else copy(data), chain) for sub in ready],
+            return_exceptions=True)
         failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
         for sub, error in failures:
-            await self._failed(sub, event_name, data, error)
+            await self._failed(sub, event, data, error)
         if failures and on_error == "raise":
             if len(failures) == 1:
                 raise failures[0][1]
-            raise HandlerErrors(f"{len(failures)} handlers of {event_name!r} failed",
+            raise HandlerErrors(f"{len(failures)} handlers of {event!r} failed",
                 [error if isinstance(error, Exception) else StateError(
                 f"Handler ended by {error!r}") for _, error in failures])
 
-    async def _call(self, sub: Subscription, event_name: str, data: Any,
-            above: Sequence[str] | None = None) -> BaseException | None:
+    async def _call(self, sub: Subscription, event: str, data: Any, above: Any = None) -> Any:
         """Call a handler whose subscription has not ended, if its filter lets the event pass.
 
         In a task of its own (`above` is given) it returns its failure, with the traceback.
         """
         try:
-            if sub.active and (sub.filter_fn is None or sub.filter_fn(event_name, data)):
-                if not sub.once or self.unsubscribe(sub):  # before the call, which may publish
-                    result = sub.handler(data)
-                    if result is not None and inspect.isawaitable(result):
-                        await result
-            return None
+            heard = sub.active and (sub.filter_fn is None or sub.filter_fn(event, data))
+            if heard and (not sub.once or self.unsubscribe(sub)):  # first, for the call may publish
+                result = sub.handler(data)
+                if type(result) is types.CoroutineType or (
+                        result is not None and inspect.isawaitable(result)):
+                    await result
         except (Exception, asyncio.CancelledError) as error:
             if above is None:
                 raise
             return error
 
-    async def _failed(self, sub: Subscription, event_name: str, data: Any,
-            error: BaseException) -> None:
+    async def _failed(self, sub: Subscription, event: str, data: Any, error: BaseException) -> None:
         """Log a failure with its traceback and publish it, once, and never about itself."""
-        (self._logger or logger).error("Handler of %r for event %r failed", sub.component_name,
-            event_name, exc_info=error)
-        if event_name != HANDLER_FAILED and self.listens(HANDLER_FAILED):
-            await self.publish(HANDLER_FAILED, {"event_name": event_name,
-                "component_name": sub.component_name, "exception": repr(error),
-                "seq": data.get("seq") if isinstance(data, dict) else None,
-                "correlation_id": get_correlation_id()})
+        name, seq = sub.component_name, data.get("seq") if isinstance(data, dict) else None
+        self._logger.error("Handler of %r for event %r failed", name, event, exc_info=error)
+        if event != HANDLER_FAILED:
+            await self.publish(HANDLER_FAILED, {"event_name": event, "component_name": name,
+                "exception": repr(error), "seq": seq, "correlation_id": get_correlation_id()})
 
     def _order(self, event_name: str) -> tuple[Subscription, ...]:
         """Return the subscriptions that hear an event, in order of delivery."""
@@ -841,29 +836,24 @@ class AsyncEventManager:
         else:
             self._ready.pop(event_name, None)
 
-    def _nested(self) -> list[str]:
-        """Return the events whose publishes surround this call, the outermost first.
+    def _chain(self) -> list[str]:
+        """Return the events whose publishes surround this call; raise StateError for too many.
 
         They are read off the stack, so that a publish that is not nested pays nothing. The tasks
         of a concurrent publish have stacks of their own: there `_call` knows what is `above`.
         """
-        events: list[str] = []
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
+        chain: list[str] = []
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             if frame.f_code is _PUBLISH and frame.f_locals["self"] is self:
-                events.append(frame.f_locals["event_name"])
+                chain.insert(0, frame.f_locals["event_name"])
             elif frame.f_code is _CALL and frame.f_locals["self"] is self:
-                events += reversed(frame.f_locals["above"] or ())
-            frame = frame.f_back
-        return events[::-1]
-
-    def _check_nesting(self, event_name: str) -> None:
-        chain = self._nested()
-        if len(chain) > MAX_NESTING + (event_name == HANDLER_FAILED):
-            raise StateError(f"Events published within events, {len(chain)} deep: {event_name!r}",
+                chain[:0] = frame.f_locals["above"] or ()
+        if len(chain) > MAX_NESTING + (chain[-1] == HANDLER_FAILED):
+            raise StateError(f"Events published within events, {len(chain)} deep: {chain[-1]!r}",
                 why="a handler publishes, and what it publishes leads back to it",
                 fix="break the circle, or publish from a task of its own",
                 chain=" -> ".join(chain[-8:]))
+        return chain
 
 
 _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
@@ -871,10 +861,9 @@ _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__
 
 def _is_own_failure(error: BaseException) -> bool:
     """Tell a handler's failure from the cancellation of the task that publishes."""
-    if not isinstance(error, asyncio.CancelledError):
-        return isinstance(error, Exception)
-    cancelling = getattr(asyncio.current_task(), "cancelling", None)  # from Python 3.11
-    return cancelling is not None and not cancelling()
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
+    return isinstance(error, Exception)
 
 
 # --------------------------------------------------------------------------------------------

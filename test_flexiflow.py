@@ -1379,9 +1379,7 @@ class Subscribing(BusCase):
 
     def sizes(self):
         """Return the sizes of whatever containers the bus has."""
-        names = getattr(self.bus, "__dict__", type(self.bus).__slots__)
-        found = {name: getattr(self.bus, name, None) for name in names}
-        return {name: len(one) for name, one in found.items() if hasattr(one, "__len__")}
+        return {name: len(one) for name, one in vars(self.bus).items() if hasattr(one, "__len__")}
 
     async def test_a_hundred_thousand_subscriptions_leave_nothing_behind(self):
         for number in range(50_000):
