@@ -1317,8 +1317,8 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
                 why=f"the code of {module!r} may not be run here",
                 fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
 
-    module_name, colon, symbol = (part.strip() for part in dotted_path.partition(":"))
-    if not colon or not module_name or not symbol:
+    module_name, _, symbol = (part.strip() for part in dotted_path.partition(":"))
+    if not all(map(str.isidentifier, f"{module_name}.{symbol}".split("."))):
         raise ImportError_(f"Not a dotted path: {dotted_path!r}",
             fix="write it like 'package.module:name'")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here

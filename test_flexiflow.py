@@ -2958,6 +2958,21 @@ class DottedPaths(CodeCase):
                 self.assertIsInstance(self.raises(FlexiFlowError, ff.load_symbol, path),
                     ImportError_)
 
+    def test_what_is_no_dotted_path_reaches_no_import(self):
+        asked = []
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                asked.append(name)
+
+        sys.meta_path.insert(0, Finder())
+        self.addCleanup(sys.meta_path.pop, 0)
+        paths = ("__import__('os'):system", "a b:c", "a-b:c", "a..b:c", ".a:b", "a.:b", "a/b:c",
+            "1a:b", "a:b:c", "a:b.", "a:.b", "a:b c", "a:b()", "a:b[0]", "a\0:b", "a:\ud800")
+        errors = [self.raises(ImportError_, ff.load_symbol, path) for path in paths]
+        self.assertEqual(([error.what for error in errors], asked),
+            ([f"Not a dotted path: {path!r}" for path in paths], []))
+
     def test_a_module_that_is_not_there_is_named(self):
         error = self.raises(ImportError_, ff.load_symbol, "no_such_shop.states:Shelf")
         self.assertEqual((str(error), type(error.__cause__)), (textwrap.dedent("""\
