@@ -2321,7 +2321,8 @@ _SNAPSHOT_SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY AUTOINCREMENT,
     component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,
     snapshot_json TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)
+CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name);
+ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT
 """
 
 
@@ -2331,34 +2332,42 @@ class ComponentSnapshot:
 
     name: str
     current_state: str
-    rules: list[dict[str, Any]]
-    metadata: dict[str, Any]  # the caller's own, carried along
-    data: dict[str, Any] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)  # of a class-based state's object
+    rules: list[Json]
+    metadata: Json  # the caller's own, carried along
+    data: Json = field(default_factory=dict)
+    attributes: Json = field(default_factory=dict)  # of a class-based state's object
+    states: Json = field(default_factory=dict)  # as they are declared; classes stay in the code
     id: int | None = field(default=None, compare=False)  # of the row it was loaded from
 
 
 _SNAPSHOT_FIELDS: dict[str, type] = {"name": str, "current_state": str, "rules": list,
-    "metadata": dict, "data": dict, "attributes": dict}
+    "metadata": dict, "data": dict, "attributes": dict, "states": dict}
 
 
-def take_snapshot(component: Any, metadata: dict[str, Any] | None = None) -> ComponentSnapshot:
+def take_snapshot(component: Any, metadata: Json | None = None) -> ComponentSnapshot:
     """Return a component as a snapshot; `metadata` defaults to what it was restored with."""
     state = component.state_machine.current_state
+    states = component.definition.source.get("states") if component.definition else None
     return ComponentSnapshot(component.name, component.state_machine.registry.name_of(state),
         fresh(component.rules), dict(component.metadata or {} if metadata is None else metadata),
-        component.data, dict(getattr(state, "__dict__", {})))
+        component.data, dict(getattr(state, "__dict__", {})),
+        {name: fresh(body) for name, body in (states or {}).items() if isinstance(body, dict)})
 
 
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
-    """Return a snapshot as JSON, with a checksum over the rest."""
-    content: dict[str, Any] = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    content["checksum"] = checksum(_written(content, f"snapshot of {snapshot.name}"))
-    return _written(content, f"snapshot of {snapshot.name}")
+    """Return a snapshot as JSON that begins with the checksum of the rest."""
+    content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+    _written({"checksum": 1 << 32, **content}, f"snapshot of {snapshot.name}")  # and its size
+    text = _encode(content)
+    return f'{{"checksum":{checksum(text)},{text[1:]}'
 
 
 def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> ComponentSnapshot:
-    content = read_json(text, source, PersistenceError)
+    octets = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    head, _, rest = octets.partition(b",")
+    # As `_snapshot_text` made it, it need not be looked at closely; one edited by hand is.
+    whole = head == b'{"checksum":%d' % zlib.crc32(b"{" + rest)
+    content = json.loads(b"{" + rest) if whole else read_json(text, source, PersistenceError)
     if not isinstance(content, dict):
         raise PersistenceError(f"Not an object: {source}")
     crc = content.pop("checksum", None)
@@ -2373,13 +2382,12 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: str | os.PathLike[str],
-        metadata: dict[str, Any] | None = None) -> None:
+def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
     """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
     write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
 
 
-def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
+def load_snapshot(path: Path) -> ComponentSnapshot:
     """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
     text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
     return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
@@ -2387,15 +2395,19 @@ def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
 
 def restore_component(snapshot: ComponentSnapshot, engine: Any,
         registry: StateRegistry | None = None) -> Any:
-    """Make a component from a snapshot and register it; raise StateError for an unknown state."""
-    known = DEFAULT_REGISTRY if registry is None else registry
+    """Make a component from a snapshot and register it; raise StateError for an unknown state.
+
+    Declared states come with the snapshot; classes are looked up in `registry`.
+    """
+    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
+    for name in snapshot.states:
+        known.register(name, type(name, (DeclaredState,), {}))
     state = known.create(snapshot.current_state)
-    for name, value in snapshot.attributes.items():
-        setattr(state, name, fresh(value))
+    vars(state).update(fresh(snapshot.attributes))
     return engine.restore(snapshot, StateMachine(state, known))
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     try:
         target = os.path.realpath(path)
@@ -2405,16 +2417,15 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
         try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            with open(aside, "w", encoding="utf-8", newline="\n",
+                    opener=functools.partial(os.open, mode=mode)) as file:
                 file.write(text)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             os.replace(aside, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
+        finally:
+            with contextlib.suppress(OSError):  # where it is still there
                 os.unlink(aside)
-            raise
         if os.name != "nt":  # there, a folder cannot be opened
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -2439,8 +2450,8 @@ def _sweep(folder: str) -> None:
 def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
     """Execute a statement in the caller's database; return its `rows`, `count` and `id`.
 
-    A change is committed, unless the caller has a transaction open: then that decides. A table
-    that is not there counts as empty; reading creates nothing.
+    A change is committed, unless the caller has a transaction open: then that decides. Without
+    the table, or without the column that 1.0.1's has not, there are no rows and a count of None.
     """
     try:
         with contextlib.nullcontext() if conn.in_transaction else conn:
@@ -2448,15 +2459,9 @@ def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
             return types.SimpleNamespace(rows=cursor.fetchall(), count=cursor.rowcount,
                 id=cursor.lastrowid)
     except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return types.SimpleNamespace(rows=[], count=0, id=0)
+        if re.search("no such table|current_state", str(error)):
+            return types.SimpleNamespace(rows=[], count=None, id=None)
         raise PersistenceError("The database failed", why=str(error)) from error
-
-
-def _has_state_column(conn: sqlite3.Connection) -> bool:
-    """Tell whether the table is ours; 1.0.1's has no `current_state`."""
-    columns = _execute(conn, "PRAGMA table_info(flexiflow_snapshots)").rows
-    return any(column[1] == "current_state" for column in columns)
 
 
 def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, *,
@@ -2467,15 +2472,16 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
     at = created_at or datetime.datetime.now(datetime.timezone.utc)
-    values = (snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot))
-    for statement in _SNAPSHOT_SCHEMA.split(";\n"):
-        _execute(conn, statement)
-    if not _has_state_column(conn):
-        _execute(conn, "ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
-    saved = _execute(conn, "INSERT INTO flexiflow_snapshots"
+    insert = functools.partial(_execute, conn, "INSERT INTO flexiflow_snapshots"
         "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
         " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
-        *values, expect, expect, snapshot.name)
+        snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot),
+        expect, expect, snapshot.name)
+    saved = insert()
+    if saved.count is None:
+        for statement in _SNAPSHOT_SCHEMA.split(";\n"):
+            _execute(conn, statement)
+        saved = insert()
     if not saved.count:
         raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
             why="somebody else has saved meanwhile", fix="load it, and apply your change to that")
@@ -2492,20 +2498,21 @@ def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
 
 
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
-        limit: int = 10) -> list[dict[str, Any]]:
+        limit: int = 10) -> list[Json]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
-    column = "current_state" if _has_state_column(conn) else "NULL"
-    found = _execute(conn, f"SELECT id, created_at, {column} FROM flexiflow_snapshots"
-        " WHERE component_name=? ORDER BY id DESC LIMIT ?", component_name, limit)
-    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)}
-        for id, at, state in found.rows]
+    sql = ("SELECT id, created_at, {0}, CASE WHEN {0} IS NULL THEN snapshot_json END"
+        " FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC LIMIT ?")
+    found = _execute(conn, sql.format("current_state"), component_name, limit)
+    if found.count is None:
+        found = _execute(conn, sql.format("NULL"), component_name, limit)
+    return [{"id": id, "created_at": at, "current_state": state or _state_in(text)}
+        for id, at, state, text in found.rows]
 
 
-def _state_in(conn: sqlite3.Connection, id: int) -> str:
-    """Read the state out of a row of 1.0.1."""
-    sql = "SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?"
+def _state_in(text: str) -> str:
+    """Read the state out of a snapshot of 1.0.1."""
     try:
-        return _snapshot_from(_execute(conn, sql, id).rows[0][0], f"snapshot {id}").current_state
+        return _snapshot_from(text, "snapshot").current_state
     except PersistenceError:
         return "invalid"
 
@@ -2515,9 +2522,9 @@ def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
     if keep_last.__class__ is not int or keep_last < 1:
         raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
-    return int(_execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
+    return _execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
         "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
-        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count)
+        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count or 0
 
 
 # The names that these have in 1.0.1's module extras.persist_sqlite.

@@ -5057,6 +5057,27 @@ class SnapshotFiles(SnapshotCase):
 
         self.assertEqual(self.run_async(run()), ({"n": 1}, {"n": 2}, "Up"))
 
+    def test_declared_states_come_with_their_snapshot(self):
+        config = {"name": "lamp", "initial_state": "Off",
+            "states": {"Off": {}, "On": {"description": "Bright"}, "Old": "old_states:Old"},
+            "rules": [{"from": "Off", "on": "press", "to": "On"},
+                {"from": "On", "on": "press", "to": "Off"}]}
+        self.module("old_states", "from flexiflow import State\nclass Old(State): pass\n")
+        path = self.path("lamp.json")
+
+        async def run():
+            component = FlexiFlowEngine().create_component(config)
+            await component.handle_message({"type": "press"})
+            ff.save_component(component, path)
+            snapshot, engine = ff.load_snapshot(path), FlexiFlowEngine()
+            restored = ff.restore_component(snapshot, engine)
+            before = restored.state
+            await engine.handle_message("lamp", "press")
+            return snapshot.states, before, restored.state
+
+        self.assertEqual(self.run_async(run()),
+            ({"Off": {}, "On": {"description": "Bright"}}, "On", "Off"))
+
     def test_an_unknown_state_is_refused_with_the_known_ones(self):
         snapshot = ff.ComponentSnapshot("order", "InitalState", [], {})
         engine = FlexiFlowEngine()
@@ -5167,6 +5188,30 @@ class SnapshotFiles(SnapshotCase):
                 if found != wanted:
                     wrong.append((place, bit, found))
         self.assertEqual(wrong, [])
+
+    def test_a_file_may_be_laid_out_anew_but_not_say_something_else(self):
+        path = Path(self.path("order.json"))
+        ff.save_component(self.component(), path, {"order": 42})
+        wanted, content = ff.load_snapshot(path), json.loads(path.read_text())
+        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        found = ff.load_snapshot(path)
+        path.write_text(json.dumps({**content, "metadata": {"order": 43}}))
+        error = self.raises(PersistenceError, ff.load_snapshot, str(path))
+        self.assertEqual((found, str(error)), (wanted, textwrap.dedent(f"""\
+            Damaged snapshot: {path}
+            Why: its checksum does not fit
+            Fix: use an older one""")))
+
+    def test_a_snapshot_that_can_be_saved_can_be_loaded(self):
+        path, saved = self.path("order.json"), 0
+        room = ff.MAX_JSON - len(ff._snapshot_text(self.snapshot(x="")))
+        for size in range(room - 25, room + 25):
+            component = self.component()
+            with contextlib.suppress(PersistenceError):
+                ff.save_component(component, path, {"x": "y" * size})
+                saved += 1
+                self.assertEqual(len(ff.load_snapshot(path).metadata["x"]), size)
+        self.assertIn(saved, range(1, 50))
 
     def test_a_cut_file_gives_an_error(self):
         path = Path(self.path("order.json"))
