@@ -666,9 +666,8 @@ class Subscription:
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
         # The handler again, while it is an `async def` that may be awaited without a look at it.
-        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0)
-        plain = filter_fn is None and not once
-        self.direct = handler if plain and flags & inspect.CO_COROUTINE else None
+        code = None if once or filter_fn is not None else getattr(handler, "__code__", None)
+        self.direct = handler if code and code.co_flags & inspect.CO_COROUTINE else None
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
@@ -2423,9 +2422,10 @@ def write_file(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, target)
-        finally:
-            with contextlib.suppress(OSError):  # where it is still there
+        except BaseException:
+            with contextlib.suppress(OSError):
                 os.unlink(aside)
+            raise
         if os.name != "nt":  # there, a folder cannot be opened
             descriptor = os.open(folder, os.O_RDONLY)
             try:
