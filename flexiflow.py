@@ -629,7 +629,7 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
 
 MAX_NESTING = 32  # publishes within publishes
 HANDLER_FAILED = "event.handler.failed"
-_CO_COROUTINE = 0x80  # inspect's, without an import of it
+_NESTED: frozenset[type] = frozenset((dict, list))
 
 if sys.version_info >= (3, 11):
     HandlerErrors = ExceptionGroup  # noqa: F821
@@ -643,11 +643,14 @@ else:
 
 
 def _copier(data: Any) -> Callable[[Any], Any] | None:
-    """Return what copies a payload for each handler, if one could change what the next sees."""
-    if data.__class__ is dict:
-        nested = any(value.__class__ in (dict, list) for value in data.values())
-        return fresh if nested else dict.copy
-    return fresh if data.__class__ is list else None
+    """Return what copies a payload for each handler, if one could change what the next sees.
+
+    Nothing that is cheaper is as good: a read-only view is no dict, which json.dumps wants, and
+    one that is shared until it changes still changes for whoever kept it.
+    """
+    if data.__class__ is dict and _NESTED.isdisjoint(map(type, data.values())):
+        return dict.copy
+    return fresh if data.__class__ in _NESTED else None
 
 
 class Subscription:
@@ -664,8 +667,8 @@ class Subscription:
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
         # The handler again, while it is an `async def` that may be awaited without a look at it.
-        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0) & _CO_COROUTINE
-        self.direct = handler if flags and filter_fn is None and not once else None
+        code = None if once or filter_fn is not None else getattr(handler, "__code__", None)
+        self.direct = handler if code and code.co_flags & inspect.CO_COROUTINE else None
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
@@ -679,14 +682,13 @@ SubscriptionHandle = Subscription
 class AsyncEventManager:
     """Publish events to subscribed functions, within one process and one event loop."""
 
-    __slots__ = ("_events", "_owners", "_ready", "_numbers", "_in_flight", "_logger", "__weakref__")
-
     def __init__(self, logger: Any = None) -> None:
         self._events: dict[str, dict[Subscription, None]] = {}
         # By component: most have one subscription, and a dict for each would double their cost.
         self._owners: dict[str, Any] = {}
         self._ready: dict[str, tuple[Subscription, ...]] = {}  # in order of delivery, until changed
-        self._numbers, self._in_flight, self._logger = itertools.count(1), 0, logger
+        self._numbers, self._in_flight = itertools.count(1), 0
+        self._logger = logger or logging.getLogger("flexiflow")
 
     async def subscribe(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int = 3, filter_fn: Callable[[str, Any], Any] | None = None, *,
@@ -757,17 +759,14 @@ class AsyncEventManager:
         self._in_flight += 1
         try:
             if self._in_flight > MAX_NESTING:
-                self._check_nesting(event_name)
-            if delivery == "concurrent":
-                return await self._publish_together(ready, event_name, data, on_error)
+                self._chain()
             copy = _copier(data) if len(ready) > 1 else None
+            if delivery == "concurrent":
+                return await self._publish_together(ready, event_name, data, copy, on_error)
             for sub in ready:
-                direct = sub.direct
+                own, direct = data if copy is None else copy(data), sub.direct
                 try:
-                    if direct is not None:
-                        await direct(data if copy is None else copy(data))
-                    else:
-                        await self._call(sub, event_name, data if copy is None else copy(data))
+                    await (self._call(sub, event_name, own) if direct is None else direct(own))
                 except BaseException as error:
                     if not _is_own_failure(error):
                         raise
@@ -781,52 +780,47 @@ class AsyncEventManager:
         """Tell whether anybody would hear the event: where not, its payload need not be made."""
         return event_name in self._events or "*" in self._events
 
-    async def _publish_together(self, ready: tuple[Subscription, ...], event_name: str, data: Any,
-            on_error: str) -> None:
-        chain = self._nested()
+    async def _publish_together(self, ready: Sequence[Subscription], event: str, data: Any,
+            copy: Callable[[Any], Any] | None, on_error: str) -> None:
+        chain = self._chain() if self._in_flight > 1 else [event]
         # Cancelled here, gather cancels the handlers and waits for them.
-        copy = _copier(data)
         results = await asyncio.gather(*[
-            self._call(sub, event_name, data if copy is None else copy(data), chain)
-            for sub in ready], return_exceptions=True)
+            self._call(sub, event, data if copy is None else copy(data), chain) for sub in ready],
+            return_exceptions=True)
         failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
         for sub, error in failures:
-            await self._failed(sub, event_name, data, error)
+            await self._failed(sub, event, data, error)
         if failures and on_error == "raise":
             if len(failures) == 1:
                 raise failures[0][1]
-            raise HandlerErrors(f"{len(failures)} handlers of {event_name!r} failed",
+            raise HandlerErrors(f"{len(failures)} handlers of {event!r} failed",
                 [error if isinstance(error, Exception) else StateError(
                 f"Handler ended by {error!r}") for _, error in failures])
 
-    async def _call(self, sub: Subscription, event_name: str, data: Any,
-            above: Sequence[str] | None = None) -> BaseException | None:
+    async def _call(self, sub: Subscription, event: str, data: Any, above: Any = None) -> Any:
         """Call a handler whose subscription has not ended, if its filter lets the event pass.
 
         In a task of its own (`above` is given) it returns its failure, with the traceback.
         """
         try:
-            if sub.active and (sub.filter_fn is None or sub.filter_fn(event_name, data)):
-                if not sub.once or self.unsubscribe(sub):  # before the call, which may publish
-                    result = sub.handler(data)
-                    if result is not None and inspect.isawaitable(result):
-                        await result
-            return None
+            heard = sub.active and (sub.filter_fn is None or sub.filter_fn(event, data))
+            if heard and (not sub.once or self.unsubscribe(sub)):  # first, for the call may publish
+                result = sub.handler(data)
+                if type(result) is types.CoroutineType or (
+                        result is not None and inspect.isawaitable(result)):
+                    await result
         except (Exception, asyncio.CancelledError) as error:
             if above is None:
                 raise
             return error
 
-    async def _failed(self, sub: Subscription, event_name: str, data: Any,
-            error: BaseException) -> None:
+    async def _failed(self, sub: Subscription, event: str, data: Any, error: BaseException) -> None:
         """Log a failure with its traceback and publish it, once, and never about itself."""
-        (self._logger or logger).error("Handler of %r for event %r failed", sub.component_name,
-            event_name, exc_info=error)
-        if event_name != HANDLER_FAILED and self.listens(HANDLER_FAILED):
-            await self.publish(HANDLER_FAILED, {"event_name": event_name,
-                "component_name": sub.component_name, "exception": repr(error),
-                "seq": data.get("seq") if isinstance(data, dict) else None,
-                "correlation_id": get_correlation_id()})
+        name, seq = sub.component_name, data.get("seq") if isinstance(data, dict) else None
+        self._logger.error("Handler of %r for event %r failed", name, event, exc_info=error)
+        if event != HANDLER_FAILED:
+            await self.publish(HANDLER_FAILED, {"event_name": event, "component_name": name,
+                "exception": repr(error), "seq": seq, "correlation_id": get_correlation_id()})
 
     def _order(self, event_name: str) -> tuple[Subscription, ...]:
         """Return the subscriptions that hear an event, in order of delivery."""
@@ -842,29 +836,24 @@ class AsyncEventManager:
         else:
             self._ready.pop(event_name, None)
 
-    def _nested(self) -> list[str]:
-        """Return the events whose publishes surround this call, the outermost first.
+    def _chain(self) -> list[str]:
+        """Return the events whose publishes surround this call; raise StateError for too many.
 
         They are read off the stack, so that a publish that is not nested pays nothing. The tasks
         of a concurrent publish have stacks of their own: there `_call` knows what is `above`.
         """
-        events: list[str] = []
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
+        chain: list[str] = []
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             if frame.f_code is _PUBLISH and frame.f_locals["self"] is self:
-                events.append(frame.f_locals["event_name"])
+                chain.insert(0, frame.f_locals["event_name"])
             elif frame.f_code is _CALL and frame.f_locals["self"] is self:
-                events += reversed(frame.f_locals["above"] or ())
-            frame = frame.f_back
-        return events[::-1]
-
-    def _check_nesting(self, event_name: str) -> None:
-        chain = self._nested()
-        if len(chain) > MAX_NESTING + (event_name == HANDLER_FAILED):
-            raise StateError(f"Events published within events, {len(chain)} deep: {event_name!r}",
+                chain[:0] = frame.f_locals["above"] or ()
+        if len(chain) > MAX_NESTING + (chain[-1] == HANDLER_FAILED):
+            raise StateError(f"Events published within events, {len(chain)} deep: {chain[-1]!r}",
                 why="a handler publishes, and what it publishes leads back to it",
                 fix="break the circle, or publish from a task of its own",
                 chain=" -> ".join(chain[-8:]))
+        return chain
 
 
 _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
@@ -872,10 +861,9 @@ _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__
 
 def _is_own_failure(error: BaseException) -> bool:
     """Tell a handler's failure from the cancellation of the task that publishes."""
-    if not isinstance(error, asyncio.CancelledError):
-        return isinstance(error, Exception)
-    cancelling = getattr(asyncio.current_task(), "cancelling", None)  # from Python 3.11
-    return cancelling is not None and not cancelling()
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
+    return isinstance(error, Exception)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1329,8 +1317,8 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
                 why=f"the code of {module!r} may not be run here",
                 fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
 
-    module_name, colon, symbol = (part.strip() for part in dotted_path.partition(":"))
-    if not colon or not module_name or not symbol:
+    module_name, _, symbol = (part.strip() for part in dotted_path.partition(":"))
+    if not all(map(str.isidentifier, f"{module_name}.{symbol}".split("."))):
         raise ImportError_(f"Not a dotted path: {dotted_path!r}",
             fix="write it like 'package.module:name'")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here
@@ -2347,7 +2335,8 @@ _SNAPSHOT_SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY AUTOINCREMENT,
     component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,
     snapshot_json TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)
+CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name);
+ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT
 """
 
 
@@ -2357,34 +2346,42 @@ class ComponentSnapshot:
 
     name: str
     current_state: str
-    rules: list[dict[str, Any]]
-    metadata: dict[str, Any]  # the caller's own, carried along
-    data: dict[str, Any] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)  # of a class-based state's object
+    rules: list[Json]
+    metadata: Json  # the caller's own, carried along
+    data: Json = field(default_factory=dict)
+    attributes: Json = field(default_factory=dict)  # of a class-based state's object
+    states: Json = field(default_factory=dict)  # as they are declared; classes stay in the code
     id: int | None = field(default=None, compare=False)  # of the row it was loaded from
 
 
 _SNAPSHOT_FIELDS: dict[str, type] = {"name": str, "current_state": str, "rules": list,
-    "metadata": dict, "data": dict, "attributes": dict}
+    "metadata": dict, "data": dict, "attributes": dict, "states": dict}
 
 
-def take_snapshot(component: Any, metadata: dict[str, Any] | None = None) -> ComponentSnapshot:
+def take_snapshot(component: Any, metadata: Json | None = None) -> ComponentSnapshot:
     """Return a component as a snapshot; `metadata` defaults to what it was restored with."""
     state = component.state_machine.current_state
+    states = component.definition.source.get("states") if component.definition else None
     return ComponentSnapshot(component.name, component.state_machine.registry.name_of(state),
         fresh(component.rules), dict(component.metadata or {} if metadata is None else metadata),
-        component.data, dict(getattr(state, "__dict__", {})))
+        component.data, dict(getattr(state, "__dict__", {})),
+        {name: fresh(body) for name, body in (states or {}).items() if isinstance(body, dict)})
 
 
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
-    """Return a snapshot as JSON, with a checksum over the rest."""
-    content: dict[str, Any] = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    content["checksum"] = checksum(_written(content, f"snapshot of {snapshot.name}"))
-    return _written(content, f"snapshot of {snapshot.name}")
+    """Return a snapshot as JSON that begins with the checksum of the rest."""
+    content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+    _written({"checksum": 1 << 32, **content}, f"snapshot of {snapshot.name}")  # and its size
+    text = _encode(content)
+    return f'{{"checksum":{checksum(text)},{text[1:]}'
 
 
 def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> ComponentSnapshot:
-    content = read_json(text, source, PersistenceError)
+    octets = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    head, _, rest = octets.partition(b",")
+    # As `_snapshot_text` made it, it need not be looked at closely; one edited by hand is.
+    whole = head == b'{"checksum":%d' % zlib.crc32(b"{" + rest)
+    content = json.loads(b"{" + rest) if whole else read_json(text, source, PersistenceError)
     if not isinstance(content, dict):
         raise PersistenceError(f"Not an object: {source}")
     crc = content.pop("checksum", None)
@@ -2399,13 +2396,12 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: str | os.PathLike[str],
-        metadata: dict[str, Any] | None = None) -> None:
+def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
     """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
     write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
 
 
-def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
+def load_snapshot(path: Path) -> ComponentSnapshot:
     """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
     text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
     return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
@@ -2413,15 +2409,19 @@ def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
 
 def restore_component(snapshot: ComponentSnapshot, engine: Any,
         registry: StateRegistry | None = None) -> Any:
-    """Make a component from a snapshot and register it; raise StateError for an unknown state."""
-    known = DEFAULT_REGISTRY if registry is None else registry
+    """Make a component from a snapshot and register it; raise StateError for an unknown state.
+
+    Declared states come with the snapshot; classes are looked up in `registry`.
+    """
+    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
+    for name in snapshot.states:
+        known.register(name, type(name, (DeclaredState,), {}))
     state = known.create(snapshot.current_state)
-    for name, value in snapshot.attributes.items():
-        setattr(state, name, fresh(value))
+    vars(state).update(fresh(snapshot.attributes))
     return engine.restore(snapshot, StateMachine(state, known))
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     try:
         target = os.path.realpath(path)
@@ -2431,11 +2431,11 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
         try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            with open(aside, "w", encoding="utf-8", newline="\n",
+                    opener=functools.partial(os.open, mode=mode)) as file:
                 file.write(text)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             os.replace(aside, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2465,8 +2465,8 @@ def _sweep(folder: str) -> None:
 def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
     """Execute a statement in the caller's database; return its `rows`, `count` and `id`.
 
-    A change is committed, unless the caller has a transaction open: then that decides. A table
-    that is not there counts as empty; reading creates nothing.
+    A change is committed, unless the caller has a transaction open: then that decides. Without
+    the table, or without the column that 1.0.1's has not, there are no rows and a count of None.
     """
     try:
         with contextlib.nullcontext() if conn.in_transaction else conn:
@@ -2474,15 +2474,9 @@ def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
             return types.SimpleNamespace(rows=cursor.fetchall(), count=cursor.rowcount,
                 id=cursor.lastrowid)
     except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return types.SimpleNamespace(rows=[], count=0, id=0)
+        if re.search("no such table|current_state", str(error)):
+            return types.SimpleNamespace(rows=[], count=None, id=None)
         raise PersistenceError("The database failed", why=str(error)) from error
-
-
-def _has_state_column(conn: sqlite3.Connection) -> bool:
-    """Tell whether the table is ours; 1.0.1's has no `current_state`."""
-    columns = _execute(conn, "PRAGMA table_info(flexiflow_snapshots)").rows
-    return any(column[1] == "current_state" for column in columns)
 
 
 def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, *,
@@ -2493,15 +2487,16 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
     at = created_at or datetime.datetime.now(datetime.timezone.utc)
-    values = (snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot))
-    for statement in _SNAPSHOT_SCHEMA.split(";\n"):
-        _execute(conn, statement)
-    if not _has_state_column(conn):
-        _execute(conn, "ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
-    saved = _execute(conn, "INSERT INTO flexiflow_snapshots"
+    insert = functools.partial(_execute, conn, "INSERT INTO flexiflow_snapshots"
         "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
         " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
-        *values, expect, expect, snapshot.name)
+        snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot),
+        expect, expect, snapshot.name)
+    saved = insert()
+    if saved.count is None:
+        for statement in _SNAPSHOT_SCHEMA.split(";\n"):
+            _execute(conn, statement)
+        saved = insert()
     if not saved.count:
         raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
             why="somebody else has saved meanwhile", fix="load it, and apply your change to that")
@@ -2518,20 +2513,21 @@ def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
 
 
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
-        limit: int = 10) -> list[dict[str, Any]]:
+        limit: int = 10) -> list[Json]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
-    column = "current_state" if _has_state_column(conn) else "NULL"
-    found = _execute(conn, f"SELECT id, created_at, {column} FROM flexiflow_snapshots"
-        " WHERE component_name=? ORDER BY id DESC LIMIT ?", component_name, limit)
-    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)}
-        for id, at, state in found.rows]
+    sql = ("SELECT id, created_at, {0}, CASE WHEN {0} IS NULL THEN snapshot_json END"
+        " FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC LIMIT ?")
+    found = _execute(conn, sql.format("current_state"), component_name, limit)
+    if found.count is None:
+        found = _execute(conn, sql.format("NULL"), component_name, limit)
+    return [{"id": id, "created_at": at, "current_state": state or _state_in(text)}
+        for id, at, state, text in found.rows]
 
 
-def _state_in(conn: sqlite3.Connection, id: int) -> str:
-    """Read the state out of a row of 1.0.1."""
-    sql = "SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?"
+def _state_in(text: str) -> str:
+    """Read the state out of a snapshot of 1.0.1."""
     try:
-        return _snapshot_from(_execute(conn, sql, id).rows[0][0], f"snapshot {id}").current_state
+        return _snapshot_from(text, "snapshot").current_state
     except PersistenceError:
         return "invalid"
 
@@ -2541,9 +2537,9 @@ def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
     if keep_last.__class__ is not int or keep_last < 1:
         raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
-    return int(_execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
+    return _execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
         "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
-        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count)
+        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count or 0
 
 
 # The names that these have in 1.0.1's module extras.persist_sqlite.

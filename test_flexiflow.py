@@ -1379,9 +1379,7 @@ class Subscribing(BusCase):
 
     def sizes(self):
         """Return the sizes of whatever containers the bus has."""
-        names = getattr(self.bus, "__dict__", type(self.bus).__slots__)
-        found = {name: getattr(self.bus, name, None) for name in names}
-        return {name: len(one) for name, one in found.items() if hasattr(one, "__len__")}
+        return {name: len(one) for name, one in vars(self.bus).items() if hasattr(one, "__len__")}
 
     async def test_a_hundred_thousand_subscriptions_leave_nothing_behind(self):
         for number in range(50_000):
@@ -2959,6 +2957,21 @@ class DottedPaths(CodeCase):
             with self.subTest(path=path):
                 self.assertIsInstance(self.raises(FlexiFlowError, ff.load_symbol, path),
                     ImportError_)
+
+    def test_what_is_no_dotted_path_reaches_no_import(self):
+        asked = []
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                asked.append(name)
+
+        sys.meta_path.insert(0, Finder())
+        self.addCleanup(sys.meta_path.pop, 0)
+        paths = ("__import__('os'):system", "a b:c", "a-b:c", "a..b:c", ".a:b", "a.:b", "a/b:c",
+            "1a:b", "a:b:c", "a:b.", "a:.b", "a:b c", "a:b()", "a:b[0]", "a\0:b", "a:\ud800")
+        errors = [self.raises(ImportError_, ff.load_symbol, path) for path in paths]
+        self.assertEqual(([error.what for error in errors], asked),
+            ([f"Not a dotted path: {path!r}" for path in paths], []))
 
     def test_a_module_that_is_not_there_is_named(self):
         error = self.raises(ImportError_, ff.load_symbol, "no_such_shop.states:Shelf")
@@ -5045,6 +5058,27 @@ class SnapshotFiles(SnapshotCase):
 
         self.assertEqual(self.run_async(run()), ({"n": 1}, {"n": 2}, "Up"))
 
+    def test_declared_states_come_with_their_snapshot(self):
+        config = {"name": "lamp", "initial_state": "Off",
+            "states": {"Off": {}, "On": {"description": "Bright"}, "Old": "old_states:Old"},
+            "rules": [{"from": "Off", "on": "press", "to": "On"},
+                {"from": "On", "on": "press", "to": "Off"}]}
+        self.module("old_states", "from flexiflow import State\nclass Old(State): pass\n")
+        path = self.path("lamp.json")
+
+        async def run():
+            component = FlexiFlowEngine().create_component(config)
+            await component.handle_message({"type": "press"})
+            ff.save_component(component, path)
+            snapshot, engine = ff.load_snapshot(path), FlexiFlowEngine()
+            restored = ff.restore_component(snapshot, engine)
+            before = restored.state
+            await engine.handle_message("lamp", "press")
+            return snapshot.states, before, restored.state
+
+        self.assertEqual(self.run_async(run()),
+            ({"Off": {}, "On": {"description": "Bright"}}, "On", "Off"))
+
     def test_an_unknown_state_is_refused_with_the_known_ones(self):
         snapshot = ff.ComponentSnapshot("order", "InitalState", [], {})
         engine = FlexiFlowEngine()
@@ -5155,6 +5189,30 @@ class SnapshotFiles(SnapshotCase):
                 if found != wanted:
                     wrong.append((place, bit, found))
         self.assertEqual(wrong, [])
+
+    def test_a_file_may_be_laid_out_anew_but_not_say_something_else(self):
+        path = Path(self.path("order.json"))
+        ff.save_component(self.component(), path, {"order": 42})
+        wanted, content = ff.load_snapshot(path), json.loads(path.read_text())
+        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        found = ff.load_snapshot(path)
+        path.write_text(json.dumps({**content, "metadata": {"order": 43}}))
+        error = self.raises(PersistenceError, ff.load_snapshot, str(path))
+        self.assertEqual((found, str(error)), (wanted, textwrap.dedent(f"""\
+            Damaged snapshot: {path}
+            Why: its checksum does not fit
+            Fix: use an older one""")))
+
+    def test_a_snapshot_that_can_be_saved_can_be_loaded(self):
+        path, saved = self.path("order.json"), 0
+        room = ff.MAX_JSON - len(ff._snapshot_text(self.snapshot(x="")))
+        for size in range(room - 25, room + 25):
+            component = self.component()
+            with contextlib.suppress(PersistenceError):
+                ff.save_component(component, path, {"x": "y" * size})
+                saved += 1
+                self.assertEqual(len(ff.load_snapshot(path).metadata["x"]), size)
+        self.assertIn(saved, range(1, 50))
 
     def test_a_cut_file_gives_an_error(self):
         path = Path(self.path("order.json"))
