@@ -1475,37 +1475,37 @@ class Outgoing:
         self.id, self.correlation_id = id, correlation_id
 
 
-@dataclass(frozen=True)
-class Effects:
-    """What happens beside the change of state, in a rule or at a state's entry or exit."""
+class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
+    """What happens beside the change of state, in a rule or at a state's entry or exit.
 
-    assign: tuple[tuple[str, Callable[[Scope], Any]], ...] = ()
-    send: tuple[Callable[[Scope], Outgoing], ...] = ()
-    emit: tuple[tuple[str, Callable[[Scope], Any] | None], ...] = ()
-    action: tuple[Callable[..., Any], ...] = ()
+    Four tuples, of functions of a scope: (key, value), Outgoing, (event, payload or None); and of
+    the actions. False if nothing happens.
+    """
+
+    __slots__ = ()
 
     def __bool__(self) -> bool:
-        return bool(self.assign or self.send or self.emit or self.action)
+        return any(self)
 
 
-@dataclass(eq=False)
+NO_EFFECTS = Effects()
+
+
 class Node:
     """A state of a definition."""
 
-    name: str
-    parent: Node | None = None
-    initial: str | None = None  # the child that is entered with it
-    final: bool = False
-    entry: Effects = Effects()
-    exit: Effects = Effects()
-    cls: type[State] = DeclaredState
-    description: str = ""
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, cls: type[State] = DeclaredState, *, initial: str | None = None,
+            final: bool = False, entry: Effects = NO_EFFECTS, exit: Effects = NO_EFFECTS,
+            description: str = "") -> None:
+        self.name, self.cls, self.description = name, cls, description
+        self.initial, self.final = initial, final  # the child that is entered with it
+        self.entry, self.exit = entry, exit
+        self.parent: Node | None = None
+        self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
         # class is asked last.
-        self.declared = issubclass(self.cls, DeclaredState)
-        self.instance = self.cls() if self.declared else None
+        self.declared = issubclass(cls, DeclaredState)
+        self.instance = cls() if self.declared else None
 
     def create(self, attributes: Json | None = None) -> State:
         """Return a state object, new or with the attributes that one had."""
@@ -1523,36 +1523,32 @@ class Node:
             node = node.parent
 
 
-@dataclass(eq=False)
 class Rule:
     """A rule that executes."""
 
-    number: int  # its place in the config's list
-    sources: tuple[str, ...]  # states, or "*"
-    on: tuple[str, ...] = ()  # message types; empty for a timer
-    after: Any = None  # a function of a scope: the delay
-    guard: Guard | None = None
-    to: str | None = None
-    reenter: bool = False
-    description: str = ""
-    effects: Effects = Effects()
-    text: Json = field(default_factory=dict)  # as written
+    def __init__(self, number: int, text: Json, sources: Iterable[str], effects: Effects, *,
+            on: tuple[str, ...] = (), after: Any = None, guard: Guard | None = None,
+            to: str | None = None, reenter: bool = False, description: str = "") -> None:
+        self.number, self.text = number, text  # its place in the config's list, and as written
+        self.sources = tuple(dict.fromkeys(sources))  # states, or "*"
+        self.on, self.after = on, after  # message types; or a function of a scope: the delay
+        self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
+        self.description = description
 
 
-@dataclass(eq=False)
 class Passage:
     """A way from one state to another: what is left and entered in which order, and effects."""
 
-    node: Node  # the state at the end
-    exits: tuple[str, ...] = ()
-    enters: tuple[str, ...] = ()
-    steps: tuple[tuple[str, Effects], ...] = ()  # (value of $state, effects), if there are any
-    timers: tuple[tuple[Rule, str], ...] = ()  # (rule, owning state) that start here
-    completes: bool = False
-    busy: bool = False  # whether timers start or end with it
-
-    def __post_init__(self) -> None:
-        self.active = tuple(node.name for node in self.node.lineage())[::-1]
+    def __init__(self, node: Node, exits: Sequence[Node] = (), enters: Sequence[Node] = (),
+            steps: Iterable[tuple[str, Effects]] = (), timers: Sequence[tuple[Rule, str]] = (),
+            ends_timers: bool = False) -> None:
+        self.node = node  # the state at the end
+        self.active, self.exits, self.enters = (
+            tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
+        self.steps = tuple(step for step in steps if step[1])  # (value of $state, effects)
+        self.timers = timers  # (rule, owning state) that start here
+        self.completes = node.final and node.parent is None
+        self.busy = bool(timers or ends_timers or self.completes)  # in the queue
 
 
 class Plan:
@@ -1606,11 +1602,12 @@ class Definition:
         The leaf's first, then its ancestors', then those from "*"; in each, the exact type
         before "*", and file order.
         """
-        key = (leaf, kind if kind in self.types else "*")
-        found = self._candidates.get(key)
+        found = self._candidates.get((leaf, kind))
+        if found is None and kind not in self.types and kind != "*":
+            return self.candidates(leaf, "*")  # whatever no rule names is kept but once
         if found is None:
-            found = self._candidates[key] = tuple(self.candidate(leaf, rule, source)
-                for source in self.sources(leaf) for wanted in dict.fromkeys((key[1], "*"))
+            found = self._candidates[leaf, kind] = tuple(self.candidate(leaf, rule, source)
+                for source in self.sources(leaf) for wanted in dict.fromkeys((kind, "*"))
                 for rule in self.rules_of(source) if wanted in rule.on)
         return found
 
@@ -1618,8 +1615,7 @@ class Definition:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
         if rule.to is not None:
             return rule, self.passage(leaf, source, rule.to, rule)
-        steps = ((leaf, rule.effects),) if rule.effects else ()
-        return rule, Passage(self.nodes[leaf], steps=steps)
+        return rule, Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
 
     def passage(self, leaf: str | None, source: str, target: str,
             rule: Rule | None = None) -> Passage:
@@ -1641,12 +1637,10 @@ class Definition:
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
-        left, entered = (tuple(node.name for node in nodes) for nodes in (exits, enters))
-        owners = entered if leaf else (*entered, "*")
+        owners = [node.name for node in enters] + ["*"] * (leaf is None)
         timers = tuple((timer, name) for name in owners for timer in self.timers(name))
-        completes = end.final and end.parent is None
-        return Passage(end, left, entered, tuple(step for step in steps if step[1]), timers,
-            completes, busy=bool(timers or completes or any(map(self.timers, left))))
+        return Passage(end, exits, enters, steps, timers,
+            ends_timers=any(self.timers(node.name) for node in exits))
 
     def timers(self, owner: str) -> list[Rule]:
         """Return the timer rules of a state, or of "*"."""
@@ -1699,17 +1693,20 @@ def follow(plan: Plan, scope: Scope) -> None:
     passage: Any = plan.passage
     sends, emits, actions = [], [], []
     try:
-        for state, effects in passage.steps:
+        for state, (assign, send, emit, action) in passage.steps:
             scope["state"] = state
-            if effects.assign:
-                values = {key: value(scope) for key, value in effects.assign}
+            if assign:
+                values = {key: value(scope) for key, value in assign}
                 scope["data"] = {**scope["data"], **values}
-            sends += [send(scope) for send in effects.send]
-            emits += [(name, value and value(scope)) for name, value in effects.emit]
-            actions += effects.action
+            for outgoing in send:
+                sends.append(outgoing(scope))
+            for name, value in emit:
+                emits.append((name, value and value(scope)))
+            actions += action
         scope["state"] = passage.node.name
-        plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
-            for rule, owner in passage.timers]
+        if passage.timers:
+            plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
+                for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}",
             why=f"an effect needs it, on the way to {passage.node.name!r}",
@@ -1746,7 +1743,8 @@ KEYS = {
         "with": "an object"}, "emit": {"name": "text", "with": ""},
     "retry": dict.fromkeys("max_attempts base_delay max_delay backoff jitter".split(), "a number")}
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
-_DEFAULTS: Json = {"states": {}, "initial_state": "InitialState", "rules": [], "from": "*"}
+_DEFAULTS: Json = {"rule": {"from": "*"}, "send": {"after": 0, "with": {}},
+    "config": {"states": {}, "initial_state": "InitialState", "rules": []}}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
     "rule": ("error", ""), "note": ("warning", "")}
@@ -1773,85 +1771,6 @@ class Diagnostic:
         """Return it in the shape of an error, its level in front."""
         return f"[{self.level.upper()}] " + str(FlexiFlowError(self.what, why=self.why,
             fix=self.fix, context=ErrorContext(self.context)))
-
-
-@dataclass
-class StateResolution:
-    """How a state of a config was found."""
-
-    key: str
-    dotted_path: str | None  # None for a declared state
-    resolved: bool
-    is_state_subclass: bool
-    error: str | None = None
-
-
-@dataclass
-class PackInfo:
-    """A pack of a config."""
-
-    name: str
-    provided_keys: list[str]
-    transitions: list[TransitionSpec]
-    depends_on: list[str]
-
-
-def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
-    """Return lines: each head, and below it those of its facts that there are."""
-    return [line for head, facts in pairs for line in (f"  {head}",
-        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
-
-
-@dataclass
-class ConfigExplanation:
-    """What a config means, and what is wrong with it."""
-
-    config_path: str
-    name: str | None = None
-    initial_state: str | None = None
-    rules_count: int = 0
-    states: list[StateResolution] = field(default_factory=list)
-    builtin_states: list[str] = field(default_factory=list)
-    packs: list[PackInfo] = field(default_factory=list)
-    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
-    pack_order: list[str] = field(default_factory=list)
-    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
-    warnings: list[Diagnostic] = field(default_factory=list)
-    errors: list[Diagnostic] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
-    definition: Definition | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the config will load."""
-        return not self.errors
-
-    def format(self) -> str:
-        """Return the explanation as text."""
-        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
-            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
-            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
-        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
-            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
-            for one in sorted(self.states, key=operator.attrgetter("key")))
-        states += [f"  OK {key} (from {self.state_providers[key]})"
-            for key in sorted(self.state_providers)]
-        unchecked = [f"  {path}" for path in self.unchecked]
-        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
-            for one in found) for word, found in (("WARN", self.warnings), ("ERROR", self.errors)))
-        blocks = [
-            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
-            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
-            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
-            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
-                *(states or ["  (no custom states)"]),
-                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
-            unchecked and ["Not checked (imports are off):", *unchecked],
-            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
-            ["Status: OK - config will load" if self.is_valid
-                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
-        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
 
 
 @dataclass(frozen=True)
@@ -1922,17 +1841,19 @@ def _need(good: Any, what: str, **details: Any) -> None:
 
 def _require(value: Any, kinds: str) -> None:
     """Raise ConfigError unless a value is of one of these kinds."""
-    kind = next((name for kind, name in _KINDS.items() if isinstance(value, kind)), "nothing")
-    if kinds and kind not in kinds:
+    if kinds and _KINDS.get(type(value), "nothing") not in kinds:
         raise ConfigError(f"Not {kinds}: {value!r}")
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """Return one name or a list of them as a tuple."""
-    names = [value] if isinstance(value, str) else value
-    _need(names and all(isinstance(name, str) and name for name in names),
-        f"Not a name or a list of names: {value!r}")
-    return tuple(dict.fromkeys(names))
+def _stand_in() -> type[State]:
+    """Return a class for code that may not be imported; also a function and a guard, never run."""
+    return type("Unchecked", (State,), {})
+
+
+def _not_empty(value: Any) -> Any:
+    """Return a text that is not empty; else raise ConfigError."""
+    _need(isinstance(value, str) and value, f"Not a name: {value!r}")
+    return value
 
 
 class _Walk:
@@ -1940,39 +1861,45 @@ class _Walk:
 
     def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
-        path = os.fsdecode(config) if isinstance(config, (str, os.PathLike)) else "(dict)"
-        self.found = ConfigExplanation(path, builtin_states=list(BUILT_IN_NAMES))
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
+        is_path = isinstance(config, (str, os.PathLike))
+        self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
+            errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
+            policy=["packs", "builtin"], definition=None)
         self.registry = StateRegistry(registry)
         self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
-        self.place, self.has_code = "", False  # each step to the place has its dot or brackets
+        self.place: list[Any] = []  # the keys and indexes that lead to what is looked at
+        self.has_code = False
         self.good: Json = {}  # the top-level values, compiled
         self.nodes: dict[str, Node] = {}
         self.rules: list[Rule] = []
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
-        self.compilers: Json = {
+        self.compilers: dict[str, Callable[[Any], Any]] = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
             "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules,
-            "from": self._sources, "to": self._find, "on": _names,
-            "entry": self._effects, "exit": self._effects,
-            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "to": self._find, "on": _not_empty,
+            "from": lambda name: name if name == "*" else self._find(_not_empty(name)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
-            "assign": self._values, "with": self._values, "send": self._parts(self._send),
-            "emit": self._parts(self._emit), "action": self._parts(self._action)}
+            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "entry": self._effects, "exit": self._effects, "assign": self._values,
+            "send": self._send, "emit": self._emit, "action": self._action,
+            "with": self._values, "type": compile_value, "id": compile_value}
 
-    def problems(self) -> ConfigExplanation:
-        """Return everything wrong with the config, compiling as far as that is possible."""
-        found = self.found
-        with self._at(""):
+    def problems(self) -> Any:
+        """Look at everything; return what was found, `errors` and `warnings` and the rest."""
+        try:
             self._read()
             self.good = self._clean("config", self.config)
-            found.name, found.initial_state = map(self.good.get, ("name", "initial_state"))
-            found.rules_count = len(self.good.get("rules", ()))
-            found.pack_order = [pack.name for pack in found.packs]
-            if not found.errors:
-                found.definition = self.definition()
-        return found
+            for pack, _, _, wanted in self.found.packs:
+                for lack in sorted({*wanted} - {*self.nodes, *BUILT_IN_NAMES}):
+                    error = ConfigError(f"Pack {pack!r} needs a state {lack!r}")
+                    self._report(error, "warning", "packs")
+            if not self.found.errors:
+                self.found.definition = self.definition()
+        except FlexiFlowError as error:
+            self._report(error)
+        return self.found
 
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
@@ -1980,189 +1907,172 @@ class _Walk:
         return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
             self.good.get("retry", QUEUE_RETRY), self.has_code)
 
-    @contextlib.contextmanager
-    def _at(self, step: str) -> Iterator[None]:
-        """Take a step into the config; what is raised there is reported, and the walk goes on."""
-        outer, self.place = self.place, self.place + step
-        try:
-            yield
-        except FlexiFlowError as error:
-            self._report(error)
-        finally:
-            self.place = outer
-
-    def _report(self, error: FlexiFlowError, level: str = "error", step: str = "") -> None:
+    def _report(self, error: FlexiFlowError, level: str = "error", *step: str) -> None:
+        """Note a problem of what the walk looks at, or of what is a step further."""
         if not isinstance(error, (ConfigError, ImportError_)):  # a delay, the numbers of a retry
             error = ConfigError(error.what, why=error.why, fix=error.fix)
-        place, context = (self.place + step)[1:], dict(error.context.items)
+        steps = (f"[{key}]" if isinstance(key, int) else f".{key}"
+            for key in (*self.place, *step) if key is not None)
+        place, context = "".join(steps)[1:], dict(error.context.items)
         if place:
             error.what, context["at"] = f"{place}: {error.what}", place
-        found = {"error": self.found.errors, "warning": self.found.warnings}.get(level, [])
+        found = self.found.errors if level == "error" else self.found.warnings
         found.append(Diagnostic(level, error.what, error.why, error.fix, context, error))
 
-    def _clean(self, kind: str, value: Any, **compilers: Any) -> Json:
+    def _each(self, parts: Iterable[tuple[Any, Any]], compiled: Callable[[Any, Any], Any]) -> Json:
+        """Compile parts, each at its place, from its key and value; return the good ones by key.
+
+        What is raised for one is reported, and the walk goes on with the next.
+        """
+        good: Json = {}
+        for key, value in parts:
+            self.place.append(key)
+            try:
+                good[key] = compiled(key, value)
+            except FlexiFlowError as error:
+                self._report(error)
+            self.place.pop()
+        return good
+
+    def _clean(self, kind: str, value: Any, **compilers: Callable[[Any], Any]) -> Json:
         """Return the known keys of an object, their values compiled; report the rest.
 
-        null is as good as nothing.
+        null is as good as nothing. Where a list may stand for one, the value is a tuple.
         """
         _require(value, "an object")
-        known, good = KEYS[kind], {}
+        known, given = KEYS[kind], {**_DEFAULTS.get(kind, {})}
+        given.update((key, inner) for key, inner in value.items() if inner is not None)
         for key in value:
             if key not in known and not key.startswith("x-"):
                 near = [one for one in known if one_edit(key.lower(), one)]
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
-                fix = f"did you mean {near[0]!r}?" if near else level and choose(key, known)
-                error = ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind), fix=fix)
-                self._report(error, level, f".{key}")
-        for key, kinds in known.items():
-            inner = _DEFAULTS.get(key) if value.get(key) is None else value[key]
-            compiled = compilers.get(key) or self.compilers.get(key)
-            if key in _REQUIRED.get(kind, ()) and not inner:
+                if level:
+                    self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
+                        fix=choose(key, near or known)), level, key)
+        for key in _REQUIRED.get(kind, ()):
+            if not given.get(key):
                 self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
                     if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
-            elif inner is not None:
-                with self._at(f".{key}"):
-                    _require(inner, kinds)
-                    good[key] = compiled(inner) if compiled else inner
-        return good
 
-    def _each(self, values: Any, compiled: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-        """Compile the items of a list or object, each at its place, from its key and value."""
-        found, listed = [], isinstance(values, list)
-        for key, value in enumerate(values) if listed else values.items():
-            with self._at(f"[{key}]" if listed else f".{key}"):
-                found.append(compiled(key, value))
-        return tuple(found)
+        def compiled(key: str, inner: Any) -> Any:
+            _require(inner, known[key])
+            compiler = compilers.get(key) or self.compilers.get(key)
+            if compiler is None:
+                return inner
+            if not known[key].endswith(" or a list"):
+                return compiler(inner)
+            parts = enumerate(inner) if isinstance(inner, list) else [(None, inner)]
+            return tuple(self._each(parts, lambda _, part: compiler(part)).values())
 
-    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-        """Return what compiles one part, or a list of them."""
-        return lambda value: (self._each(value, lambda _, part: compiled(part))
-            if isinstance(value, list) else (compiled(value),))
+        return self._each(((key, given[key]) for key in known if key in given), compiled)
 
     def _values(self, value: Json) -> tuple[Any, ...]:
-        return self._each(value, lambda key, inner: (key, compile_value(inner)))
+        return tuple(self._each(value.items(), lambda _, inner: compile_value(inner)).items())
 
-    def _load(self, path: Any, stand_in: Any = lambda message, component: None) -> Any:
-        """Import a dotted path; where imports are off, note it and return `stand_in`."""
+    def _load(self, path: Any) -> Any:
+        """Import a dotted path; where imports are off, note it and return a stand-in."""
         _need(isinstance(path, str), f"Not a dotted path: {path!r}")
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
         self.found.unchecked.append(path)
-        return stand_in
+        return _stand_in()
 
     def _read(self) -> None:
         """Read the config and copy it, once it is known to be an object of JSON."""
         if isinstance(self.config, (str, os.PathLike)):
             self.config = read_config(self.config)
-        got = _KINDS.get(type(self.config), type(self.config).__name__)
-        _need(isinstance(self.config, dict), "A config is an object", why=f"this is {got}")
+        _need(isinstance(self.config, dict), "A config is an object",
+            why=f"this is a {type(self.config).__name__}")
         try:
             write_json(self.config, "config")
         except ValueError as error:
             hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
             raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
-        self.config = fresh(self.config)
+        self.config = json.loads(json.dumps(self.config))  # dicts and lists of our own
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
             f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
-        self.found.initial_state_resolution = order
+        self.found.policy = order
 
     def _packs(self, paths: list[Any]) -> None:
-        loaded = filter(None, self._each(paths, self._pack))
-        for collision in pack_collisions([*loaded], set()):
+        if not self.imports:
+            self.found.unchecked += map(str, paths)
+            return
+        loaded = self._each(enumerate(paths), self._pack)
+        for collision in pack_collisions([*loaded.values()], set()):
             self._report(collision)
-        declared = self.config.get("states")
-        known = {*self.nodes, *BUILT_IN_NAMES, *(declared if isinstance(declared, dict) else ())}
-        for info in self.found.packs:
-            for lack in sorted({*info.depends_on} - known):
-                self._report(ConfigError(f"Pack {info.name!r} needs a state {lack!r}"), "warning")
 
-    def _pack(self, index: int, path: Any) -> StatePack | None:
+    def _pack(self, index: int, path: Any) -> StatePack:
         """Add the states of a pack."""
         self.has_code = True
-        if isinstance(path, str) and not self.imports:
-            self.found.unchecked.append(path)
-            return None
         pack, found = load_pack(path, self.allow_imports), self.found
         try:
             classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
-            found.packs.append(PackInfo(pack.name, sorted(classes), list(pack.transitions()),
+            found.packs.append((pack.name, sorted(classes), list(pack.transitions()),
                 sorted(map(str, pack.depends_on()))))
         except Exception as error:  # it is anybody's code
             raise ConfigError(
                 "A pack does not work", why=f"{type(error).__name__}: {error}") from error
-        hidden = BUILT_IN_NAMES if found.initial_state_resolution[0] == "builtin" else ()
-        for key, cls in classes.items():
-            with self._at(f".{key}"):
-                if key not in hidden and key not in found.state_providers:
-                    self._add(key, cls)
-            found.state_providers.setdefault(key, pack.name)
+        taken = {*found.providers, *(BUILT_IN_NAMES if found.policy[0] == "builtin" else ())}
+        self._each([(key, cls) for key, cls in classes.items() if key not in taken], self._add)
+        found.providers = {**dict.fromkeys(classes, pack.name), **found.providers}
         return pack
 
-    def _add(self, name: str, cls: Any, **body: Any) -> None:
+    def _add(self, name: str, cls: Any, **declared: Any) -> None:
         """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
         _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
         if cls is DeclaredState:
-            cls = type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()})
-        if not (isinstance(cls, type) and issubclass(cls, State)):
-            raise ConfigError(
-                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
+            cls = type(name, (DeclaredState,), {})
+        _need(isinstance(cls, type) and issubclass(cls, State), "Not a State class",
+            why=f"it is {cls!r}", fix="inherit from State", state=name)
         owner = self.registry._names.get(cls)  # of its own, not of those around it
         _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
         _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
-        self.nodes[name] = Node(name, cls=cls, **body)
+        self.nodes[name] = Node(name, cls, **declared)
         self.registry.register(name, cls)
 
     def _states(self, states: Json) -> None:
-        self._each(states, self._state)
-        children: dict[str, list[str]] = {name: [] for name in self.nodes}
-        above: list[Node] = []
+        self._each(states.items(), self._state)
+        above: list[Node] = []  # what surrounds the next one, outermost first
         for name in sorted(self.nodes, key=lambda name: name.split(".")):
             while above and not name.startswith(above[-1].name + "."):
                 above.pop()
-            if above:
-                self.nodes[name].parent = above[-1]
-                children[above[-1].name].append(name)
+            self.nodes[name].parent = above[-1] if above else None
             above.append(self.nodes[name])
-        self._each(children, self._family)
+        for node in self.nodes.values():
+            if node.parent is not None:
+                node.parent.children.append(node)
+        self._each([(name, node) for name, node in self.nodes.items()
+            if node.children or node.initial is not None], self._family)
 
     def _state(self, key: str, value: Any) -> str:
         """Add a state: an object declares one, text is the dotted path of a class."""
         _require(value, "an object or text")
-        declared = isinstance(value, dict)
-        one = StateResolution(key, None if declared else value, declared, False)
-        self.found.states.append(one)
-        try:
-            body = self._clean("state", value) if declared else {}
-            unchecked = type("Unchecked", (State,), {})
-            cls = DeclaredState if declared else self._load(value, unchecked)
-            one.resolved = declared or self.imports
-            self._add(key, cls, **body)
-            one.is_state_subclass = one.resolved
-        except FlexiFlowError as error:
-            one.error = error.what
-            raise
+        self.found.states[key] = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            self._add(key, DeclaredState, **self._clean("state", value))
+        else:
+            self._add(key, self._load(value))
         return key
 
-    def _family(self, name: str, children: list[str]) -> None:
+    def _family(self, name: str, node: Node) -> None:
         """Raise unless what a state says of its children is so."""
-        node = self.nodes[name]
+        children = [child.name for child in node.children]
         _need(node.declared or not children, f"{name!r} is a class, so it has no children")
         _need(not (children and node.final), "A final state has no children")
-        with self._at(".initial"):
-            _need(children or node.initial is None, f"{name!r} has no children")
-            if children and node.initial not in children:
-                what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
-                raise ConfigError(what, fix=choose(node.initial or "", children))
+        if node.initial not in children:
+            what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
+            self._report(ConfigError(what if children else f"{name!r} has no children",
+                fix=choose(node.initial or "", children) if children else None), "error", "initial")
 
     def _initial(self, name: str) -> str:
         """Return the name of the initial state; a dotted path to a class adds it."""
         if ":" in name and name not in self.nodes:
-            named = {one.dotted_path: one.key for one in self.found.states}
-            name = named.get(name) or self._state(re.split("[:.]", name)[-1].strip(), name)
+            named = [key for key, path in self.found.states.items() if path == name]
+            name = named[0] if named else self._state(re.split("[:.]", name)[-1].strip(), name)
         return self._find(name)
 
     def _find(self, name: str) -> str:
@@ -2171,7 +2081,7 @@ class _Walk:
             return name
         cls = self.registry.get(name)
         if cls is None and self.config.get("packs") and not self.imports:
-            cls = type("Unchecked", (State,), {})  # a pack may provide it
+            cls = _stand_in()  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
             close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
                 self.found.errors) < 20 else None  # to look for a thousand would take a minute
@@ -2190,31 +2100,27 @@ class _Walk:
             _need(old not in self.nodes, f"{old!r} is a state still")
             return old, self._find(new)
 
-        return dict(self._each(value, check))
-
-    def _sources(self, value: Any) -> tuple[str, ...]:
-        for name in _names(value):
-            with self._at(""):
-                if name != "*":
-                    self._find(name)
-        return _names(value)
+        return dict(self._each(value.items(), check))
 
     def _rules(self, rules: list[Any]) -> list[Any]:
         if not rules:
             self._report(ConfigError("No rules defined"), "warning")
-        self._each(rules, self._rule)
+        self._each(enumerate(rules), self._rule)
         return rules
 
     def _rule(self, number: int, text: Any) -> None:
-        """Compile a rule; it is kept only if nothing is wrong with it. One is a note."""
+        """Compile a rule. One without a key of the engine is a note, and only looked at."""
         _require(text, "an object")
-        kind = "rule" if _EXECUTING.keys() & text.keys() else "note"
+        if _EXECUTING.keys().isdisjoint(text):
+            self._clean("note", text)
+            return
         errors_before = len(self.found.errors)
-        rule = self._clean(kind, text)
-        on, after = text.get("on") is not None, text.get("after") is not None
-        _need(kind == "note" or on != after, "A rule with both 'on' and 'after'" if on else
+        rule = self._clean("rule", text)
+        on, after = (text.get(key) is not None for key in ("on", "after"))
+        _need(on != after, "A rule with both 'on' and 'after'" if on else
             "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
-        if kind == "note" or len(self.found.errors) > errors_before:
+        _need([] not in (text.get("from"), text.get("on")), "A rule with an empty list of names")
+        if len(self.found.errors) > errors_before:
             return
         pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
         if pairs and all(pair in self.taken for pair in pairs):
@@ -2224,7 +2130,7 @@ class _Walk:
         if "guard" not in rule:
             self.taken.update({pair: number for pair in pairs if pair not in self.taken})
         effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
-        self.rules.append(Rule(number, rule.pop("from"), effects=effects, text=text, **rule))
+        self.rules.append(Rule(number, text, rule.pop("from"), effects, **rule))
 
     def _effects(self, value: Json) -> Effects:
         return Effects(**self._clean("effects", value))
@@ -2243,18 +2149,16 @@ class _Walk:
         return name, event.get("with")
 
     def _send(self, part: Any) -> Callable[[Scope], Outgoing]:
-        found = self._clean("send", part, to=compile_value, type=compile_value, id=compile_value)
-        to, kind, id = (found.get(key, lambda scope: None) for key in ("to", "type", "id"))
-        delay, payload = found.get("after", lambda scope: 0), found.get("with", ())
-        ours = {"type", "id", "correlation_id", "component"}
-        for key, _ in payload:
-            _need(key not in ours and (len(payload) > 1 or key not in OPERATIONS),
-                f"{key!r} cannot stand in 'with'")
+        found: Any = self._clean("send", part, to=compile_value)
+        to, kind, id, delay, payload = map(found.get, ("to", "type", "id", "after", "with"))
+        for key, _ in payload or ():
+            _need(key not in ("type", "id", "correlation_id", "component")
+                and (len(payload) > 1 or key not in OPERATIONS), f"{key!r} cannot stand in 'with'")
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
-            out = Outgoing(to(scope), message, seconds(delay(scope)), id(scope))
-            texts = [out.to, message["type"], "-" if out.id is None else out.id]
+            out = Outgoing(to(scope), message, seconds(delay(scope)), id and id(scope))
+            texts = [out.to, message["type"], out.id if id else "-"]
             if not all(isinstance(text, str) and text for text in texts):
                 raise StateError(f"Cannot send {message!r} to {out.to!r} with id {out.id!r}",
                     why="'to', 'type' and 'id' are text", component=scope["component"])
@@ -2280,12 +2184,11 @@ class ConfigLoader:
         walk = _Walk(config, allow_imports=allow_imports)
         found, good = walk.problems(), walk.good
         if found.errors:
-            unread = walk.config is config or found.config_path == "(dict)"
-            raise _as_error(found.errors, None if unread else found.config_path)
-        registered = {*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())}
+            raise _as_error(found.errors, None if walk.config is config else found.path)
+        known = DEFAULT_REGISTRY
         for name, node in walk.nodes.items():
-            if not (node.declared or node.cls in registered or DEFAULT_REGISTRY.get(name)):
-                DEFAULT_REGISTRY.register(name, node.cls)
+            if not (node.declared or node.cls in known._names or known.get(name)):
+                known.register(name, node.cls)
                 _FROM_CONFIGS[name] = node.cls
         return ComponentConfig(good["name"], fresh(good["rules"]), good["initial_state"],
             good.get("data", {}), found.definition)
@@ -2314,15 +2217,6 @@ def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
     error.context.items.update((key, value) for key, value in values.items() if value)
     return error
 
-
-def explain(config: Path | Json, *, imports: bool = True,
-        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
-    """Say what a config means and whether it will load; never raises for what is wrong with it.
-
-    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
-    and lists what was therefore not checked.
-    """
-    return _Walk(config, imports, allow_imports).problems()
 
 # --------------------------------------------------------------------------------------------
 # 9. Snapshots: JSON file, SQLite history
@@ -4627,16 +4521,120 @@ class _Delivery:
 
 
 # --------------------------------------------------------------------------------------------
-# 12. Views: Mermaid
+# 12. Views: explain, Mermaid
 # --------------------------------------------------------------------------------------------
-# A picture is made from the config alone, so it shows what will be executed. Whatever a name
-# holds, it stays a label.
+# What a config means, as values, text and a picture. All is made from what the walk has found, so
+# it shows what will be executed. Whatever a name holds, it stays a label.
 
-_MERMAID_WORDS = frozenset(
-    "end graph flowchart subgraph class classdef click style linkstyle default direction call "
-    "href interpolate".split())
-# A name that may be an id; the ids that we make up ourselves are none.
-_PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+
+def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
+    """Return lines: each head, and below it those of its facts that there are."""
+    return [line for head, facts in pairs for line in (f"  {head}",
+        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
+
+
+@dataclass
+class StateResolution:
+    """How a state of a config was found."""
+
+    key: str
+    dotted_path: str | None  # None for a declared state
+    resolved: bool
+    is_state_subclass: bool
+    error: str | None = None
+
+
+@dataclass
+class PackInfo:
+    """A pack of a config."""
+
+    name: str
+    provided_keys: list[str]
+    transitions: list[TransitionSpec]
+    depends_on: list[str]
+
+
+@dataclass
+class ConfigExplanation:
+    """What a config means, and what is wrong with it."""
+
+    config_path: str
+    name: str | None = None
+    initial_state: str | None = None
+    rules_count: int = 0
+    states: list[StateResolution] = field(default_factory=list)
+    builtin_states: list[str] = field(default_factory=list)
+    packs: list[PackInfo] = field(default_factory=list)
+    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
+    pack_order: list[str] = field(default_factory=list)
+    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
+    warnings: list[Diagnostic] = field(default_factory=list)
+    errors: list[Diagnostic] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
+    definition: Definition | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the config will load."""
+        return not self.errors
+
+    def format(self) -> str:
+        """Return the explanation as text, in blocks of lines; what is empty is left out."""
+        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
+            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
+            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
+        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
+            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
+            for one in sorted(self.states, key=operator.attrgetter("key")))
+        states += [f"  OK {key} (from {self.state_providers[key]})"
+            for key in sorted(self.state_providers)]
+        unchecked = [f"  {path}" for path in self.unchecked]
+        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
+            for one in problems) for word, problems in (("WARN", self.warnings),
+            ("ERROR", self.errors)))
+        blocks = [
+            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
+            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
+            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
+            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
+                *(states or ["  (no custom states)"]),
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
+            unchecked and ["Not checked (imports are off):", *unchecked],
+            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
+            ["Status: OK - config will load" if self.is_valid
+                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
+        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
+
+
+def explain(config: Path | Json, *, imports: bool = True,
+        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
+    """Say what a config means and whether it will load; never raises for what is wrong with it.
+
+    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
+    and lists what was therefore not checked.
+    """
+    walk = _Walk(config, imports, allow_imports)
+    found, good = walk.problems(), walk.good
+    return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
+        rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
+        builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
+        state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
+        initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
+        unchecked=found.unchecked, definition=found.definition)
+
+
+def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
+    """Yield how each state was found: by what is wrong at the place that names it."""
+    wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
+    for key, path in walk.found.states.items():
+        place = f"states.{key}"
+        if path is not None and path == walk.config.get("initial_state"):
+            place = place if place in wrong else "initial_state"
+        what = wrong[place].what[len(place) + 2:] if place in wrong else None
+        seen = path is None or walk.imports
+        yield StateResolution(key, path, error=what, is_state_subclass=seen and what is None,
+            resolved=seen and not (what and isinstance(wrong[place].error, ImportError_)))
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4651,22 +4649,29 @@ def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanatio
 class _Mermaid:
     """One flowchart being drawn."""
 
+    WORDS = frozenset("end graph flowchart subgraph class classdef click style linkstyle default "
+        "direction call href interpolate".split())
+    # A name that may be an id; the ids that we make up ourselves are none.
+    PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+    UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
+
     def __init__(self, found: ConfigExplanation) -> None:
         self.found = found
         self.ids: dict[str, str] = {}
         self.nodes = found.definition.nodes if found.definition else {}
         self.rules = found.definition.rules if found.definition else []
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
+        self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
     def lines(self, active: str | None) -> Iterator[str]:
         found = self.found
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
-            yield "%% pack_order: " + ", ".join(map(_mermaid_label, found.pack_order))
+            yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
         yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
         yield ""
         for number, pack in enumerate(found.packs):
-            yield f'subgraph pack_{number}["pack: {_mermaid_label(pack.name)}"]'
+            yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
             yield from ("end", "")
         for node in self.nodes.values():
@@ -4684,25 +4689,30 @@ class _Mermaid:
             if source == "*" and "*" not in self.ids:
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
-            yield f'{self.id_of(source)} -->|"{_mermaid_label(label)}"| {self.id_of(target)}'
+            yield f'{self.id_of(source)} -->|"{self.label(label)}"| {self.id_of(target)}'
         if active in self.nodes:
             yield f"style {self.id_of(active)} stroke-width:4px"
 
     def id_of(self, name: str) -> str:
         """Return an id that Mermaid takes, the name itself where that is one."""
-        plain = re.fullmatch(_PLAIN_ID, name) and name.lower() not in _MERMAID_WORDS
-        return self.ids.setdefault(name, name if plain else f"state_{len(self.ids)}")
+        if name not in self.ids:
+            plain = self.is_plain.fullmatch(name) and name.lower() not in self.WORDS
+            self.ids[name] = name if plain else f"state_{len(self.ids)}"
+        return self.ids[name]
 
-    def box(self, name: str, ends: tuple[str, str] = ("[", "]")) -> str:
-        return f'{self.id_of(name)}{ends[0]}"{_mermaid_label(name)}"{ends[1]}'
+    def label(self, text: str) -> str:
+        """Escape a label: every unsafe character becomes its number."""
+        return self.unsafe.sub(lambda found: f"#{ord(found[0])};", text)
+
+    def box(self, name: str, shape: str = '{}["{}"]') -> str:
+        return shape.format(self.id_of(name), self.label(name))
 
     def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        children = [one for one in self.nodes.values() if one.parent is node]
-        if not children:
-            yield indent + self.box(node.name, ("([", "])") if node.final else ("[", "]"))
+        if not node.children:
+            yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
             return
         yield f"{indent}subgraph {self.box(node.name)}"
-        for child in children:
+        for child in node.children:
             yield from self.state(child, indent + "  ")
         yield f"{indent}end"
 
@@ -4719,12 +4729,6 @@ class _Mermaid:
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, target
-
-
-def _mermaid_label(text: str) -> str:
-    """Escape a label: every character that Mermaid or HTML might read becomes its number."""
-    return "".join(char if char.isalnum() or char in " _-.,:/+*=()[]>" and char.isprintable()
-        else f"#{ord(char)};" for char in text)
 
 
 def _guard_text(guard: Any) -> str:
