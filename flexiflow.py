@@ -54,16 +54,20 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--version"], ["-V"]):
         print("flexiflow", __version__)
         sys.exit(0)
-    import importlib.util
-    import os
+    try:
+        import importlib.util
+        import os
 
-    _spec: Any = globals().get("__spec__")
-    if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
-        _name = os.path.splitext(os.path.basename(__file__))[0]
-        _spec = importlib.util.spec_from_file_location(_name, __file__)
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
-    sys.exit(importlib.import_module(_spec.name).main())
+        _spec: Any = globals().get("__spec__")
+        if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
+            _name = os.path.splitext(os.path.basename(__file__))[0]
+            _spec = importlib.util.spec_from_file_location(_name, __file__)
+            sys.modules[_name] = importlib.util.module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules[_name])
+        sys.exit(importlib.import_module(_spec.name).main())
+    except KeyboardInterrupt:  # while modules are imported; later `main` sees to it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 import contextlib
 import copy
@@ -4754,13 +4758,16 @@ def _guard_text(guard: Any) -> str:
 # interrupted, 141 the reader went away. State lives in a store between two commands.
 
 CHUNK = 1 << 18  # bytes of NDJSON that are taken in at a time
-COMMANDS: dict[str, dict[str, Any]] = {}  # name -> run, opens, text, example, options
+COMMANDS: dict[str, Any] = {}  # name -> namespace of run, example, text, options, opens
 OPTIONS: dict[str, dict[str, Any]] = {
     "TYPE": {"help": "the message's type, or - to read messages from stdin"},
     "RULES": {"help": 'a file with a list of rules, or an object with "rules"'},
+    "NAME": {"help": "the component's name"},
+    "ID": {"nargs": "*", "type": int, "help": "the numbers of dead letters"},
+    "FILE": {"help": "the copy"},
     "component": {"nargs": "?", "help": "a component's name; without it, all of them"},
     "file": {"nargs": "?", "help": "the config (or --config)"},
-    "--config": {"metavar": "FILE", "help": "the component's config (or FLEXIFLOW_CONFIG)"},
+    "--config": {"metavar": "FILE", "help": "a config (where one is needed: or FLEXIFLOW_CONFIG)"},
     "--name": {"help": "the component's name, where it is not the config's"},
     "--db": {"metavar": "FILE", "help": "the store (or FLEXIFLOW_DB; default flexiflow.db)"},
     "--json": {"action": "store_true", "help": "print JSON, one value a line"},
@@ -4768,29 +4775,45 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "import code from this module only (again for more; '' for none)"},
     "--no-imports": {"action": "store_true", "help": "run none of the config's code"},
     "--start": {"action": "store_true", "help": 'send "start", if it has not begun yet'},
+    "--update": {"action": "store_true", "help": "take over a config that has changed"},
     "--content": {"metavar": "TEXT", "help": "the message's content"},
-    "--data": {"metavar": "JSON", "help": "the message's other fields, as an object"},
+    "--data": {"metavar": "JSON", "default": "{}", "help": "its other fields, as an object"},
     "--id": {"help": "an id: the same one again repeats the answer, not the work"},
     "--replace": {"action": "store_true", "help": "put the rules in place of the old ones"},
     "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
+    "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
+    "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
+    "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
+    "--keep": {"type": int, "metavar": "N", "help": "keep each component's last N rows"},
+    "--older-than": {"metavar": "AGE", "help": "only what is older: 90s, 15m, 2h, 30d"},
+    "--completed": {"action": "store_true", "help": "remove completed components, too"},
+    "--dry-run": {"action": "store_true", "help": "only say what would be done"},
+    "--yes": {"action": "store_true", "help": "do not ask"},
     "--format": {"default": "mermaid", "help": "mermaid"},
-    "-o --output": {"metavar": "FILE", "help": "write to a file"},
+    "-o/--output": {"metavar": "FILE", "help": "write to a file"},
 }
 
 
-def command(example: str, text: str, *options: str,
-        opens: str = "") -> Callable[[Function], Function]:
+def command(example: str, text: str, opens: str, options: str) -> Callable[[Function], Function]:
     """Make a function a command: of its arguments and, if it `opens` a store, of an engine.
 
-    To "read" it is an ordinary function, to "write" a coroutine function.
+    To "read" it is an ordinary function; to "write", or to "make" the store, a coroutine function.
     """
 
     def add(run: Any) -> Any:
-        COMMANDS[example.split()[0]] = {"run": run, "opens": opens, "text": text,
-            "example": example, "options": (*options, "--json", *["--db"] * bool(opens))}
+        COMMANDS[example.split()[0]] = types.SimpleNamespace(run=run, example=example, text=text,
+            opens=opens, options=f"{options} --json{' --db' * bool(opens)}".split())
         return run
 
     return add
+
+
+class UsageError(ArgumentError):
+    """Arguments that do not go together: exit code 2."""
+
+
+class ReaderGone(BaseException):
+    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False) -> None:
@@ -4802,10 +4825,6 @@ def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False
         if isinstance(error, BrokenPipeError):
             raise ReaderGone from None
         raise PersistenceError("The output cannot be written", why=str(error)) from error
-
-
-class ReaderGone(BaseException):
-    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -> int:
@@ -4822,10 +4841,11 @@ def _plain(value: Any) -> Any:
     return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
 
 
-def _error_text(error: BaseException) -> str:
-    """Return an error's lines, FlexiFlow's own or any other's."""
+def _error_text(error: BaseException, joint: str = "\n") -> str:
+    """Return an error's lines, FlexiFlow's own or any other's, joined."""
     known = isinstance(error, FlexiFlowError)
-    return str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    text = str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    return joint.join(text.splitlines())
 
 
 def hint(text: str, end: str = "\n") -> None:
@@ -4835,8 +4855,10 @@ def hint(text: str, end: str = "\n") -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield a header and rows in columns."""
-    lines = [header, *([printable(cell) for cell in row] for row in rows)]
+    """Yield a header and rows in columns, as wide as the output shows them."""
+    code = getattr(sys.stdout, "encoding", None) or "utf-8"
+    lines = [[printable(cell).encode(code, "backslashreplace").decode(code) for cell in row]
+        for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield "  ".join(map(str.ljust, line, widths)).rstrip()
@@ -4857,27 +4879,37 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _store(args: Any, readonly: bool) -> SQLiteStore:
-    path = args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
-    return SQLiteStore(path, readonly=readonly)
+def _store_path(args: Any) -> Any:
+    return args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
 
 
-def _config_path(args: Any) -> str | None:
+def _config_path(args: Any, needed: bool = True) -> Any:
     """Return the config's path, and let it import the code that lies beside it."""
-    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG")
-    if path and os.path.dirname(os.path.abspath(path)) not in sys.path:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: it hides no module
-    return path or None
+    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
+    if path is None and needed:
+        raise ConfigError("No config given",
+            fix=f"flexiflow {args.command.example}, or set FLEXIFLOW_CONFIG")
+    folder = os.path.dirname(os.path.abspath(path or ""))
+    if path is not None and folder not in sys.path:
+        sys.path.append(folder)  # last: it hides no module
+    return path
 
 
-def _component(engine: FlexiFlowEngine, config: Any, name: str | None) -> AsyncComponent:
-    """Return the component of this name, made from the config if it is new."""
-    if config is not None:
-        return engine.create_component(config, name=name)
-    if name is None:
-        raise ConfigError("No config and no name given",
-            fix="use --config FILE, --name, or set FLEXIFLOW_CONFIG")
-    return engine._find(name)
+def _component(args: Any, engine: FlexiFlowEngine) -> AsyncComponent:
+    """Return the component that the arguments name, made from the config if it is new."""
+    config = _config_path(args, needed=not args.name)
+    if config is None:
+        return engine._find(args.name)
+    return engine.create_component(config, name=args.name, update=getattr(args, "update", False))
+
+
+async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
+        message: Json) -> int:
+    """Handle a message and what it causes, and print the receipt; return the exit code."""
+    receipt = await component.handle_message(message, _strict=False)
+    await _deliver_caused(engine)
+    line = f"{message['type']}: {_outcome(engine, receipt, message['type'])}"
+    return tell(args, [receipt.as_dict()], [line], 0 if receipt else 3)
 
 
 async def _deliver_caused(engine: FlexiFlowEngine) -> None:
@@ -4886,66 +4918,60 @@ async def _deliver_caused(engine: FlexiFlowEngine) -> None:
         await engine.run(until_idle=True, component=engine.posted.pop())
 
 
-async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
-        message: dict[str, Any]) -> int:
-    """Handle a message and what it causes, and print the receipt; return the exit code."""
-    receipt = await component.handle_message(message, _strict=False)
-    await _deliver_caused(engine)
-    lines = _receipt_lines(engine, receipt, message["type"])
-    return tell(args, [receipt.as_dict()], lines, 0 if receipt else 3)
-
-
-def _receipt_lines(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> Iterator[str]:
+def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
+    """Return what became of a message, for people."""
+    before, after, reason = receipt.from_state, receipt.to_state, receipt.reason
+    text = {"moved": f"{before} -> {after}", "stayed": f"stays in {after}",
+        "blocked": f"blocked in {before}: {reason}"}.get(receipt.outcome, "")
     if receipt.outcome == "moved":
-        timers = [f"   timer in {age(timer['due'] - engine.clock())}"
-            for timer in engine.status(receipt.component)[0]["timers"]]
-        text = f"{receipt.from_state} -> {receipt.to_state}{''.join(timers)}"
-    elif receipt.outcome == "stayed":
-        text = f"stays in {receipt.to_state}"
-    elif receipt.outcome == "blocked":
-        text = f"blocked in {receipt.from_state}: {receipt.reason}"
-    else:
+        for timer in engine.status(receipt.component)[0]["timers"]:
+            text += f"   timer in {age(timer['due'] - engine.clock())}"
+    if not text:
         accepted = engine.accepts(receipt.component)
-        text = f"not accepted in {receipt.from_state} (accepts: {', '.join(accepted) or 'nothing'})"
+        ended = str(reason).startswith("completed")
+        why = reason if ended else f"accepts: {', '.join(accepted) or 'nothing'}"
+        text = f"not accepted in {before} ({why})"
         for close in difflib.get_close_matches(kind, accepted, 1):
             text += f'; did you mean "{close}"?'
-    yield f"{kind}: {text}" + "   (handled before)" * receipt.duplicate
+    return f"{text}{'   (handled before)' * receipt.duplicate}"
 
 
-@command("register --config order.json --start", "create a component from a config and remember it",
-    "--config", "--name", "--allow-import", "--start", opens="write")
+@command("register --config order.json", "create a component from a config, once", "make",
+    "--config --name --allow-import --start --update")
 async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
-    new, definition = component.name in engine._unborn, component.definition
+    component = _component(args, engine)
+    known, before = component.name not in engine._unborn, component.definition.text
     await engine.register_async(component)
     await engine.run(until_idle=True, component=component.name)
-    counts = {"state": len(definition.nodes), "rule": len(component.rules),
-        "timer": sum(rule.after is not None for rule in definition.rules)}
-    text = f"{component.name} is registered already, in {component.state}"
-    if new:
-        parts = ", ".join(_counted(number, noun) for noun, number in counts.items())
-        text = f"{component.name} registered in {engine.queue.path}: {parts}"
-    tell(args, [{"component": component.name, "new": new, "state": component.state,
-        **{f"{noun}s": number for noun, number in counts.items()}}], [text])
+    name, state, definition = component.name, component.state, component.definition
+    updated = definition.text != before
+    new = not known and not updated
+    counts = {"states": len(definition.nodes), "rules": len(component.rules),
+        "timers": sum(rule.after is not None for rule in definition.rules)}
+    text = f"{name} is registered already, in {state}"
+    if new or updated:
+        parts = ", ".join(_counted(number, noun[:-1]) for noun, number in counts.items())
+        text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
+    facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
+    tell(args, [facts], [text])
     hint("next: flexiflow status")
-    if args.start and (new or component.state == definition.birth.node.name):
+    if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0
 
 
-@command('handle --config order.json pay --data \'{"amount": 120}\'',
-    "send a message, or NDJSON messages from stdin (-)", "TYPE", "--config", "--name",
-    "--allow-import", "--content", "--data", "--id", opens="write")
+@command("handle --name order-17 pay --data '{\"amount\": 12}'",
+    "send a message, or NDJSON messages from stdin (-)", "make",
+    "TYPE --config --name --allow-import --content --data --id")
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
         return await _Intake(args, engine).run()
-    message = {} if args.data is None else read_json(args.data, "--data", ArgumentError)
-    if not isinstance(message, dict):
+    data = read_json(args.data, "--data", ArgumentError)
+    if not isinstance(data, dict):
         raise ArgumentError(f"--data is not an object: {args.data}")
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
-    message.update((key, value) for key, value in given.items() if value is not None)
-    check_message(message)
-    component = _component(engine, _config_path(args), args.name)
+    data.update((key, value) for key, value in given.items() if value is not None)
+    message, component = check_message(data), _component(args, engine)
     await engine.run(until_idle=True, component=component.name)
     return await _handled(args, engine, component, message)
 
@@ -4954,10 +4980,11 @@ class _Intake:
     """NDJSON from stdin: lines that are ready together share transactions."""
 
     def __init__(self, args: Any, engine: FlexiFlowEngine) -> None:
-        path = _config_path(args)
+        path = _config_path(args, needed=False)
         self.args, self.engine, self.config = args, engine, path and engine._config(path)
         self.name = args.name or (self.config and self.config.name)
         self.lines = self.again = self.failed = 0
+        self.answers: dict[int, Json] = {}  # line -> its receipt or error, until they are shown
         self.counts: collections.Counter[str] = collections.Counter()  # outcome -> messages
         self.seen: dict[str, AsyncComponent] = {}  # in the order of their first message
 
@@ -4985,8 +5012,7 @@ class _Intake:
 
     async def take(self, lines: list[bytes]) -> None:
         """Handle some lines: components side by side, the messages of each in order."""
-        streams: dict[AsyncComponent, list[tuple[int, dict[str, Any]]]] = {}
-        answers: dict[int, Receipt] = {}
+        streams: dict[AsyncComponent, list[tuple[int, Json]]] = {}
         for line in lines:
             self.lines += 1
             try:
@@ -4996,11 +5022,13 @@ class _Intake:
                     streams.setdefault(component, []).append((self.lines, message))
             except Exception as error:
                 self.fail(self.lines, error)
-        await asyncio.gather(*[self.stream(*one, answers) for one in streams.items()])
-        receipts = [receipt for _, receipt in sorted(answers.items())]
-        self.counts.update(receipt.outcome for receipt in receipts)
-        self.again += sum(receipt.duplicate for receipt in receipts)
-        tell(self.args, [receipt.as_dict() for receipt in receipts], ())
+        await asyncio.gather(*[self.stream(*one) for one in streams.items()])
+        answers = [answer for _, answer in sorted(self.answers.items())]
+        self.answers.clear()
+        self.counts.update(answer["outcome"] for answer in answers if "outcome" in answer)
+        self.failed += sum("error" in answer for answer in answers)
+        self.again += sum(answer.get("duplicate", False) for answer in answers)
+        tell(self.args, answers, ())
         put(end="", flush=True)
 
     async def meet(self, name: Any) -> AsyncComponent:
@@ -5009,22 +5037,26 @@ class _Intake:
             raise ArgumentError(f"Not a component's name: {name!r}",
                 fix='give the line a "component", or use --name')
         if name not in self.seen:
-            if self.engine.get(name) is not None:
+            known = self.engine.get(name)
+            if known is not None:
                 await self.engine.run(until_idle=True, component=name)
-            self.seen[name] = self.engine.get(name) or _component(self.engine, self.config, name)
+            elif self.config is not None:
+                known = self.engine.create_component(self.config, name=name)
+            self.seen[name] = known or self.engine._find(name)
         return self.seen[name]
 
-    async def stream(self, component: AsyncComponent, given: list[tuple[int, dict[str, Any]]],
-            answers: dict[int, Receipt]) -> None:
+    async def stream(self, component: AsyncComponent, given: list[tuple[int, Json]]) -> None:
         for number, message in given:
             try:
-                answers[number] = await component.handle_message(message, _strict=False)
+                receipt = await component.handle_message(message, _strict=False)
+                self.answers[number] = receipt.as_dict()
             except (Exception, SystemExit) as error:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
-        self.failed += 1
-        put(f"line {number}: " + "; ".join(_error_text(error).splitlines()), sys.stderr)
+        text = _error_text(error, "; ")
+        self.answers[number] = {"line": number, "error": text}
+        put(f"line {number}: {text}", sys.stderr)
 
     def summary(self) -> Iterator[str]:
         late = [("handled before", self.again), ("failed", self.failed)]
@@ -5037,11 +5069,10 @@ class _Intake:
             yield from table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
 
 
-@command("update_rules --config order.json new_rules.json",
-    "add rules to a component, or replace them, without losing its state",
-    "RULES", "--config", "--name", "--allow-import", "--replace", opens="write")
+@command("update_rules --name order-17 new_rules.json", "add rules, or replace them", "make",
+    "RULES --config --name --allow-import --replace")
 async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
+    component = _component(args, engine)
     before, rules = fresh(component.rules), ConfigLoader.load_rules(args.RULES)
     after = await component.update_rules(rules, replace=args.replace)
     return tell(args, [{"component": component.name, "before": len(before), "after": len(after)}],
@@ -5050,7 +5081,7 @@ async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
         *(f"  - {_rule_text(rule)}" for rule in before if rule not in after)])
 
 
-def _rule_text(rule: dict[str, Any]) -> str:
+def _rule_text(rule: Json) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
     if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
@@ -5060,14 +5091,14 @@ def _rule_text(rule: dict[str, Any]) -> str:
         *(one if isinstance(one, str) else ", ".join(one) for one in words))
 
 
-@command("diagnose", "check this Python, this file and this store", "--db")
+@command("diagnose", "check this Python, this file and this store", "", "--db")
 def cmd_diagnose(args: Any) -> int:
-    checks = list(_checks(args))
-    good = all(ok for _, _, ok in checks)
-    facts = [{"check": check, "value": value, "ok": ok} for check, value, ok in checks]
-    lines = (f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in checks)
+    found = list(_checks(args))
+    checks = [{"check": check, "value": value, "ok": ok} for check, value, ok in found]
+    good = all(ok for _, _, ok in found)
+    lines = [f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in found]
     title = f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}"
-    return tell(args, [{"ok": good, "checks": facts}], (title, *lines), 0 if good else 1)
+    return tell(args, [{"ok": good, "checks": checks}], [title, *lines], 0 if good else 1)
 
 
 def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
@@ -5077,7 +5108,7 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
     yield "platform", sys.platform, True
     try:
         yield "sqlite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 34)
-        with contextlib.closing(_store(args, readonly=True)) as store:
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
             if not os.path.exists(store.path):
                 yield "store", f"{store.path}: not made yet", True
                 return
@@ -5086,17 +5117,17 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
             yield "journal", store.rows("PRAGMA journal_mode")[0][0], True
             yield "components", f"{len(store.names()):,}", True
     except (ImportError, FlexiFlowError) as error:
-        yield "store", "; ".join(str(error).splitlines()), False
+        yield "store", _error_text(error, "; "), False
 
 
-@command("status order-17", "list the components, or show all about one", "component", opens="read")
+@command("status order-17", "list the components, or show all about one", "read", "component")
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
     found, now = engine.status(args.component), engine.clock()
     every = args.component is None
     return tell(args, found, _overview(found, now) if every else _details(engine, found[0], now))
 
 
-def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
+def _overview(found: list[Json], now: float) -> Iterator[str]:
     rows = ((one["name"], one["state"], age(now - (one["since"] or now)), one["seq"],
         one["waiting"], _timer_text(one["timers"][0], now) if one["timers"] else "-",
         one["dead"] or "-") for one in found)
@@ -5106,12 +5137,12 @@ def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
         + _counted(dead, "dead letter"))
 
 
-def _timer_text(timer: dict[str, Any], now: float) -> str:
+def _timer_text(timer: Json, now: float) -> str:
     due = timer["due"] - now
     return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
-def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iterator[str]:
+def _details(engine: FlexiFlowEngine, facts: Json, now: float) -> Iterator[str]:
     since = facts["since"] or now
     yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
         f" ({age(now - since)})" + ", completed" * (facts["completed"] is not None))
@@ -5124,37 +5155,152 @@ def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iter
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
 
 
-@command("history order-17 --limit 20", "show what happened to a component, the newest last",
-    "component", "--limit", opens="read")
+@command("history order-17", "show the steps, the newest last", "read", "component --limit")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     if args.component is not None:
         engine.status(args.component)  # raises if there is none
     steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
-    header = ("V", "WHEN", "COMPONENT", "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
-    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]), step["component"],
-        step["message"].get("type", "-"), step["from_state"], step["to_state"], step["outcome"],
-        step["id"]) for step in steps)))
+    every = args.component is None
+    header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
+    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),
+        *[step["component"]] * every, step["message"].get("type", "-"), step["from_state"],
+        step["to_state"], step["outcome"], step["id"]) for step in steps)))
 
 
-def _explained(args: Any) -> ConfigExplanation:
-    path = _config_path(args)
-    if path is None:
-        raise ConfigError("No config given", fix="name a file, or set FLEXIFLOW_CONFIG")
-    return explain(path, imports=not args.no_imports, allow_imports=args.allow_import)
+@command("run --until-idle", "deliver messages and timers when they are due, until Ctrl-C", "write",
+    "--until-idle --concurrency --allow-import")
+async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
+    dead: list[Any] = []
+    start, seen, loop = time.monotonic(), itertools.count(1), asyncio.get_running_loop()
+
+    def finish() -> None:
+        engine._stopping = True
+        engine._wake()
+
+    await engine.event_bus.subscribe("message.dead", "run", dead.append)
+    if sys.stderr is not None and sys.stderr.isatty():
+        await engine.event_bus.subscribe("component.message.received", "run",
+            lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; another thread
+        loop.add_signal_handler(signal.SIGTERM, finish)
+    work = asyncio.ensure_future(
+        engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
+    try:
+        await asyncio.wait([work])
+    finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
+        finish()
+        delivered, spent = await work, time.monotonic() - start
+        hint("\r", end="")
+        tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
+            [f"{delivered:,} delivered, {len(dead):,} dead, {spent:.2f} s"])
+    return 0
 
 
-@command("explain order.json", "check a config and say what it means",
-    "file", "--config", "--allow-import", "--no-imports")
+@command("dead-letters", "list the messages that were given up", "read", "component")
+def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
+    letters, now = engine.dead_letters(args.component), engine.clock()
+    if args.component is not None and not letters:
+        engine.status(args.component)  # raises if there is none
+    header = ("ID", "COMPONENT", "MESSAGE", "TRIES", "AGE", "ERROR")
+    return tell(args, letters, table(header, ((one["number"], one["component"],
+        one["message"]["type"] if isinstance(one["message"], dict) else "-", one["attempts"],
+        age(now - one["dead"]), one["error"].partition("\n")[0]) for one in letters)))
+
+
+@command("redrive 17", "give dead letters back to the queue", "write", "ID --all --name")
+async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.all == bool(args.ID):
+        raise UsageError("Either numbers of dead letters or --all is needed",
+            fix="flexiflow redrive 17, or flexiflow redrive --all"
+            "\nflexiflow dead-letters shows the numbers")
+    letters = await engine.redrive(*args.ID, name=args.name)
+    counts = collections.Counter(letter["component"] for letter in letters)
+    lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
+    hint("next: flexiflow run --until-idle")
+    return tell(args, letters, lines or ["no dead letters"])
+
+
+@command("replay --config new.json", "decide again: what differs?", "read", "component --config")
+def cmd_replay(args: Any, engine: FlexiFlowEngine) -> int:
+    found = engine.replay(args.component, args.config)
+    lines = itertools.chain.from_iterable(map(_replay_lines, found))
+    return tell(args, found, lines, int(any(one["differences"] for one in found)))
+
+
+def _replay_lines(found: Json) -> Iterator[str]:
+    """Yield how a component's history comes out now, and each step that differs."""
+    text = f"{found['same']:,} of {_counted(found['steps'], 'step')} same"
+    if found["differences"]:
+        text += f"; it would be in {found['would_be']}, and is in {found['state']}"
+    if found["skipped"]:
+        text = f"skipped: {found['skipped']}"
+    yield f"{found['component']}: {text}"
+    for one in found["differences"]:
+        now, was = _step_text(*one["now"]), _step_text(*one["was"])
+        yield f"  step {one['seq']}: {one['message']} gave {now}, history says {was}"
+
+
+def _step_text(outcome: str, before: str, after: str, *data: Json) -> str:
+    text = f"{before} -> {after}" if outcome == "moved" else f"{outcome} in {before}"
+    return text + "".join(f" with {json.dumps(one, ensure_ascii=False)}" for one in data)
+
+
+@command("prune --keep 100 --dry-run", "delete history, and forget its messages' ids", "write",
+    "component --keep --older-than --completed --dry-run")
+async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.keep is None and args.older_than is None and not args.completed:
+        raise UsageError("Nothing says what to prune",
+            fix="--keep 100, --older-than 30d, or both (what neither keeps), or --completed")
+    if args.component is not None:
+        engine.status(args.component)  # raises if there is none
+    found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
+        completed=args.completed, dry_run=args.dry_run)
+    did = "would delete" if args.dry_run else "deleted"
+    gone = [_counted(len(found["ids"]), "message id"),
+        *(f"component {name}" for name in found["components"])]
+    return tell(args, [{**found, "dry_run": args.dry_run}], [
+        f"{did} {found['rows']:,} of {_counted(found['of'], 'history row')}",
+        f"with them: {', '.join(gone)}"])
+
+
+@command("remove order-17", "remove a component with all that is its own", "write", "NAME --yes")
+async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
+    agreed = args.yes
+    if not agreed:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError("Nobody to ask: stdin is no terminal", fix="add --yes")
+        put(f"Remove {printable(args.NAME)}, history and all? [y/N] ", sys.stderr, "", flush=True)
+        before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
+        agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
+        _on_interrupt(before)
+    if agreed:
+        await engine.remove(args.NAME)
+    text = f"{args.NAME} removed" if agreed else f"{args.NAME} stays"
+    return tell(args, [{"component": args.NAME, "removed": agreed}], [text], 0 if agreed else 1)
+
+
+@command("backup copy.db", "copy the store, as it is at one moment", "read", "FILE")
+def cmd_backup(args: Any, engine: FlexiFlowEngine) -> int:
+    asyncio.run(engine.backup(args.FILE))
+    facts = {"store": engine.queue.path, "backup": args.FILE}
+    return tell(args, [facts], ["{store} copied to {backup}".format(**facts)])
+
+
+_CHECKED = "file --config --allow-import --no-imports"
+
+
+@command("explain order.json", "check a config and say what it means", "", _CHECKED)
 def cmd_explain(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
         0 if found.is_valid else 1)
 
 
-@command("visualize order.json", "draw a config as a Mermaid flowchart",
-    "file", "--config", "--allow-import", "--no-imports", "--format", "-o --output")
+@command("visualize order.json", "draw a config", "", f"{_CHECKED} --format -o/--output")
 def cmd_visualize(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     if found.errors:
         raise _as_error(found.errors, found.config_path)
     text = visualize(found, format=args.format)
@@ -5167,20 +5313,22 @@ def cmd_visualize(args: Any) -> int:
 def _parse(argv: list[str]) -> Any:
     # Without a width and a prog, argparse would import shutil and look at the terminal.
     shape = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
-    common: Any = {"formatter_class": shape, "allow_abbrev": False}
-    examples = "\n".join(f"  flexiflow {one['example']}" for one in COMMANDS.values())
-    parser = argparse.ArgumentParser(prog="flexiflow", **common,
+    make: Any = functools.partial(
+        argparse.ArgumentParser, allow_abbrev=False, formatter_class=shape)
+    examples = "\n".join(f"  flexiflow {one.example}" for one in COMMANDS.values())
+    parser = make(prog="flexiflow",
         description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
     parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
-    commands = parser.add_subparsers(prog="flexiflow", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog="flexiflow", metavar="COMMAND", required=True, parser_class=make)
     for name, one in COMMANDS.items():
         aliases = [name.replace("_", "-")] if "_" in name else []
-        added = commands.add_parser(name, help=one["text"], aliases=aliases, **common,
-            description=f"example: flexiflow {one['example']}\n\n{one['text']}")
-        for option in one["options"] if argv[:1] in ([name], aliases) else ():
-            added.add_argument(*option.split(), **OPTIONS[option])
-        added.set_defaults(run=one["run"], opens=one["opens"])
+        added = commands.add_parser(name, help=one.text, aliases=aliases,
+            description=f"example: flexiflow {one.example}\n\n{one.text}")
+        for option in one.options if argv[:1] in ([name], aliases) else ():
+            added.add_argument(*option.split("/"), **OPTIONS[option])
+        added.set_defaults(command=one)
     if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
@@ -5191,13 +5339,18 @@ def _parse(argv: list[str]) -> Any:
 
 def _run(args: Any) -> Any:
     """Call the command with what it opens, and close that; return the exit code."""
-    if not args.opens:
-        return args.run(args)
-    store = _store(args, readonly=args.opens == "read")
-    if args.opens == "write":
-        return asyncio.run(_session(args, store))
-    with contextlib.closing(store):
-        return args.run(args, FlexiFlowEngine(store))
+    opens, call = args.command.opens, args.command.run
+    if not opens:
+        return call(args)
+    if opens != "make":
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
+            if opens == "read":
+                return call(args, FlexiFlowEngine(store))
+            store.rows("PRAGMA user_version")  # raises if there is no store
+    try:
+        return asyncio.run(_session(args, SQLiteStore(_store_path(args))))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _session(args: Any, store: SQLiteStore) -> Any:
@@ -5205,14 +5358,11 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
     log.addFilter(_one_line)
-    engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    before = _on_interrupt(lambda *_: loop.call_soon_threadsafe(task.cancel))
+    engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
+    task: Any = asyncio.current_task()
+    before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
     try:
-        return await args.run(args, engine)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        return await args.command.run(args, engine)
     finally:
         await engine.close()
         _on_interrupt(before)
@@ -5221,9 +5371,8 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
 def _brief(record: logging.LogRecord) -> bool:
     """Say of an exception what it is; FLEXIFLOW_DEBUG=1 keeps the traceback."""
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
-        lines = _error_text(record.exc_info[1]).splitlines()
-        record.msg, record.args = f"{record.getMessage()}: {'; '.join(lines)}", None
-        record.exc_info = None
+        why = _error_text(record.exc_info[1], "; ")
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
     return True
 
 
@@ -5258,7 +5407,7 @@ def main(argv: list[str] | None = None) -> int:
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import
