@@ -54,16 +54,20 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--version"], ["-V"]):
         print("flexiflow", __version__)
         sys.exit(0)
-    import importlib.util
-    import os
+    try:
+        import importlib.util
+        import os
 
-    _spec: Any = globals().get("__spec__")
-    if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
-        _name = os.path.splitext(os.path.basename(__file__))[0]
-        _spec = importlib.util.spec_from_file_location(_name, __file__)
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
-    sys.exit(importlib.import_module(_spec.name).main())
+        _spec: Any = globals().get("__spec__")
+        if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
+            _name = os.path.splitext(os.path.basename(__file__))[0]
+            _spec = importlib.util.spec_from_file_location(_name, __file__)
+            sys.modules[_name] = importlib.util.module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules[_name])
+        sys.exit(importlib.import_module(_spec.name).main())
+    except KeyboardInterrupt:  # while modules are imported; later `main` sees to it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 import contextlib
 import copy
@@ -629,7 +633,7 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
 
 MAX_NESTING = 32  # publishes within publishes
 HANDLER_FAILED = "event.handler.failed"
-_CO_COROUTINE = 0x80  # inspect's, without an import of it
+_NESTED: frozenset[type] = frozenset((dict, list))
 
 if sys.version_info >= (3, 11):
     HandlerErrors = ExceptionGroup  # noqa: F821
@@ -643,11 +647,14 @@ else:
 
 
 def _copier(data: Any) -> Callable[[Any], Any] | None:
-    """Return what copies a payload for each handler, if one could change what the next sees."""
-    if data.__class__ is dict:
-        nested = any(value.__class__ in (dict, list) for value in data.values())
-        return fresh if nested else dict.copy
-    return fresh if data.__class__ is list else None
+    """Return what copies a payload for each handler, if one could change what the next sees.
+
+    Nothing that is cheaper is as good: a read-only view is no dict, which json.dumps wants, and
+    one that is shared until it changes still changes for whoever kept it.
+    """
+    if data.__class__ is dict and _NESTED.isdisjoint(map(type, data.values())):
+        return dict.copy
+    return fresh if data.__class__ in _NESTED else None
 
 
 class Subscription:
@@ -664,8 +671,8 @@ class Subscription:
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
         # The handler again, while it is an `async def` that may be awaited without a look at it.
-        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0) & _CO_COROUTINE
-        self.direct = handler if flags and filter_fn is None and not once else None
+        code = None if once or filter_fn is not None else getattr(handler, "__code__", None)
+        self.direct = handler if code and code.co_flags & inspect.CO_COROUTINE else None
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
@@ -679,14 +686,13 @@ SubscriptionHandle = Subscription
 class AsyncEventManager:
     """Publish events to subscribed functions, within one process and one event loop."""
 
-    __slots__ = ("_events", "_owners", "_ready", "_numbers", "_in_flight", "_logger", "__weakref__")
-
     def __init__(self, logger: Any = None) -> None:
         self._events: dict[str, dict[Subscription, None]] = {}
         # By component: most have one subscription, and a dict for each would double their cost.
         self._owners: dict[str, Any] = {}
         self._ready: dict[str, tuple[Subscription, ...]] = {}  # in order of delivery, until changed
-        self._numbers, self._in_flight, self._logger = itertools.count(1), 0, logger
+        self._numbers, self._in_flight = itertools.count(1), 0
+        self._logger = logger or logging.getLogger("flexiflow")
 
     async def subscribe(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int = 3, filter_fn: Callable[[str, Any], Any] | None = None, *,
@@ -757,17 +763,14 @@ class AsyncEventManager:
         self._in_flight += 1
         try:
             if self._in_flight > MAX_NESTING:
-                self._check_nesting(event_name)
-            if delivery == "concurrent":
-                return await self._publish_together(ready, event_name, data, on_error)
+                self._chain()
             copy = _copier(data) if len(ready) > 1 else None
+            if delivery == "concurrent":
+                return await self._publish_together(ready, event_name, data, copy, on_error)
             for sub in ready:
-                direct = sub.direct
+                own, direct = data if copy is None else copy(data), sub.direct
                 try:
-                    if direct is not None:
-                        await direct(data if copy is None else copy(data))
-                    else:
-                        await self._call(sub, event_name, data if copy is None else copy(data))
+                    await (self._call(sub, event_name, own) if direct is None else direct(own))
                 except BaseException as error:
                     if not _is_own_failure(error):
                         raise
@@ -781,52 +784,47 @@ class AsyncEventManager:
         """Tell whether anybody would hear the event: where not, its payload need not be made."""
         return event_name in self._events or "*" in self._events
 
-    async def _publish_together(self, ready: tuple[Subscription, ...], event_name: str, data: Any,
-            on_error: str) -> None:
-        chain = self._nested()
+    async def _publish_together(self, ready: Sequence[Subscription], event: str, data: Any,
+            copy: Callable[[Any], Any] | None, on_error: str) -> None:
+        chain = self._chain() if self._in_flight > 1 else [event]
         # Cancelled here, gather cancels the handlers and waits for them.
-        copy = _copier(data)
         results = await asyncio.gather(*[
-            self._call(sub, event_name, data if copy is None else copy(data), chain)
-            for sub in ready], return_exceptions=True)
+            self._call(sub, event, data if copy is None else copy(data), chain) for sub in ready],
+            return_exceptions=True)
         failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
         for sub, error in failures:
-            await self._failed(sub, event_name, data, error)
+            await self._failed(sub, event, data, error)
         if failures and on_error == "raise":
             if len(failures) == 1:
                 raise failures[0][1]
-            raise HandlerErrors(f"{len(failures)} handlers of {event_name!r} failed",
+            raise HandlerErrors(f"{len(failures)} handlers of {event!r} failed",
                 [error if isinstance(error, Exception) else StateError(
                 f"Handler ended by {error!r}") for _, error in failures])
 
-    async def _call(self, sub: Subscription, event_name: str, data: Any,
-            above: Sequence[str] | None = None) -> BaseException | None:
+    async def _call(self, sub: Subscription, event: str, data: Any, above: Any = None) -> Any:
         """Call a handler whose subscription has not ended, if its filter lets the event pass.
 
         In a task of its own (`above` is given) it returns its failure, with the traceback.
         """
         try:
-            if sub.active and (sub.filter_fn is None or sub.filter_fn(event_name, data)):
-                if not sub.once or self.unsubscribe(sub):  # before the call, which may publish
-                    result = sub.handler(data)
-                    if result is not None and inspect.isawaitable(result):
-                        await result
-            return None
+            heard = sub.active and (sub.filter_fn is None or sub.filter_fn(event, data))
+            if heard and (not sub.once or self.unsubscribe(sub)):  # first, for the call may publish
+                result = sub.handler(data)
+                if type(result) is types.CoroutineType or (
+                        result is not None and inspect.isawaitable(result)):
+                    await result
         except (Exception, asyncio.CancelledError) as error:
             if above is None:
                 raise
             return error
 
-    async def _failed(self, sub: Subscription, event_name: str, data: Any,
-            error: BaseException) -> None:
+    async def _failed(self, sub: Subscription, event: str, data: Any, error: BaseException) -> None:
         """Log a failure with its traceback and publish it, once, and never about itself."""
-        (self._logger or logger).error("Handler of %r for event %r failed", sub.component_name,
-            event_name, exc_info=error)
-        if event_name != HANDLER_FAILED and self.listens(HANDLER_FAILED):
-            await self.publish(HANDLER_FAILED, {"event_name": event_name,
-                "component_name": sub.component_name, "exception": repr(error),
-                "seq": data.get("seq") if isinstance(data, dict) else None,
-                "correlation_id": get_correlation_id()})
+        name, seq = sub.component_name, data.get("seq") if isinstance(data, dict) else None
+        self._logger.error("Handler of %r for event %r failed", name, event, exc_info=error)
+        if event != HANDLER_FAILED:
+            await self.publish(HANDLER_FAILED, {"event_name": event, "component_name": name,
+                "exception": repr(error), "seq": seq, "correlation_id": get_correlation_id()})
 
     def _order(self, event_name: str) -> tuple[Subscription, ...]:
         """Return the subscriptions that hear an event, in order of delivery."""
@@ -842,29 +840,24 @@ class AsyncEventManager:
         else:
             self._ready.pop(event_name, None)
 
-    def _nested(self) -> list[str]:
-        """Return the events whose publishes surround this call, the outermost first.
+    def _chain(self) -> list[str]:
+        """Return the events whose publishes surround this call; raise StateError for too many.
 
         They are read off the stack, so that a publish that is not nested pays nothing. The tasks
         of a concurrent publish have stacks of their own: there `_call` knows what is `above`.
         """
-        events: list[str] = []
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
+        chain: list[str] = []
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             if frame.f_code is _PUBLISH and frame.f_locals["self"] is self:
-                events.append(frame.f_locals["event_name"])
+                chain.insert(0, frame.f_locals["event_name"])
             elif frame.f_code is _CALL and frame.f_locals["self"] is self:
-                events += reversed(frame.f_locals["above"] or ())
-            frame = frame.f_back
-        return events[::-1]
-
-    def _check_nesting(self, event_name: str) -> None:
-        chain = self._nested()
-        if len(chain) > MAX_NESTING + (event_name == HANDLER_FAILED):
-            raise StateError(f"Events published within events, {len(chain)} deep: {event_name!r}",
+                chain[:0] = frame.f_locals["above"] or ()
+        if len(chain) > MAX_NESTING + (chain[-1] == HANDLER_FAILED):
+            raise StateError(f"Events published within events, {len(chain)} deep: {chain[-1]!r}",
                 why="a handler publishes, and what it publishes leads back to it",
                 fix="break the circle, or publish from a task of its own",
                 chain=" -> ".join(chain[-8:]))
+        return chain
 
 
 _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
@@ -872,10 +865,9 @@ _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__
 
 def _is_own_failure(error: BaseException) -> bool:
     """Tell a handler's failure from the cancellation of the task that publishes."""
-    if not isinstance(error, asyncio.CancelledError):
-        return isinstance(error, Exception)
-    cancelling = getattr(asyncio.current_task(), "cancelling", None)  # from Python 3.11
-    return cancelling is not None and not cancelling()
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
+    return isinstance(error, Exception)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1329,8 +1321,8 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
                 why=f"the code of {module!r} may not be run here",
                 fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
 
-    module_name, colon, symbol = (part.strip() for part in dotted_path.partition(":"))
-    if not colon or not module_name or not symbol:
+    module_name, _, symbol = (part.strip() for part in dotted_path.partition(":"))
+    if not all(map(str.isidentifier, f"{module_name}.{symbol}".split("."))):
         raise ImportError_(f"Not a dotted path: {dotted_path!r}",
             fix="write it like 'package.module:name'")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here
@@ -1487,37 +1479,37 @@ class Outgoing:
         self.id, self.correlation_id = id, correlation_id
 
 
-@dataclass(frozen=True)
-class Effects:
-    """What happens beside the change of state, in a rule or at a state's entry or exit."""
+class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
+    """What happens beside the change of state, in a rule or at a state's entry or exit.
 
-    assign: tuple[tuple[str, Callable[[Scope], Any]], ...] = ()
-    send: tuple[Callable[[Scope], Outgoing], ...] = ()
-    emit: tuple[tuple[str, Callable[[Scope], Any] | None], ...] = ()
-    action: tuple[Callable[..., Any], ...] = ()
+    Four tuples, of functions of a scope: (key, value), Outgoing, (event, payload or None); and of
+    the actions. False if nothing happens.
+    """
+
+    __slots__ = ()
 
     def __bool__(self) -> bool:
-        return bool(self.assign or self.send or self.emit or self.action)
+        return any(self)
 
 
-@dataclass(eq=False)
+NO_EFFECTS = Effects()
+
+
 class Node:
     """A state of a definition."""
 
-    name: str
-    parent: Node | None = None
-    initial: str | None = None  # the child that is entered with it
-    final: bool = False
-    entry: Effects = Effects()
-    exit: Effects = Effects()
-    cls: type[State] = DeclaredState
-    description: str = ""
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, cls: type[State] = DeclaredState, *, initial: str | None = None,
+            final: bool = False, entry: Effects = NO_EFFECTS, exit: Effects = NO_EFFECTS,
+            description: str = "") -> None:
+        self.name, self.cls, self.description = name, cls, description
+        self.initial, self.final = initial, final  # the child that is entered with it
+        self.entry, self.exit = entry, exit
+        self.parent: Node | None = None
+        self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
         # class is asked last.
-        self.declared = issubclass(self.cls, DeclaredState)
-        self.instance = self.cls() if self.declared else None
+        self.declared = issubclass(cls, DeclaredState)
+        self.instance = cls() if self.declared else None
 
     def create(self, attributes: Json | None = None) -> State:
         """Return a state object, new or with the attributes that one had."""
@@ -1535,36 +1527,32 @@ class Node:
             node = node.parent
 
 
-@dataclass(eq=False)
 class Rule:
     """A rule that executes."""
 
-    number: int  # its place in the config's list
-    sources: tuple[str, ...]  # states, or "*"
-    on: tuple[str, ...] = ()  # message types; empty for a timer
-    after: Any = None  # a function of a scope: the delay
-    guard: Guard | None = None
-    to: str | None = None
-    reenter: bool = False
-    description: str = ""
-    effects: Effects = Effects()
-    text: Json = field(default_factory=dict)  # as written
+    def __init__(self, number: int, text: Json, sources: Iterable[str], effects: Effects, *,
+            on: tuple[str, ...] = (), after: Any = None, guard: Guard | None = None,
+            to: str | None = None, reenter: bool = False, description: str = "") -> None:
+        self.number, self.text = number, text  # its place in the config's list, and as written
+        self.sources = tuple(dict.fromkeys(sources))  # states, or "*"
+        self.on, self.after = on, after  # message types; or a function of a scope: the delay
+        self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
+        self.description = description
 
 
-@dataclass(eq=False)
 class Passage:
     """A way from one state to another: what is left and entered in which order, and effects."""
 
-    node: Node  # the state at the end
-    exits: tuple[str, ...] = ()
-    enters: tuple[str, ...] = ()
-    steps: tuple[tuple[str, Effects], ...] = ()  # (value of $state, effects), if there are any
-    timers: tuple[tuple[Rule, str], ...] = ()  # (rule, owning state) that start here
-    completes: bool = False
-    busy: bool = False  # whether timers start or end with it
-
-    def __post_init__(self) -> None:
-        self.active = tuple(node.name for node in self.node.lineage())[::-1]
+    def __init__(self, node: Node, exits: Sequence[Node] = (), enters: Sequence[Node] = (),
+            steps: Iterable[tuple[str, Effects]] = (), timers: Sequence[tuple[Rule, str]] = (),
+            ends_timers: bool = False) -> None:
+        self.node = node  # the state at the end
+        self.active, self.exits, self.enters = (
+            tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
+        self.steps = tuple(step for step in steps if step[1])  # (value of $state, effects)
+        self.timers = timers  # (rule, owning state) that start here
+        self.completes = node.final and node.parent is None
+        self.busy = bool(timers or ends_timers or self.completes)  # in the queue
 
 
 class Plan:
@@ -1618,11 +1606,12 @@ class Definition:
         The leaf's first, then its ancestors', then those from "*"; in each, the exact type
         before "*", and file order.
         """
-        key = (leaf, kind if kind in self.types else "*")
-        found = self._candidates.get(key)
+        found = self._candidates.get((leaf, kind))
+        if found is None and kind not in self.types and kind != "*":
+            return self.candidates(leaf, "*")  # whatever no rule names is kept but once
         if found is None:
-            found = self._candidates[key] = tuple(self.candidate(leaf, rule, source)
-                for source in self.sources(leaf) for wanted in dict.fromkeys((key[1], "*"))
+            found = self._candidates[leaf, kind] = tuple(self.candidate(leaf, rule, source)
+                for source in self.sources(leaf) for wanted in dict.fromkeys((kind, "*"))
                 for rule in self.rules_of(source) if wanted in rule.on)
         return found
 
@@ -1630,8 +1619,7 @@ class Definition:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
         if rule.to is not None:
             return rule, self.passage(leaf, source, rule.to, rule)
-        steps = ((leaf, rule.effects),) if rule.effects else ()
-        return rule, Passage(self.nodes[leaf], steps=steps)
+        return rule, Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
 
     def passage(self, leaf: str | None, source: str, target: str,
             rule: Rule | None = None) -> Passage:
@@ -1653,12 +1641,10 @@ class Definition:
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
-        left, entered = (tuple(node.name for node in nodes) for nodes in (exits, enters))
-        owners = entered if leaf else (*entered, "*")
+        owners = [node.name for node in enters] + ["*"] * (leaf is None)
         timers = tuple((timer, name) for name in owners for timer in self.timers(name))
-        completes = end.final and end.parent is None
-        return Passage(end, left, entered, tuple(step for step in steps if step[1]), timers,
-            completes, busy=bool(timers or completes or any(map(self.timers, left))))
+        return Passage(end, exits, enters, steps, timers,
+            ends_timers=any(self.timers(node.name) for node in exits))
 
     def timers(self, owner: str) -> list[Rule]:
         """Return the timer rules of a state, or of "*"."""
@@ -1711,17 +1697,20 @@ def follow(plan: Plan, scope: Scope) -> None:
     passage: Any = plan.passage
     sends, emits, actions = [], [], []
     try:
-        for state, effects in passage.steps:
+        for state, (assign, send, emit, action) in passage.steps:
             scope["state"] = state
-            if effects.assign:
-                values = {key: value(scope) for key, value in effects.assign}
+            if assign:
+                values = {key: value(scope) for key, value in assign}
                 scope["data"] = {**scope["data"], **values}
-            sends += [send(scope) for send in effects.send]
-            emits += [(name, value and value(scope)) for name, value in effects.emit]
-            actions += effects.action
+            for outgoing in send:
+                sends.append(outgoing(scope))
+            for name, value in emit:
+                emits.append((name, value and value(scope)))
+            actions += action
         scope["state"] = passage.node.name
-        plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
-            for rule, owner in passage.timers]
+        if passage.timers:
+            plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
+                for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}",
             why=f"an effect needs it, on the way to {passage.node.name!r}",
@@ -1758,7 +1747,8 @@ KEYS = {
         "with": "an object"}, "emit": {"name": "text", "with": ""},
     "retry": dict.fromkeys("max_attempts base_delay max_delay backoff jitter".split(), "a number")}
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
-_DEFAULTS: Json = {"states": {}, "initial_state": "InitialState", "rules": [], "from": "*"}
+_DEFAULTS: Json = {"rule": {"from": "*"}, "send": {"after": 0, "with": {}},
+    "config": {"states": {}, "initial_state": "InitialState", "rules": []}}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
     "rule": ("error", ""), "note": ("warning", "")}
@@ -1785,85 +1775,6 @@ class Diagnostic:
         """Return it in the shape of an error, its level in front."""
         return f"[{self.level.upper()}] " + str(FlexiFlowError(self.what, why=self.why,
             fix=self.fix, context=ErrorContext(self.context)))
-
-
-@dataclass
-class StateResolution:
-    """How a state of a config was found."""
-
-    key: str
-    dotted_path: str | None  # None for a declared state
-    resolved: bool
-    is_state_subclass: bool
-    error: str | None = None
-
-
-@dataclass
-class PackInfo:
-    """A pack of a config."""
-
-    name: str
-    provided_keys: list[str]
-    transitions: list[TransitionSpec]
-    depends_on: list[str]
-
-
-def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
-    """Return lines: each head, and below it those of its facts that there are."""
-    return [line for head, facts in pairs for line in (f"  {head}",
-        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
-
-
-@dataclass
-class ConfigExplanation:
-    """What a config means, and what is wrong with it."""
-
-    config_path: str
-    name: str | None = None
-    initial_state: str | None = None
-    rules_count: int = 0
-    states: list[StateResolution] = field(default_factory=list)
-    builtin_states: list[str] = field(default_factory=list)
-    packs: list[PackInfo] = field(default_factory=list)
-    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
-    pack_order: list[str] = field(default_factory=list)
-    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
-    warnings: list[Diagnostic] = field(default_factory=list)
-    errors: list[Diagnostic] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
-    definition: Definition | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the config will load."""
-        return not self.errors
-
-    def format(self) -> str:
-        """Return the explanation as text."""
-        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
-            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
-            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
-        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
-            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
-            for one in sorted(self.states, key=operator.attrgetter("key")))
-        states += [f"  OK {key} (from {self.state_providers[key]})"
-            for key in sorted(self.state_providers)]
-        unchecked = [f"  {path}" for path in self.unchecked]
-        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
-            for one in found) for word, found in (("WARN", self.warnings), ("ERROR", self.errors)))
-        blocks = [
-            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
-            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
-            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
-            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
-                *(states or ["  (no custom states)"]),
-                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
-            unchecked and ["Not checked (imports are off):", *unchecked],
-            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
-            ["Status: OK - config will load" if self.is_valid
-                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
-        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
 
 
 @dataclass(frozen=True)
@@ -1934,17 +1845,19 @@ def _need(good: Any, what: str, **details: Any) -> None:
 
 def _require(value: Any, kinds: str) -> None:
     """Raise ConfigError unless a value is of one of these kinds."""
-    kind = next((name for kind, name in _KINDS.items() if isinstance(value, kind)), "nothing")
-    if kinds and kind not in kinds:
+    if kinds and _KINDS.get(type(value), "nothing") not in kinds:
         raise ConfigError(f"Not {kinds}: {value!r}")
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """Return one name or a list of them as a tuple."""
-    names = [value] if isinstance(value, str) else value
-    _need(names and all(isinstance(name, str) and name for name in names),
-        f"Not a name or a list of names: {value!r}")
-    return tuple(dict.fromkeys(names))
+def _stand_in() -> type[State]:
+    """Return a class for code that may not be imported; also a function and a guard, never run."""
+    return type("Unchecked", (State,), {})
+
+
+def _not_empty(value: Any) -> Any:
+    """Return a text that is not empty; else raise ConfigError."""
+    _need(isinstance(value, str) and value, f"Not a name: {value!r}")
+    return value
 
 
 class _Walk:
@@ -1952,39 +1865,45 @@ class _Walk:
 
     def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
-        path = os.fsdecode(config) if isinstance(config, (str, os.PathLike)) else "(dict)"
-        self.found = ConfigExplanation(path, builtin_states=list(BUILT_IN_NAMES))
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
+        is_path = isinstance(config, (str, os.PathLike))
+        self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
+            errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
+            policy=["packs", "builtin"], definition=None)
         self.registry = StateRegistry(registry)
         self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
-        self.place, self.has_code = "", False  # each step to the place has its dot or brackets
+        self.place: list[Any] = []  # the keys and indexes that lead to what is looked at
+        self.has_code = False
         self.good: Json = {}  # the top-level values, compiled
         self.nodes: dict[str, Node] = {}
         self.rules: list[Rule] = []
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
-        self.compilers: Json = {
+        self.compilers: dict[str, Callable[[Any], Any]] = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
             "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules,
-            "from": self._sources, "to": self._find, "on": _names,
-            "entry": self._effects, "exit": self._effects,
-            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "to": self._find, "on": _not_empty,
+            "from": lambda name: name if name == "*" else self._find(_not_empty(name)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
-            "assign": self._values, "with": self._values, "send": self._parts(self._send),
-            "emit": self._parts(self._emit), "action": self._parts(self._action)}
+            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "entry": self._effects, "exit": self._effects, "assign": self._values,
+            "send": self._send, "emit": self._emit, "action": self._action,
+            "with": self._values, "type": compile_value, "id": compile_value}
 
-    def problems(self) -> ConfigExplanation:
-        """Return everything wrong with the config, compiling as far as that is possible."""
-        found = self.found
-        with self._at(""):
+    def problems(self) -> Any:
+        """Look at everything; return what was found, `errors` and `warnings` and the rest."""
+        try:
             self._read()
             self.good = self._clean("config", self.config)
-            found.name, found.initial_state = map(self.good.get, ("name", "initial_state"))
-            found.rules_count = len(self.good.get("rules", ()))
-            found.pack_order = [pack.name for pack in found.packs]
-            if not found.errors:
-                found.definition = self.definition()
-        return found
+            for pack, _, _, wanted in self.found.packs:
+                for lack in sorted({*wanted} - {*self.nodes, *BUILT_IN_NAMES}):
+                    error = ConfigError(f"Pack {pack!r} needs a state {lack!r}")
+                    self._report(error, "warning", "packs")
+            if not self.found.errors:
+                self.found.definition = self.definition()
+        except FlexiFlowError as error:
+            self._report(error)
+        return self.found
 
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
@@ -1992,189 +1911,172 @@ class _Walk:
         return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
             self.good.get("retry", QUEUE_RETRY), self.has_code)
 
-    @contextlib.contextmanager
-    def _at(self, step: str) -> Iterator[None]:
-        """Take a step into the config; what is raised there is reported, and the walk goes on."""
-        outer, self.place = self.place, self.place + step
-        try:
-            yield
-        except FlexiFlowError as error:
-            self._report(error)
-        finally:
-            self.place = outer
-
-    def _report(self, error: FlexiFlowError, level: str = "error", step: str = "") -> None:
+    def _report(self, error: FlexiFlowError, level: str = "error", *step: str) -> None:
+        """Note a problem of what the walk looks at, or of what is a step further."""
         if not isinstance(error, (ConfigError, ImportError_)):  # a delay, the numbers of a retry
             error = ConfigError(error.what, why=error.why, fix=error.fix)
-        place, context = (self.place + step)[1:], dict(error.context.items)
+        steps = (f"[{key}]" if isinstance(key, int) else f".{key}"
+            for key in (*self.place, *step) if key is not None)
+        place, context = "".join(steps)[1:], dict(error.context.items)
         if place:
             error.what, context["at"] = f"{place}: {error.what}", place
-        found = {"error": self.found.errors, "warning": self.found.warnings}.get(level, [])
+        found = self.found.errors if level == "error" else self.found.warnings
         found.append(Diagnostic(level, error.what, error.why, error.fix, context, error))
 
-    def _clean(self, kind: str, value: Any, **compilers: Any) -> Json:
+    def _each(self, parts: Iterable[tuple[Any, Any]], compiled: Callable[[Any, Any], Any]) -> Json:
+        """Compile parts, each at its place, from its key and value; return the good ones by key.
+
+        What is raised for one is reported, and the walk goes on with the next.
+        """
+        good: Json = {}
+        for key, value in parts:
+            self.place.append(key)
+            try:
+                good[key] = compiled(key, value)
+            except FlexiFlowError as error:
+                self._report(error)
+            self.place.pop()
+        return good
+
+    def _clean(self, kind: str, value: Any, **compilers: Callable[[Any], Any]) -> Json:
         """Return the known keys of an object, their values compiled; report the rest.
 
-        null is as good as nothing.
+        null is as good as nothing. Where a list may stand for one, the value is a tuple.
         """
         _require(value, "an object")
-        known, good = KEYS[kind], {}
+        known, given = KEYS[kind], {**_DEFAULTS.get(kind, {})}
+        given.update((key, inner) for key, inner in value.items() if inner is not None)
         for key in value:
             if key not in known and not key.startswith("x-"):
                 near = [one for one in known if one_edit(key.lower(), one)]
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
-                fix = f"did you mean {near[0]!r}?" if near else level and choose(key, known)
-                error = ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind), fix=fix)
-                self._report(error, level, f".{key}")
-        for key, kinds in known.items():
-            inner = _DEFAULTS.get(key) if value.get(key) is None else value[key]
-            compiled = compilers.get(key) or self.compilers.get(key)
-            if key in _REQUIRED.get(kind, ()) and not inner:
+                if level:
+                    self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
+                        fix=choose(key, near or known)), level, key)
+        for key in _REQUIRED.get(kind, ()):
+            if not given.get(key):
                 self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
                     if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
-            elif inner is not None:
-                with self._at(f".{key}"):
-                    _require(inner, kinds)
-                    good[key] = compiled(inner) if compiled else inner
-        return good
 
-    def _each(self, values: Any, compiled: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-        """Compile the items of a list or object, each at its place, from its key and value."""
-        found, listed = [], isinstance(values, list)
-        for key, value in enumerate(values) if listed else values.items():
-            with self._at(f"[{key}]" if listed else f".{key}"):
-                found.append(compiled(key, value))
-        return tuple(found)
+        def compiled(key: str, inner: Any) -> Any:
+            _require(inner, known[key])
+            compiler = compilers.get(key) or self.compilers.get(key)
+            if compiler is None:
+                return inner
+            if not known[key].endswith(" or a list"):
+                return compiler(inner)
+            parts = enumerate(inner) if isinstance(inner, list) else [(None, inner)]
+            return tuple(self._each(parts, lambda _, part: compiler(part)).values())
 
-    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-        """Return what compiles one part, or a list of them."""
-        return lambda value: (self._each(value, lambda _, part: compiled(part))
-            if isinstance(value, list) else (compiled(value),))
+        return self._each(((key, given[key]) for key in known if key in given), compiled)
 
     def _values(self, value: Json) -> tuple[Any, ...]:
-        return self._each(value, lambda key, inner: (key, compile_value(inner)))
+        return tuple(self._each(value.items(), lambda _, inner: compile_value(inner)).items())
 
-    def _load(self, path: Any, stand_in: Any = lambda message, component: None) -> Any:
-        """Import a dotted path; where imports are off, note it and return `stand_in`."""
+    def _load(self, path: Any) -> Any:
+        """Import a dotted path; where imports are off, note it and return a stand-in."""
         _need(isinstance(path, str), f"Not a dotted path: {path!r}")
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
         self.found.unchecked.append(path)
-        return stand_in
+        return _stand_in()
 
     def _read(self) -> None:
         """Read the config and copy it, once it is known to be an object of JSON."""
         if isinstance(self.config, (str, os.PathLike)):
             self.config = read_config(self.config)
-        got = _KINDS.get(type(self.config), type(self.config).__name__)
-        _need(isinstance(self.config, dict), "A config is an object", why=f"this is {got}")
+        _need(isinstance(self.config, dict), "A config is an object",
+            why=f"this is a {type(self.config).__name__}")
         try:
             write_json(self.config, "config")
         except ValueError as error:
             hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
             raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
-        self.config = fresh(self.config)
+        self.config = json.loads(json.dumps(self.config))  # dicts and lists of our own
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
             f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
-        self.found.initial_state_resolution = order
+        self.found.policy = order
 
     def _packs(self, paths: list[Any]) -> None:
-        loaded = filter(None, self._each(paths, self._pack))
-        for collision in pack_collisions([*loaded], set()):
+        if not self.imports:
+            self.found.unchecked += map(str, paths)
+            return
+        loaded = self._each(enumerate(paths), self._pack)
+        for collision in pack_collisions([*loaded.values()], set()):
             self._report(collision)
-        declared = self.config.get("states")
-        known = {*self.nodes, *BUILT_IN_NAMES, *(declared if isinstance(declared, dict) else ())}
-        for info in self.found.packs:
-            for lack in sorted({*info.depends_on} - known):
-                self._report(ConfigError(f"Pack {info.name!r} needs a state {lack!r}"), "warning")
 
-    def _pack(self, index: int, path: Any) -> StatePack | None:
+    def _pack(self, index: int, path: Any) -> StatePack:
         """Add the states of a pack."""
         self.has_code = True
-        if isinstance(path, str) and not self.imports:
-            self.found.unchecked.append(path)
-            return None
         pack, found = load_pack(path, self.allow_imports), self.found
         try:
             classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
-            found.packs.append(PackInfo(pack.name, sorted(classes), list(pack.transitions()),
+            found.packs.append((pack.name, sorted(classes), list(pack.transitions()),
                 sorted(map(str, pack.depends_on()))))
         except Exception as error:  # it is anybody's code
             raise ConfigError(
                 "A pack does not work", why=f"{type(error).__name__}: {error}") from error
-        hidden = BUILT_IN_NAMES if found.initial_state_resolution[0] == "builtin" else ()
-        for key, cls in classes.items():
-            with self._at(f".{key}"):
-                if key not in hidden and key not in found.state_providers:
-                    self._add(key, cls)
-            found.state_providers.setdefault(key, pack.name)
+        taken = {*found.providers, *(BUILT_IN_NAMES if found.policy[0] == "builtin" else ())}
+        self._each([(key, cls) for key, cls in classes.items() if key not in taken], self._add)
+        found.providers = {**dict.fromkeys(classes, pack.name), **found.providers}
         return pack
 
-    def _add(self, name: str, cls: Any, **body: Any) -> None:
+    def _add(self, name: str, cls: Any, **declared: Any) -> None:
         """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
         _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
         if cls is DeclaredState:
-            cls = type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()})
-        if not (isinstance(cls, type) and issubclass(cls, State)):
-            raise ConfigError(
-                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
+            cls = type(name, (DeclaredState,), {})
+        _need(isinstance(cls, type) and issubclass(cls, State), "Not a State class",
+            why=f"it is {cls!r}", fix="inherit from State", state=name)
         owner = self.registry._names.get(cls)  # of its own, not of those around it
         _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
         _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
-        self.nodes[name] = Node(name, cls=cls, **body)
+        self.nodes[name] = Node(name, cls, **declared)
         self.registry.register(name, cls)
 
     def _states(self, states: Json) -> None:
-        self._each(states, self._state)
-        children: dict[str, list[str]] = {name: [] for name in self.nodes}
-        above: list[Node] = []
+        self._each(states.items(), self._state)
+        above: list[Node] = []  # what surrounds the next one, outermost first
         for name in sorted(self.nodes, key=lambda name: name.split(".")):
             while above and not name.startswith(above[-1].name + "."):
                 above.pop()
-            if above:
-                self.nodes[name].parent = above[-1]
-                children[above[-1].name].append(name)
+            self.nodes[name].parent = above[-1] if above else None
             above.append(self.nodes[name])
-        self._each(children, self._family)
+        for node in self.nodes.values():
+            if node.parent is not None:
+                node.parent.children.append(node)
+        self._each([(name, node) for name, node in self.nodes.items()
+            if node.children or node.initial is not None], self._family)
 
     def _state(self, key: str, value: Any) -> str:
         """Add a state: an object declares one, text is the dotted path of a class."""
         _require(value, "an object or text")
-        declared = isinstance(value, dict)
-        one = StateResolution(key, None if declared else value, declared, False)
-        self.found.states.append(one)
-        try:
-            body = self._clean("state", value) if declared else {}
-            unchecked = type("Unchecked", (State,), {})
-            cls = DeclaredState if declared else self._load(value, unchecked)
-            one.resolved = declared or self.imports
-            self._add(key, cls, **body)
-            one.is_state_subclass = one.resolved
-        except FlexiFlowError as error:
-            one.error = error.what
-            raise
+        self.found.states[key] = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            self._add(key, DeclaredState, **self._clean("state", value))
+        else:
+            self._add(key, self._load(value))
         return key
 
-    def _family(self, name: str, children: list[str]) -> None:
+    def _family(self, name: str, node: Node) -> None:
         """Raise unless what a state says of its children is so."""
-        node = self.nodes[name]
+        children = [child.name for child in node.children]
         _need(node.declared or not children, f"{name!r} is a class, so it has no children")
         _need(not (children and node.final), "A final state has no children")
-        with self._at(".initial"):
-            _need(children or node.initial is None, f"{name!r} has no children")
-            if children and node.initial not in children:
-                what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
-                raise ConfigError(what, fix=choose(node.initial or "", children))
+        if node.initial not in children:
+            what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
+            self._report(ConfigError(what if children else f"{name!r} has no children",
+                fix=choose(node.initial or "", children) if children else None), "error", "initial")
 
     def _initial(self, name: str) -> str:
         """Return the name of the initial state; a dotted path to a class adds it."""
         if ":" in name and name not in self.nodes:
-            named = {one.dotted_path: one.key for one in self.found.states}
-            name = named.get(name) or self._state(re.split("[:.]", name)[-1].strip(), name)
+            named = [key for key, path in self.found.states.items() if path == name]
+            name = named[0] if named else self._state(re.split("[:.]", name)[-1].strip(), name)
         return self._find(name)
 
     def _find(self, name: str) -> str:
@@ -2183,7 +2085,7 @@ class _Walk:
             return name
         cls = self.registry.get(name)
         if cls is None and self.config.get("packs") and not self.imports:
-            cls = type("Unchecked", (State,), {})  # a pack may provide it
+            cls = _stand_in()  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
             close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
                 self.found.errors) < 20 else None  # to look for a thousand would take a minute
@@ -2202,31 +2104,27 @@ class _Walk:
             _need(old not in self.nodes, f"{old!r} is a state still")
             return old, self._find(new)
 
-        return dict(self._each(value, check))
-
-    def _sources(self, value: Any) -> tuple[str, ...]:
-        for name in _names(value):
-            with self._at(""):
-                if name != "*":
-                    self._find(name)
-        return _names(value)
+        return dict(self._each(value.items(), check))
 
     def _rules(self, rules: list[Any]) -> list[Any]:
         if not rules:
             self._report(ConfigError("No rules defined"), "warning")
-        self._each(rules, self._rule)
+        self._each(enumerate(rules), self._rule)
         return rules
 
     def _rule(self, number: int, text: Any) -> None:
-        """Compile a rule; it is kept only if nothing is wrong with it. One is a note."""
+        """Compile a rule. One without a key of the engine is a note, and only looked at."""
         _require(text, "an object")
-        kind = "rule" if _EXECUTING.keys() & text.keys() else "note"
+        if _EXECUTING.keys().isdisjoint(text):
+            self._clean("note", text)
+            return
         errors_before = len(self.found.errors)
-        rule = self._clean(kind, text)
-        on, after = text.get("on") is not None, text.get("after") is not None
-        _need(kind == "note" or on != after, "A rule with both 'on' and 'after'" if on else
+        rule = self._clean("rule", text)
+        on, after = (text.get(key) is not None for key in ("on", "after"))
+        _need(on != after, "A rule with both 'on' and 'after'" if on else
             "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
-        if kind == "note" or len(self.found.errors) > errors_before:
+        _need([] not in (text.get("from"), text.get("on")), "A rule with an empty list of names")
+        if len(self.found.errors) > errors_before:
             return
         pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
         if pairs and all(pair in self.taken for pair in pairs):
@@ -2236,7 +2134,7 @@ class _Walk:
         if "guard" not in rule:
             self.taken.update({pair: number for pair in pairs if pair not in self.taken})
         effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
-        self.rules.append(Rule(number, rule.pop("from"), effects=effects, text=text, **rule))
+        self.rules.append(Rule(number, text, rule.pop("from"), effects, **rule))
 
     def _effects(self, value: Json) -> Effects:
         return Effects(**self._clean("effects", value))
@@ -2255,18 +2153,16 @@ class _Walk:
         return name, event.get("with")
 
     def _send(self, part: Any) -> Callable[[Scope], Outgoing]:
-        found = self._clean("send", part, to=compile_value, type=compile_value, id=compile_value)
-        to, kind, id = (found.get(key, lambda scope: None) for key in ("to", "type", "id"))
-        delay, payload = found.get("after", lambda scope: 0), found.get("with", ())
-        ours = {"type", "id", "correlation_id", "component"}
-        for key, _ in payload:
-            _need(key not in ours and (len(payload) > 1 or key not in OPERATIONS),
-                f"{key!r} cannot stand in 'with'")
+        found: Any = self._clean("send", part, to=compile_value)
+        to, kind, id, delay, payload = map(found.get, ("to", "type", "id", "after", "with"))
+        for key, _ in payload or ():
+            _need(key not in ("type", "id", "correlation_id", "component")
+                and (len(payload) > 1 or key not in OPERATIONS), f"{key!r} cannot stand in 'with'")
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
-            out = Outgoing(to(scope), message, seconds(delay(scope)), id(scope))
-            texts = [out.to, message["type"], "-" if out.id is None else out.id]
+            out = Outgoing(to(scope), message, seconds(delay(scope)), id and id(scope))
+            texts = [out.to, message["type"], out.id if id else "-"]
             if not all(isinstance(text, str) and text for text in texts):
                 raise StateError(f"Cannot send {message!r} to {out.to!r} with id {out.id!r}",
                     why="'to', 'type' and 'id' are text", component=scope["component"])
@@ -2292,12 +2188,11 @@ class ConfigLoader:
         walk = _Walk(config, allow_imports=allow_imports)
         found, good = walk.problems(), walk.good
         if found.errors:
-            unread = walk.config is config or found.config_path == "(dict)"
-            raise _as_error(found.errors, None if unread else found.config_path)
-        registered = {*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())}
+            raise _as_error(found.errors, None if walk.config is config else found.path)
+        known = DEFAULT_REGISTRY
         for name, node in walk.nodes.items():
-            if not (node.declared or node.cls in registered or DEFAULT_REGISTRY.get(name)):
-                DEFAULT_REGISTRY.register(name, node.cls)
+            if not (node.declared or node.cls in known._names or known.get(name)):
+                known.register(name, node.cls)
                 _FROM_CONFIGS[name] = node.cls
         return ComponentConfig(good["name"], fresh(good["rules"]), good["initial_state"],
             good.get("data", {}), found.definition)
@@ -2327,15 +2222,6 @@ def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
     return error
 
 
-def explain(config: Path | Json, *, imports: bool = True,
-        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
-    """Say what a config means and whether it will load; never raises for what is wrong with it.
-
-    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
-    and lists what was therefore not checked.
-    """
-    return _Walk(config, imports, allow_imports).problems()
-
 # --------------------------------------------------------------------------------------------
 # 9. Snapshots: JSON file, SQLite history
 # --------------------------------------------------------------------------------------------
@@ -2347,7 +2233,8 @@ _SNAPSHOT_SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY AUTOINCREMENT,
     component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,
     snapshot_json TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)
+CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name);
+ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT
 """
 
 
@@ -2357,34 +2244,42 @@ class ComponentSnapshot:
 
     name: str
     current_state: str
-    rules: list[dict[str, Any]]
-    metadata: dict[str, Any]  # the caller's own, carried along
-    data: dict[str, Any] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)  # of a class-based state's object
+    rules: list[Json]
+    metadata: Json  # the caller's own, carried along
+    data: Json = field(default_factory=dict)
+    attributes: Json = field(default_factory=dict)  # of a class-based state's object
+    states: Json = field(default_factory=dict)  # as they are declared; classes stay in the code
     id: int | None = field(default=None, compare=False)  # of the row it was loaded from
 
 
 _SNAPSHOT_FIELDS: dict[str, type] = {"name": str, "current_state": str, "rules": list,
-    "metadata": dict, "data": dict, "attributes": dict}
+    "metadata": dict, "data": dict, "attributes": dict, "states": dict}
 
 
-def take_snapshot(component: Any, metadata: dict[str, Any] | None = None) -> ComponentSnapshot:
+def take_snapshot(component: Any, metadata: Json | None = None) -> ComponentSnapshot:
     """Return a component as a snapshot; `metadata` defaults to what it was restored with."""
     state = component.state_machine.current_state
+    states = component.definition.source.get("states") if component.definition else None
     return ComponentSnapshot(component.name, component.state_machine.registry.name_of(state),
         fresh(component.rules), dict(component.metadata or {} if metadata is None else metadata),
-        component.data, dict(getattr(state, "__dict__", {})))
+        component.data, dict(getattr(state, "__dict__", {})),
+        {name: fresh(body) for name, body in (states or {}).items() if isinstance(body, dict)})
 
 
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
-    """Return a snapshot as JSON, with a checksum over the rest."""
-    content: dict[str, Any] = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    content["checksum"] = checksum(_written(content, f"snapshot of {snapshot.name}"))
-    return _written(content, f"snapshot of {snapshot.name}")
+    """Return a snapshot as JSON that begins with the checksum of the rest."""
+    content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+    _written({"checksum": 1 << 32, **content}, f"snapshot of {snapshot.name}")  # and its size
+    text = _encode(content)
+    return f'{{"checksum":{checksum(text)},{text[1:]}'
 
 
 def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> ComponentSnapshot:
-    content = read_json(text, source, PersistenceError)
+    octets = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    head, _, rest = octets.partition(b",")
+    # As `_snapshot_text` made it, it need not be looked at closely; one edited by hand is.
+    whole = head == b'{"checksum":%d' % zlib.crc32(b"{" + rest)
+    content = json.loads(b"{" + rest) if whole else read_json(text, source, PersistenceError)
     if not isinstance(content, dict):
         raise PersistenceError(f"Not an object: {source}")
     crc = content.pop("checksum", None)
@@ -2399,13 +2294,12 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: str | os.PathLike[str],
-        metadata: dict[str, Any] | None = None) -> None:
+def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
     """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
     write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
 
 
-def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
+def load_snapshot(path: Path) -> ComponentSnapshot:
     """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
     text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
     return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
@@ -2413,15 +2307,19 @@ def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
 
 def restore_component(snapshot: ComponentSnapshot, engine: Any,
         registry: StateRegistry | None = None) -> Any:
-    """Make a component from a snapshot and register it; raise StateError for an unknown state."""
-    known = DEFAULT_REGISTRY if registry is None else registry
+    """Make a component from a snapshot and register it; raise StateError for an unknown state.
+
+    Declared states come with the snapshot; classes are looked up in `registry`.
+    """
+    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
+    for name in snapshot.states:
+        known.register(name, type(name, (DeclaredState,), {}))
     state = known.create(snapshot.current_state)
-    for name, value in snapshot.attributes.items():
-        setattr(state, name, fresh(value))
+    vars(state).update(fresh(snapshot.attributes))
     return engine.restore(snapshot, StateMachine(state, known))
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     try:
         target = os.path.realpath(path)
@@ -2431,11 +2329,11 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
         try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            with open(aside, "w", encoding="utf-8", newline="\n",
+                    opener=functools.partial(os.open, mode=mode)) as file:
                 file.write(text)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             os.replace(aside, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2465,8 +2363,8 @@ def _sweep(folder: str) -> None:
 def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
     """Execute a statement in the caller's database; return its `rows`, `count` and `id`.
 
-    A change is committed, unless the caller has a transaction open: then that decides. A table
-    that is not there counts as empty; reading creates nothing.
+    A change is committed, unless the caller has a transaction open: then that decides. Without
+    the table, or without the column that 1.0.1's has not, there are no rows and a count of None.
     """
     try:
         with contextlib.nullcontext() if conn.in_transaction else conn:
@@ -2474,15 +2372,9 @@ def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
             return types.SimpleNamespace(rows=cursor.fetchall(), count=cursor.rowcount,
                 id=cursor.lastrowid)
     except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return types.SimpleNamespace(rows=[], count=0, id=0)
+        if re.search("no such table|current_state", str(error)):
+            return types.SimpleNamespace(rows=[], count=None, id=None)
         raise PersistenceError("The database failed", why=str(error)) from error
-
-
-def _has_state_column(conn: sqlite3.Connection) -> bool:
-    """Tell whether the table is ours; 1.0.1's has no `current_state`."""
-    columns = _execute(conn, "PRAGMA table_info(flexiflow_snapshots)").rows
-    return any(column[1] == "current_state" for column in columns)
 
 
 def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, *,
@@ -2493,15 +2385,16 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
     at = created_at or datetime.datetime.now(datetime.timezone.utc)
-    values = (snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot))
-    for statement in _SNAPSHOT_SCHEMA.split(";\n"):
-        _execute(conn, statement)
-    if not _has_state_column(conn):
-        _execute(conn, "ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
-    saved = _execute(conn, "INSERT INTO flexiflow_snapshots"
+    insert = functools.partial(_execute, conn, "INSERT INTO flexiflow_snapshots"
         "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
         " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
-        *values, expect, expect, snapshot.name)
+        snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot),
+        expect, expect, snapshot.name)
+    saved = insert()
+    if saved.count is None:
+        for statement in _SNAPSHOT_SCHEMA.split(";\n"):
+            _execute(conn, statement)
+        saved = insert()
     if not saved.count:
         raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
             why="somebody else has saved meanwhile", fix="load it, and apply your change to that")
@@ -2518,20 +2411,21 @@ def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
 
 
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
-        limit: int = 10) -> list[dict[str, Any]]:
+        limit: int = 10) -> list[Json]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
-    column = "current_state" if _has_state_column(conn) else "NULL"
-    found = _execute(conn, f"SELECT id, created_at, {column} FROM flexiflow_snapshots"
-        " WHERE component_name=? ORDER BY id DESC LIMIT ?", component_name, limit)
-    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)}
-        for id, at, state in found.rows]
+    sql = ("SELECT id, created_at, {0}, CASE WHEN {0} IS NULL THEN snapshot_json END"
+        " FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC LIMIT ?")
+    found = _execute(conn, sql.format("current_state"), component_name, limit)
+    if found.count is None:
+        found = _execute(conn, sql.format("NULL"), component_name, limit)
+    return [{"id": id, "created_at": at, "current_state": state or _state_in(text)}
+        for id, at, state, text in found.rows]
 
 
-def _state_in(conn: sqlite3.Connection, id: int) -> str:
-    """Read the state out of a row of 1.0.1."""
-    sql = "SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?"
+def _state_in(text: str) -> str:
+    """Read the state out of a snapshot of 1.0.1."""
     try:
-        return _snapshot_from(_execute(conn, sql, id).rows[0][0], f"snapshot {id}").current_state
+        return _snapshot_from(text, "snapshot").current_state
     except PersistenceError:
         return "invalid"
 
@@ -2541,9 +2435,9 @@ def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
     if keep_last.__class__ is not int or keep_last < 1:
         raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
-    return int(_execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
+    return _execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
         "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
-        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count)
+        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count or 0
 
 
 # The names that these have in 1.0.1's module extras.persist_sqlite.
@@ -2644,7 +2538,7 @@ class SQLiteStore:
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.Lock()
-        self.committing: asyncio.Future[Any] | None = None  # while a thread commits
+        self._committing: asyncio.Future[Any] | None = None  # while a thread commits
         self._mean = 0.0  # seconds that a commit takes of late
 
     def __repr__(self) -> str:
@@ -2696,6 +2590,11 @@ class SQLiteStore:
             loop.call_soon(self._flush)
         return future
 
+    async def settled(self) -> None:
+        """Wait while a thread commits: what is read meanwhile would hold up the loop."""
+        if self._committing is not None:
+            await asyncio.wait([self._committing])
+
     def _flush(self, since: float = 0.0) -> None:
         """Carry out and commit all that waits, or come back when the file is free."""
         batch = self._waiting = [write for write in self._waiting if not write.future.done()]
@@ -2726,8 +2625,8 @@ class SQLiteStore:
         self._waiting = []
         if self._mean > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # no threads here: commit in the loop
-                self.committing = self._loop.run_in_executor(None, self._commit, db)
-                self.committing.add_done_callback(
+                self._committing = self._loop.run_in_executor(None, self._commit, db)
+                self._committing.add_done_callback(
                     lambda done: self._settle(batch, done.result(), True))
                 return
         self._settle(batch, self._commit(db), True)
@@ -2748,7 +2647,7 @@ class SQLiteStore:
 
     def _settle(self, batch: list[Any], failure: Exception | None, unknown: bool = False) -> None:
         """Tell every write of a batch how it went, and go on with those that wait by now."""
-        self.committing = None
+        self._committing = None
         for write in batch:
             if failure is None and write.answer is None and write.done is not None:
                 write.done()
@@ -3053,6 +2952,8 @@ def check_message(message: Any) -> Json:
 
 def payload(message: Json) -> Json:
     """Return a message without its envelope."""
+    if not any(key in message for key in _ENVELOPE):
+        return message
     return {key: value for key, value in message.items() if key not in _ENVELOPE}
 
 
@@ -3069,8 +2970,9 @@ def _receipt_text(*parts: str | None) -> str:
 class Turn(Context):
     """The handling of one message, from its arrival to its receipt.
 
-    `row` is the message's in the queue, if it comes from there; `leaf` names the state at the
-    begin, `state` is the object that the turn's own code sees, `base` its data.
+    `row` is the message's in the queue, if it comes from there; `head` is the component's at the
+    begin, `leaf` names its state then; `state` is the object that the turn's own code sees,
+    `base` its data.
     """
 
     live = True  # until the component takes the next message
@@ -3093,8 +2995,8 @@ class Turn(Context):
 
     def begin(self) -> None:
         """Start again from the component as it is now."""
-        self.state, self.base, self.data = self.machine._state, self.component.head.data, None
-        self.leaf = self.machine.registry.name_of(self.state)
+        self.state, self.head, self.data = self.machine._state, self.component.head, None
+        self.base, self.leaf = self.head.data, self.machine.registry.name_of(self.state)
         self.engine = self.component._engine
         self.now: float = self.engine.clock()
 
@@ -3118,8 +3020,8 @@ class Turn(Context):
 
     def post(self, out: Outgoing) -> Receipt:
         """Send a message: with the turn's commit, or at once where that has been."""
-        out.id = out.id or new_id()
         _written(out.message, f"message to {out.to}")
+        out.id, out.message = out.id or new_id(), fresh(out.message)
         if self.over:
             self.sent = [out]
             rows = self._queue_rows()
@@ -3177,27 +3079,31 @@ class Turn(Context):
         try:
             if store is not None:
                 self.id = given or new_id()
-                self.message = {**self.message, "id": self.id}
                 self.text = _written(payload(self.message), "message")
+                self.message = {**self.message, "id": self.id}
             while True:
-                if store is not None:
-                    if store.committing is not None:
-                        await asyncio.wait([store.committing])
-                    self.refresh()  # nothing is decided, or run, on what is over
                 if self.row is not None or (given and store is not None):
                     answer = await self._answered()
                     if answer is not None:
                         self.end()
                         return answer
-                if store is not None and component.head.definition.has_code and not self.claimed:
+                if store is not None and self.head.definition.has_code and not self.claimed:
                     await self.claim()
+                    await self.refresh()  # nothing runs on what is over
                     continue
-                plan = self._decided()
+                try:
+                    plan = self._decided()
+                except Exception:
+                    if await self.refresh():  # it was decided on what is over
+                        continue
+                    raise
                 if plan.outcome == "class":
                     await self._ask_class(plan)
                 if plan.actions:
                     await self.act(plan)
                 if plan.outcome == "unknown":
+                    if await self.refresh():
+                        continue
                     self.end()
                     break
                 commit = self.commit(plan)
@@ -3205,6 +3111,7 @@ class Turn(Context):
                     break
                 self.undo()
                 self.let_go()
+                await self.refresh()
         except BaseException as error:
             self.end(failed=True)
             if isinstance(error, (Exception, SystemExit)):
@@ -3213,23 +3120,30 @@ class Turn(Context):
             raise
         outcome, before = plan.outcome, self.leaf
         after = self.machine.registry.name_of(self.state) if outcome == "moved" else before
-        id, seq = (None, None) if outcome == "unknown" else (self.id, component.head.seq)
+        id, seq = (None, None) if outcome == "unknown" else (self.id, self.head.seq)
         receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
             outcome, component.name, id, before, after, seq, plan.reason, plan.data, False))
         if component.event_bus is not None and component.event_bus._events:
             await self._announce(plan, receipt)
         return receipt
 
-    def refresh(self) -> None:
-        """Begin again with what the store says, if another process has changed it."""
+    async def refresh(self) -> bool:
+        """Begin again with what the store says; tell whether another process has changed it."""
         component, store = self.component, self.engine.store
-        if store is not None and store.rows(_SEQ, (component.name,)) != [(component.head.seq,)]:
+        if store is not None:
+            await store.settled()
+        changed = store is not None and store.rows(_SEQ, (component.name,)) != [
+            (component.head.seq,)]
+        if changed:
             component._load(self.engine._head(component.name))
         self.begin()
+        return changed
 
     async def _answered(self) -> Receipt | None:
         """Return the receipt of a message that is over, here or in another process."""
         name, store = self.component.name, self.engine.store
+        if store is not None:
+            await store.settled()
         found = store.journal(name, 1, "message_id=?", (self.id,)) if store else None
         if not store or not found:
             if self._queued():
@@ -3241,6 +3155,7 @@ class Turn(Context):
             raise id_taken(name, self.id, first=entry["message"].get("type"))
         if self.row is not None:
             await store.write(None, [(_UNQUEUE, (name, self.id))])
+        await self.refresh()
         last = store.journal(name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
         later = last or store.journal(name, 1, "data IS NOT NULL")
         data = last[0]["data"] if last else None if later else self.base  # pruned, or the same
@@ -3286,11 +3201,11 @@ class Turn(Context):
 
     def _decided(self) -> Plan:
         """Return what the rules say, with the state object that it leads to."""
-        definition, row = self.component.head.definition, self.row
+        definition, row = self.head.definition, self.row
         timer = reason = None
         if definition is None:
             return Plan("class", self.base)
-        if self.component.head.completed is not None:
+        if self.head.completed is not None:
             reason = f"completed in {self.leaf}"
         elif row is not None and row.get("state") is not None:
             rule = definition.by_number.get(row["rule"])
@@ -3326,7 +3241,7 @@ class Turn(Context):
             plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
         else:
             plan.outcome = "stayed" if plan.state is state else "moved"
-        definition, cls = self.component.head.definition, plan.state.__class__
+        definition, cls = self.head.definition, plan.state.__class__
         if definition is not None and plan.outcome == "moved":  # go there as a rule would
             name = self.machine.registry.name_of(plan.state)
             if name not in definition.nodes:
@@ -3364,7 +3279,7 @@ class Turn(Context):
         `changed` is another definition to go over to, `rows` what that changes in the queue.
         """
         engine, passage, now = self.engine, plan.passage, self.now
-        definition, _, seq, since, completed, *_ = self.component.head
+        definition, _, seq, since, completed, *_ = self.head
         seq += plan.outcome != "created"
         if seq and passage is not None and passage.enters:
             since = {name: now if name in passage.enters else since.get(name, now)
@@ -3390,7 +3305,7 @@ class Turn(Context):
         component, (definition, data, seq, since, completed, *_) = self.component, head
         name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
         kept = _written(attributes, f"attributes of {name}") if attributes else None
-        old = component.head
+        old = self.head
         text = (old.text if data is old.data else None) or _written(data, "data")
         receipt = _receipt_text(plan.outcome, self.leaf, name, plan.reason)
         entry = (component.name, seq, self.id, self.correlation_id, self.text, receipt,
@@ -3415,7 +3330,7 @@ class Turn(Context):
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
-        name, definition = self.component.name, self.component.head.definition
+        name, definition = self.component.name, self.head.definition
         passage: Any = plan and plan.passage
         timers = plan.timers if plan is not None and passage and not passage.completes else ()
         if self.engine is _ALONE:
@@ -3457,7 +3372,8 @@ class Turn(Context):
     def committed(self) -> None:
         """Take note of the commit, and send what a task has sent while it was under way."""
         component = self.component
-        self.state, self.base, self.kept = component.state_machine._state, component.head.data, None
+        self.state, self.head = self.machine._state, component.head
+        self.base, self.kept = self.head.data, None
         if self.claimed:
             self.claimed = False
             self.engine._claims.discard(component.name)
@@ -3732,8 +3648,7 @@ class AsyncComponent:
         if self._birth is not None:
             await self._be_born(turn, self._birth)
         elif self._unready and store is not None:
-            if store.committing is not None:
-                await asyncio.wait([store.committing])
+            await store.settled()
             self._load(self._engine._head(self.name))
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
@@ -3817,7 +3732,7 @@ class AsyncComponent:
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
             try:
                 while True:
-                    turn.refresh()
+                    await turn.refresh()
                     if self._engine.store and self.definition.has_code and not turn.claimed:
                         await turn.claim()
                         continue
@@ -4563,8 +4478,7 @@ class _Delivery:
 
         Also whether there is more, at which other processes are at work.
         """
-        if self.queue.committing is not None:
-            await asyncio.wait([self.queue.committing])
+        await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
         claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
@@ -4627,16 +4541,120 @@ class _Delivery:
 
 
 # --------------------------------------------------------------------------------------------
-# 12. Views: Mermaid
+# 12. Views: explain, Mermaid
 # --------------------------------------------------------------------------------------------
-# A picture is made from the config alone, so it shows what will be executed. Whatever a name
-# holds, it stays a label.
+# What a config means, as values, text and a picture. All is made from what the walk has found, so
+# it shows what will be executed. Whatever a name holds, it stays a label.
 
-_MERMAID_WORDS = frozenset(
-    "end graph flowchart subgraph class classdef click style linkstyle default direction call "
-    "href interpolate".split())
-# A name that may be an id; the ids that we make up ourselves are none.
-_PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+
+def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
+    """Return lines: each head, and below it those of its facts that there are."""
+    return [line for head, facts in pairs for line in (f"  {head}",
+        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
+
+
+@dataclass
+class StateResolution:
+    """How a state of a config was found."""
+
+    key: str
+    dotted_path: str | None  # None for a declared state
+    resolved: bool
+    is_state_subclass: bool
+    error: str | None = None
+
+
+@dataclass
+class PackInfo:
+    """A pack of a config."""
+
+    name: str
+    provided_keys: list[str]
+    transitions: list[TransitionSpec]
+    depends_on: list[str]
+
+
+@dataclass
+class ConfigExplanation:
+    """What a config means, and what is wrong with it."""
+
+    config_path: str
+    name: str | None = None
+    initial_state: str | None = None
+    rules_count: int = 0
+    states: list[StateResolution] = field(default_factory=list)
+    builtin_states: list[str] = field(default_factory=list)
+    packs: list[PackInfo] = field(default_factory=list)
+    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
+    pack_order: list[str] = field(default_factory=list)
+    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
+    warnings: list[Diagnostic] = field(default_factory=list)
+    errors: list[Diagnostic] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
+    definition: Definition | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the config will load."""
+        return not self.errors
+
+    def format(self) -> str:
+        """Return the explanation as text, in blocks of lines; what is empty is left out."""
+        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
+            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
+            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
+        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
+            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
+            for one in sorted(self.states, key=operator.attrgetter("key")))
+        states += [f"  OK {key} (from {self.state_providers[key]})"
+            for key in sorted(self.state_providers)]
+        unchecked = [f"  {path}" for path in self.unchecked]
+        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
+            for one in problems) for word, problems in (("WARN", self.warnings),
+            ("ERROR", self.errors)))
+        blocks = [
+            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
+            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
+            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
+            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
+                *(states or ["  (no custom states)"]),
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
+            unchecked and ["Not checked (imports are off):", *unchecked],
+            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
+            ["Status: OK - config will load" if self.is_valid
+                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
+        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
+
+
+def explain(config: Path | Json, *, imports: bool = True,
+        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
+    """Say what a config means and whether it will load; never raises for what is wrong with it.
+
+    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
+    and lists what was therefore not checked.
+    """
+    walk = _Walk(config, imports, allow_imports)
+    found, good = walk.problems(), walk.good
+    return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
+        rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
+        builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
+        state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
+        initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
+        unchecked=found.unchecked, definition=found.definition)
+
+
+def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
+    """Yield how each state was found: by what is wrong at the place that names it."""
+    wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
+    for key, path in walk.found.states.items():
+        place = f"states.{key}"
+        if path is not None and path == walk.config.get("initial_state"):
+            place = place if place in wrong else "initial_state"
+        what = wrong[place].what[len(place) + 2:] if place in wrong else None
+        seen = path is None or walk.imports
+        yield StateResolution(key, path, error=what, is_state_subclass=seen and what is None,
+            resolved=seen and not (what and isinstance(wrong[place].error, ImportError_)))
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4651,22 +4669,29 @@ def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanatio
 class _Mermaid:
     """One flowchart being drawn."""
 
+    WORDS = frozenset("end graph flowchart subgraph class classdef click style linkstyle default "
+        "direction call href interpolate".split())
+    # A name that may be an id; the ids that we make up ourselves are none.
+    PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+    UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
+
     def __init__(self, found: ConfigExplanation) -> None:
         self.found = found
         self.ids: dict[str, str] = {}
         self.nodes = found.definition.nodes if found.definition else {}
         self.rules = found.definition.rules if found.definition else []
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
+        self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
     def lines(self, active: str | None) -> Iterator[str]:
         found = self.found
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
-            yield "%% pack_order: " + ", ".join(map(_mermaid_label, found.pack_order))
+            yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
         yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
         yield ""
         for number, pack in enumerate(found.packs):
-            yield f'subgraph pack_{number}["pack: {_mermaid_label(pack.name)}"]'
+            yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
             yield from ("end", "")
         for node in self.nodes.values():
@@ -4684,25 +4709,30 @@ class _Mermaid:
             if source == "*" and "*" not in self.ids:
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
-            yield f'{self.id_of(source)} -->|"{_mermaid_label(label)}"| {self.id_of(target)}'
+            yield f'{self.id_of(source)} -->|"{self.label(label)}"| {self.id_of(target)}'
         if active in self.nodes:
             yield f"style {self.id_of(active)} stroke-width:4px"
 
     def id_of(self, name: str) -> str:
         """Return an id that Mermaid takes, the name itself where that is one."""
-        plain = re.fullmatch(_PLAIN_ID, name) and name.lower() not in _MERMAID_WORDS
-        return self.ids.setdefault(name, name if plain else f"state_{len(self.ids)}")
+        if name not in self.ids:
+            plain = self.is_plain.fullmatch(name) and name.lower() not in self.WORDS
+            self.ids[name] = name if plain else f"state_{len(self.ids)}"
+        return self.ids[name]
 
-    def box(self, name: str, ends: tuple[str, str] = ("[", "]")) -> str:
-        return f'{self.id_of(name)}{ends[0]}"{_mermaid_label(name)}"{ends[1]}'
+    def label(self, text: str) -> str:
+        """Escape a label: every unsafe character becomes its number."""
+        return self.unsafe.sub(lambda found: f"#{ord(found[0])};", text)
+
+    def box(self, name: str, shape: str = '{}["{}"]') -> str:
+        return shape.format(self.id_of(name), self.label(name))
 
     def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        children = [one for one in self.nodes.values() if one.parent is node]
-        if not children:
-            yield indent + self.box(node.name, ("([", "])") if node.final else ("[", "]"))
+        if not node.children:
+            yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
             return
         yield f"{indent}subgraph {self.box(node.name)}"
-        for child in children:
+        for child in node.children:
             yield from self.state(child, indent + "  ")
         yield f"{indent}end"
 
@@ -4719,12 +4749,6 @@ class _Mermaid:
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, target
-
-
-def _mermaid_label(text: str) -> str:
-    """Escape a label: every character that Mermaid or HTML might read becomes its number."""
-    return "".join(char if char.isalnum() or char in " _-.,:/+*=()[]>" and char.isprintable()
-        else f"#{ord(char)};" for char in text)
 
 
 def _guard_text(guard: Any) -> str:
@@ -4750,13 +4774,16 @@ def _guard_text(guard: Any) -> str:
 # interrupted, 141 the reader went away. State lives in a store between two commands.
 
 CHUNK = 1 << 18  # bytes of NDJSON that are taken in at a time
-COMMANDS: dict[str, dict[str, Any]] = {}  # name -> run, opens, text, example, options
+COMMANDS: dict[str, Any] = {}  # name -> namespace of run, example, text, options, opens
 OPTIONS: dict[str, dict[str, Any]] = {
     "TYPE": {"help": "the message's type, or - to read messages from stdin"},
     "RULES": {"help": 'a file with a list of rules, or an object with "rules"'},
+    "NAME": {"help": "the component's name"},
+    "ID": {"nargs": "*", "type": int, "help": "the numbers of dead letters"},
+    "FILE": {"help": "the copy"},
     "component": {"nargs": "?", "help": "a component's name; without it, all of them"},
     "file": {"nargs": "?", "help": "the config (or --config)"},
-    "--config": {"metavar": "FILE", "help": "the component's config (or FLEXIFLOW_CONFIG)"},
+    "--config": {"metavar": "FILE", "help": "a config (where one is needed: or FLEXIFLOW_CONFIG)"},
     "--name": {"help": "the component's name, where it is not the config's"},
     "--db": {"metavar": "FILE", "help": "the store (or FLEXIFLOW_DB; default flexiflow.db)"},
     "--json": {"action": "store_true", "help": "print JSON, one value a line"},
@@ -4764,29 +4791,45 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "import code from this module only (again for more; '' for none)"},
     "--no-imports": {"action": "store_true", "help": "run none of the config's code"},
     "--start": {"action": "store_true", "help": 'send "start", if it has not begun yet'},
+    "--update": {"action": "store_true", "help": "take over a config that has changed"},
     "--content": {"metavar": "TEXT", "help": "the message's content"},
-    "--data": {"metavar": "JSON", "help": "the message's other fields, as an object"},
+    "--data": {"metavar": "JSON", "default": "{}", "help": "its other fields, as an object"},
     "--id": {"help": "an id: the same one again repeats the answer, not the work"},
     "--replace": {"action": "store_true", "help": "put the rules in place of the old ones"},
     "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
+    "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
+    "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
+    "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
+    "--keep": {"type": int, "metavar": "N", "help": "keep each component's last N rows"},
+    "--older-than": {"metavar": "AGE", "help": "only what is older: 90s, 15m, 2h, 30d"},
+    "--completed": {"action": "store_true", "help": "remove completed components, too"},
+    "--dry-run": {"action": "store_true", "help": "only say what would be done"},
+    "--yes": {"action": "store_true", "help": "do not ask"},
     "--format": {"default": "mermaid", "help": "mermaid"},
-    "-o --output": {"metavar": "FILE", "help": "write to a file"},
+    "-o/--output": {"metavar": "FILE", "help": "write to a file"},
 }
 
 
-def command(example: str, text: str, *options: str,
-        opens: str = "") -> Callable[[Function], Function]:
+def command(example: str, text: str, opens: str, options: str) -> Callable[[Function], Function]:
     """Make a function a command: of its arguments and, if it `opens` a store, of an engine.
 
-    To "read" it is an ordinary function, to "write" a coroutine function.
+    To "read" it is an ordinary function; to "write", or to "make" the store, a coroutine function.
     """
 
     def add(run: Any) -> Any:
-        COMMANDS[example.split()[0]] = {"run": run, "opens": opens, "text": text,
-            "example": example, "options": (*options, "--json", *["--db"] * bool(opens))}
+        COMMANDS[example.split()[0]] = types.SimpleNamespace(run=run, example=example, text=text,
+            opens=opens, options=f"{options} --json{' --db' * bool(opens)}".split())
         return run
 
     return add
+
+
+class UsageError(ArgumentError):
+    """Arguments that do not go together: exit code 2."""
+
+
+class ReaderGone(BaseException):
+    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False) -> None:
@@ -4798,10 +4841,6 @@ def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False
         if isinstance(error, BrokenPipeError):
             raise ReaderGone from None
         raise PersistenceError("The output cannot be written", why=str(error)) from error
-
-
-class ReaderGone(BaseException):
-    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -> int:
@@ -4818,10 +4857,11 @@ def _plain(value: Any) -> Any:
     return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
 
 
-def _error_text(error: BaseException) -> str:
-    """Return an error's lines, FlexiFlow's own or any other's."""
+def _error_text(error: BaseException, joint: str = "\n") -> str:
+    """Return an error's lines, FlexiFlow's own or any other's, joined."""
     known = isinstance(error, FlexiFlowError)
-    return str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    text = str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    return joint.join(text.splitlines())
 
 
 def hint(text: str, end: str = "\n") -> None:
@@ -4831,8 +4871,10 @@ def hint(text: str, end: str = "\n") -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield a header and rows in columns."""
-    lines = [header, *([printable(cell) for cell in row] for row in rows)]
+    """Yield a header and rows in columns, as wide as the output shows them."""
+    code = getattr(sys.stdout, "encoding", None) or "utf-8"
+    lines = [[printable(cell).encode(code, "backslashreplace").decode(code) for cell in row]
+        for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield "  ".join(map(str.ljust, line, widths)).rstrip()
@@ -4853,27 +4895,37 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _store(args: Any, readonly: bool) -> SQLiteStore:
-    path = args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
-    return SQLiteStore(path, readonly=readonly)
+def _store_path(args: Any) -> Any:
+    return args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
 
 
-def _config_path(args: Any) -> str | None:
+def _config_path(args: Any, needed: bool = True) -> Any:
     """Return the config's path, and let it import the code that lies beside it."""
-    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG")
-    if path and os.path.dirname(os.path.abspath(path)) not in sys.path:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: it hides no module
-    return path or None
+    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
+    if path is None and needed:
+        raise ConfigError("No config given",
+            fix=f"flexiflow {args.command.example}, or set FLEXIFLOW_CONFIG")
+    folder = os.path.dirname(os.path.abspath(path or ""))
+    if path is not None and folder not in sys.path:
+        sys.path.append(folder)  # last: it hides no module
+    return path
 
 
-def _component(engine: FlexiFlowEngine, config: Any, name: str | None) -> AsyncComponent:
-    """Return the component of this name, made from the config if it is new."""
-    if config is not None:
-        return engine.create_component(config, name=name)
-    if name is None:
-        raise ConfigError("No config and no name given",
-            fix="use --config FILE, --name, or set FLEXIFLOW_CONFIG")
-    return engine._find(name)
+def _component(args: Any, engine: FlexiFlowEngine) -> AsyncComponent:
+    """Return the component that the arguments name, made from the config if it is new."""
+    config = _config_path(args, needed=not args.name)
+    if config is None:
+        return engine._find(args.name)
+    return engine.create_component(config, name=args.name, update=getattr(args, "update", False))
+
+
+async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
+        message: Json) -> int:
+    """Handle a message and what it causes, and print the receipt; return the exit code."""
+    receipt = await component.handle_message(message, _strict=False)
+    await _deliver_caused(engine)
+    line = f"{message['type']}: {_outcome(engine, receipt, message['type'])}"
+    return tell(args, [receipt.as_dict()], [line], 0 if receipt else 3)
 
 
 async def _deliver_caused(engine: FlexiFlowEngine) -> None:
@@ -4882,66 +4934,60 @@ async def _deliver_caused(engine: FlexiFlowEngine) -> None:
         await engine.run(until_idle=True, component=engine.posted.pop())
 
 
-async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
-        message: dict[str, Any]) -> int:
-    """Handle a message and what it causes, and print the receipt; return the exit code."""
-    receipt = await component.handle_message(message, _strict=False)
-    await _deliver_caused(engine)
-    lines = _receipt_lines(engine, receipt, message["type"])
-    return tell(args, [receipt.as_dict()], lines, 0 if receipt else 3)
-
-
-def _receipt_lines(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> Iterator[str]:
+def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
+    """Return what became of a message, for people."""
+    before, after, reason = receipt.from_state, receipt.to_state, receipt.reason
+    text = {"moved": f"{before} -> {after}", "stayed": f"stays in {after}",
+        "blocked": f"blocked in {before}: {reason}"}.get(receipt.outcome, "")
     if receipt.outcome == "moved":
-        timers = [f"   timer in {age(timer['due'] - engine.clock())}"
-            for timer in engine.status(receipt.component)[0]["timers"]]
-        text = f"{receipt.from_state} -> {receipt.to_state}{''.join(timers)}"
-    elif receipt.outcome == "stayed":
-        text = f"stays in {receipt.to_state}"
-    elif receipt.outcome == "blocked":
-        text = f"blocked in {receipt.from_state}: {receipt.reason}"
-    else:
+        for timer in engine.status(receipt.component)[0]["timers"]:
+            text += f"   timer in {age(timer['due'] - engine.clock())}"
+    if not text:
         accepted = engine.accepts(receipt.component)
-        text = f"not accepted in {receipt.from_state} (accepts: {', '.join(accepted) or 'nothing'})"
+        ended = str(reason).startswith("completed")
+        why = reason if ended else f"accepts: {', '.join(accepted) or 'nothing'}"
+        text = f"not accepted in {before} ({why})"
         for close in difflib.get_close_matches(kind, accepted, 1):
             text += f'; did you mean "{close}"?'
-    yield f"{kind}: {text}" + "   (handled before)" * receipt.duplicate
+    return f"{text}{'   (handled before)' * receipt.duplicate}"
 
 
-@command("register --config order.json --start", "create a component from a config and remember it",
-    "--config", "--name", "--allow-import", "--start", opens="write")
+@command("register --config order.json", "create a component from a config, once", "make",
+    "--config --name --allow-import --start --update")
 async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
-    new, definition = component.name in engine._unborn, component.definition
+    component = _component(args, engine)
+    known, before = component.name not in engine._unborn, component.definition.text
     await engine.register_async(component)
     await engine.run(until_idle=True, component=component.name)
-    counts = {"state": len(definition.nodes), "rule": len(component.rules),
-        "timer": sum(rule.after is not None for rule in definition.rules)}
-    text = f"{component.name} is registered already, in {component.state}"
-    if new:
-        parts = ", ".join(_counted(number, noun) for noun, number in counts.items())
-        text = f"{component.name} registered in {engine.queue.path}: {parts}"
-    tell(args, [{"component": component.name, "new": new, "state": component.state,
-        **{f"{noun}s": number for noun, number in counts.items()}}], [text])
+    name, state, definition = component.name, component.state, component.definition
+    updated = definition.text != before
+    new = not known and not updated
+    counts = {"states": len(definition.nodes), "rules": len(component.rules),
+        "timers": sum(rule.after is not None for rule in definition.rules)}
+    text = f"{name} is registered already, in {state}"
+    if new or updated:
+        parts = ", ".join(_counted(number, noun[:-1]) for noun, number in counts.items())
+        text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
+    facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
+    tell(args, [facts], [text])
     hint("next: flexiflow status")
-    if args.start and (new or component.state == definition.birth.node.name):
+    if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0
 
 
-@command('handle --config order.json pay --data \'{"amount": 120}\'',
-    "send a message, or NDJSON messages from stdin (-)", "TYPE", "--config", "--name",
-    "--allow-import", "--content", "--data", "--id", opens="write")
+@command("handle --name order-17 pay --data '{\"amount\": 12}'",
+    "send a message, or NDJSON messages from stdin (-)", "make",
+    "TYPE --config --name --allow-import --content --data --id")
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
         return await _Intake(args, engine).run()
-    message = {} if args.data is None else read_json(args.data, "--data", ArgumentError)
-    if not isinstance(message, dict):
+    data = read_json(args.data, "--data", ArgumentError)
+    if not isinstance(data, dict):
         raise ArgumentError(f"--data is not an object: {args.data}")
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
-    message.update((key, value) for key, value in given.items() if value is not None)
-    check_message(message)
-    component = _component(engine, _config_path(args), args.name)
+    data.update((key, value) for key, value in given.items() if value is not None)
+    message, component = check_message(data), _component(args, engine)
     await engine.run(until_idle=True, component=component.name)
     return await _handled(args, engine, component, message)
 
@@ -4950,10 +4996,11 @@ class _Intake:
     """NDJSON from stdin: lines that are ready together share transactions."""
 
     def __init__(self, args: Any, engine: FlexiFlowEngine) -> None:
-        path = _config_path(args)
+        path = _config_path(args, needed=False)
         self.args, self.engine, self.config = args, engine, path and engine._config(path)
         self.name = args.name or (self.config and self.config.name)
         self.lines = self.again = self.failed = 0
+        self.answers: dict[int, Json] = {}  # line -> its receipt or error, until they are shown
         self.counts: collections.Counter[str] = collections.Counter()  # outcome -> messages
         self.seen: dict[str, AsyncComponent] = {}  # in the order of their first message
 
@@ -4981,8 +5028,7 @@ class _Intake:
 
     async def take(self, lines: list[bytes]) -> None:
         """Handle some lines: components side by side, the messages of each in order."""
-        streams: dict[AsyncComponent, list[tuple[int, dict[str, Any]]]] = {}
-        answers: dict[int, Receipt] = {}
+        streams: dict[AsyncComponent, list[tuple[int, Json]]] = {}
         for line in lines:
             self.lines += 1
             try:
@@ -4992,11 +5038,13 @@ class _Intake:
                     streams.setdefault(component, []).append((self.lines, message))
             except Exception as error:
                 self.fail(self.lines, error)
-        await asyncio.gather(*[self.stream(*one, answers) for one in streams.items()])
-        receipts = [receipt for _, receipt in sorted(answers.items())]
-        self.counts.update(receipt.outcome for receipt in receipts)
-        self.again += sum(receipt.duplicate for receipt in receipts)
-        tell(self.args, [receipt.as_dict() for receipt in receipts], ())
+        await asyncio.gather(*[self.stream(*one) for one in streams.items()])
+        answers = [answer for _, answer in sorted(self.answers.items())]
+        self.answers.clear()
+        self.counts.update(answer["outcome"] for answer in answers if "outcome" in answer)
+        self.failed += sum("error" in answer for answer in answers)
+        self.again += sum(answer.get("duplicate", False) for answer in answers)
+        tell(self.args, answers, ())
         put(end="", flush=True)
 
     async def meet(self, name: Any) -> AsyncComponent:
@@ -5005,22 +5053,26 @@ class _Intake:
             raise ArgumentError(f"Not a component's name: {name!r}",
                 fix='give the line a "component", or use --name')
         if name not in self.seen:
-            if self.engine.get(name) is not None:
+            known = self.engine.get(name)
+            if known is not None:
                 await self.engine.run(until_idle=True, component=name)
-            self.seen[name] = self.engine.get(name) or _component(self.engine, self.config, name)
+            elif self.config is not None:
+                known = self.engine.create_component(self.config, name=name)
+            self.seen[name] = known or self.engine._find(name)
         return self.seen[name]
 
-    async def stream(self, component: AsyncComponent, given: list[tuple[int, dict[str, Any]]],
-            answers: dict[int, Receipt]) -> None:
+    async def stream(self, component: AsyncComponent, given: list[tuple[int, Json]]) -> None:
         for number, message in given:
             try:
-                answers[number] = await component.handle_message(message, _strict=False)
+                receipt = await component.handle_message(message, _strict=False)
+                self.answers[number] = receipt.as_dict()
             except (Exception, SystemExit) as error:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
-        self.failed += 1
-        put(f"line {number}: " + "; ".join(_error_text(error).splitlines()), sys.stderr)
+        text = _error_text(error, "; ")
+        self.answers[number] = {"line": number, "error": text}
+        put(f"line {number}: {text}", sys.stderr)
 
     def summary(self) -> Iterator[str]:
         late = [("handled before", self.again), ("failed", self.failed)]
@@ -5033,11 +5085,10 @@ class _Intake:
             yield from table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
 
 
-@command("update_rules --config order.json new_rules.json",
-    "add rules to a component, or replace them, without losing its state",
-    "RULES", "--config", "--name", "--allow-import", "--replace", opens="write")
+@command("update_rules --name order-17 new_rules.json", "add rules, or replace them", "make",
+    "RULES --config --name --allow-import --replace")
 async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
+    component = _component(args, engine)
     before, rules = fresh(component.rules), ConfigLoader.load_rules(args.RULES)
     after = await component.update_rules(rules, replace=args.replace)
     return tell(args, [{"component": component.name, "before": len(before), "after": len(after)}],
@@ -5046,7 +5097,7 @@ async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
         *(f"  - {_rule_text(rule)}" for rule in before if rule not in after)])
 
 
-def _rule_text(rule: dict[str, Any]) -> str:
+def _rule_text(rule: Json) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
     if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
@@ -5056,14 +5107,14 @@ def _rule_text(rule: dict[str, Any]) -> str:
         *(one if isinstance(one, str) else ", ".join(one) for one in words))
 
 
-@command("diagnose", "check this Python, this file and this store", "--db")
+@command("diagnose", "check this Python, this file and this store", "", "--db")
 def cmd_diagnose(args: Any) -> int:
-    checks = list(_checks(args))
-    good = all(ok for _, _, ok in checks)
-    facts = [{"check": check, "value": value, "ok": ok} for check, value, ok in checks]
-    lines = (f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in checks)
+    found = list(_checks(args))
+    checks = [{"check": check, "value": value, "ok": ok} for check, value, ok in found]
+    good = all(ok for _, _, ok in found)
+    lines = [f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in found]
     title = f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}"
-    return tell(args, [{"ok": good, "checks": facts}], (title, *lines), 0 if good else 1)
+    return tell(args, [{"ok": good, "checks": checks}], [title, *lines], 0 if good else 1)
 
 
 def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
@@ -5073,7 +5124,7 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
     yield "platform", sys.platform, True
     try:
         yield "sqlite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 34)
-        with contextlib.closing(_store(args, readonly=True)) as store:
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
             if not os.path.exists(store.path):
                 yield "store", f"{store.path}: not made yet", True
                 return
@@ -5082,17 +5133,17 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
             yield "journal", store.rows("PRAGMA journal_mode")[0][0], True
             yield "components", f"{len(store.names()):,}", True
     except (ImportError, FlexiFlowError) as error:
-        yield "store", "; ".join(str(error).splitlines()), False
+        yield "store", _error_text(error, "; "), False
 
 
-@command("status order-17", "list the components, or show all about one", "component", opens="read")
+@command("status order-17", "list the components, or show all about one", "read", "component")
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
     found, now = engine.status(args.component), engine.clock()
     every = args.component is None
     return tell(args, found, _overview(found, now) if every else _details(engine, found[0], now))
 
 
-def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
+def _overview(found: list[Json], now: float) -> Iterator[str]:
     rows = ((one["name"], one["state"], age(now - (one["since"] or now)), one["seq"],
         one["waiting"], _timer_text(one["timers"][0], now) if one["timers"] else "-",
         one["dead"] or "-") for one in found)
@@ -5102,12 +5153,12 @@ def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
         + _counted(dead, "dead letter"))
 
 
-def _timer_text(timer: dict[str, Any], now: float) -> str:
+def _timer_text(timer: Json, now: float) -> str:
     due = timer["due"] - now
     return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
-def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iterator[str]:
+def _details(engine: FlexiFlowEngine, facts: Json, now: float) -> Iterator[str]:
     since = facts["since"] or now
     yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
         f" ({age(now - since)})" + ", completed" * (facts["completed"] is not None))
@@ -5120,37 +5171,152 @@ def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iter
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
 
 
-@command("history order-17 --limit 20", "show what happened to a component, the newest last",
-    "component", "--limit", opens="read")
+@command("history order-17", "show the steps, the newest last", "read", "component --limit")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     if args.component is not None:
         engine.status(args.component)  # raises if there is none
     steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
-    header = ("V", "WHEN", "COMPONENT", "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
-    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]), step["component"],
-        step["message"].get("type", "-"), step["from_state"], step["to_state"], step["outcome"],
-        step["id"]) for step in steps)))
+    every = args.component is None
+    header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
+    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),
+        *[step["component"]] * every, step["message"].get("type", "-"), step["from_state"],
+        step["to_state"], step["outcome"], step["id"]) for step in steps)))
 
 
-def _explained(args: Any) -> ConfigExplanation:
-    path = _config_path(args)
-    if path is None:
-        raise ConfigError("No config given", fix="name a file, or set FLEXIFLOW_CONFIG")
-    return explain(path, imports=not args.no_imports, allow_imports=args.allow_import)
+@command("run --until-idle", "deliver messages and timers when they are due, until Ctrl-C", "write",
+    "--until-idle --concurrency --allow-import")
+async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
+    dead: list[Any] = []
+    start, seen, loop = time.monotonic(), itertools.count(1), asyncio.get_running_loop()
+
+    def finish() -> None:
+        engine._stopping = True
+        engine._wake()
+
+    await engine.event_bus.subscribe("message.dead", "run", dead.append)
+    if sys.stderr is not None and sys.stderr.isatty():
+        await engine.event_bus.subscribe("component.message.received", "run",
+            lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; another thread
+        loop.add_signal_handler(signal.SIGTERM, finish)
+    work = asyncio.ensure_future(
+        engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
+    try:
+        await asyncio.wait([work])
+    finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
+        finish()
+        delivered, spent = await work, time.monotonic() - start
+        hint("\r", end="")
+        tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
+            [f"{delivered:,} delivered, {len(dead):,} dead, {spent:.2f} s"])
+    return 0
 
 
-@command("explain order.json", "check a config and say what it means",
-    "file", "--config", "--allow-import", "--no-imports")
+@command("dead-letters", "list the messages that were given up", "read", "component")
+def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
+    letters, now = engine.dead_letters(args.component), engine.clock()
+    if args.component is not None and not letters:
+        engine.status(args.component)  # raises if there is none
+    header = ("ID", "COMPONENT", "MESSAGE", "TRIES", "AGE", "ERROR")
+    return tell(args, letters, table(header, ((one["number"], one["component"],
+        one["message"]["type"] if isinstance(one["message"], dict) else "-", one["attempts"],
+        age(now - one["dead"]), one["error"].partition("\n")[0]) for one in letters)))
+
+
+@command("redrive 17", "give dead letters back to the queue", "write", "ID --all --name")
+async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.all == bool(args.ID):
+        raise UsageError("Either numbers of dead letters or --all is needed",
+            fix="flexiflow redrive 17, or flexiflow redrive --all"
+            "\nflexiflow dead-letters shows the numbers")
+    letters = await engine.redrive(*args.ID, name=args.name)
+    counts = collections.Counter(letter["component"] for letter in letters)
+    lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
+    hint("next: flexiflow run --until-idle")
+    return tell(args, letters, lines or ["no dead letters"])
+
+
+@command("replay --config new.json", "decide again: what differs?", "read", "component --config")
+def cmd_replay(args: Any, engine: FlexiFlowEngine) -> int:
+    found = engine.replay(args.component, args.config)
+    lines = itertools.chain.from_iterable(map(_replay_lines, found))
+    return tell(args, found, lines, int(any(one["differences"] for one in found)))
+
+
+def _replay_lines(found: Json) -> Iterator[str]:
+    """Yield how a component's history comes out now, and each step that differs."""
+    text = f"{found['same']:,} of {_counted(found['steps'], 'step')} same"
+    if found["differences"]:
+        text += f"; it would be in {found['would_be']}, and is in {found['state']}"
+    if found["skipped"]:
+        text = f"skipped: {found['skipped']}"
+    yield f"{found['component']}: {text}"
+    for one in found["differences"]:
+        now, was = _step_text(*one["now"]), _step_text(*one["was"])
+        yield f"  step {one['seq']}: {one['message']} gave {now}, history says {was}"
+
+
+def _step_text(outcome: str, before: str, after: str, *data: Json) -> str:
+    text = f"{before} -> {after}" if outcome == "moved" else f"{outcome} in {before}"
+    return text + "".join(f" with {json.dumps(one, ensure_ascii=False)}" for one in data)
+
+
+@command("prune --keep 100 --dry-run", "delete history, and forget its messages' ids", "write",
+    "component --keep --older-than --completed --dry-run")
+async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.keep is None and args.older_than is None and not args.completed:
+        raise UsageError("Nothing says what to prune",
+            fix="--keep 100, --older-than 30d, or both (what neither keeps), or --completed")
+    if args.component is not None:
+        engine.status(args.component)  # raises if there is none
+    found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
+        completed=args.completed, dry_run=args.dry_run)
+    did = "would delete" if args.dry_run else "deleted"
+    gone = [_counted(len(found["ids"]), "message id"),
+        *(f"component {name}" for name in found["components"])]
+    return tell(args, [{**found, "dry_run": args.dry_run}], [
+        f"{did} {found['rows']:,} of {_counted(found['of'], 'history row')}",
+        f"with them: {', '.join(gone)}"])
+
+
+@command("remove order-17", "remove a component with all that is its own", "write", "NAME --yes")
+async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
+    agreed = args.yes
+    if not agreed:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError("Nobody to ask: stdin is no terminal", fix="add --yes")
+        put(f"Remove {printable(args.NAME)}, history and all? [y/N] ", sys.stderr, "", flush=True)
+        before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
+        agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
+        _on_interrupt(before)
+    if agreed:
+        await engine.remove(args.NAME)
+    text = f"{args.NAME} removed" if agreed else f"{args.NAME} stays"
+    return tell(args, [{"component": args.NAME, "removed": agreed}], [text], 0 if agreed else 1)
+
+
+@command("backup copy.db", "copy the store, as it is at one moment", "read", "FILE")
+def cmd_backup(args: Any, engine: FlexiFlowEngine) -> int:
+    asyncio.run(engine.backup(args.FILE))
+    facts = {"store": engine.queue.path, "backup": args.FILE}
+    return tell(args, [facts], ["{store} copied to {backup}".format(**facts)])
+
+
+_CHECKED = "file --config --allow-import --no-imports"
+
+
+@command("explain order.json", "check a config and say what it means", "", _CHECKED)
 def cmd_explain(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
         0 if found.is_valid else 1)
 
 
-@command("visualize order.json", "draw a config as a Mermaid flowchart",
-    "file", "--config", "--allow-import", "--no-imports", "--format", "-o --output")
+@command("visualize order.json", "draw a config", "", f"{_CHECKED} --format -o/--output")
 def cmd_visualize(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     if found.errors:
         raise _as_error(found.errors, found.config_path)
     text = visualize(found, format=args.format)
@@ -5163,20 +5329,22 @@ def cmd_visualize(args: Any) -> int:
 def _parse(argv: list[str]) -> Any:
     # Without a width and a prog, argparse would import shutil and look at the terminal.
     shape = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
-    common: Any = {"formatter_class": shape, "allow_abbrev": False}
-    examples = "\n".join(f"  flexiflow {one['example']}" for one in COMMANDS.values())
-    parser = argparse.ArgumentParser(prog="flexiflow", **common,
+    make: Any = functools.partial(
+        argparse.ArgumentParser, allow_abbrev=False, formatter_class=shape)
+    examples = "\n".join(f"  flexiflow {one.example}" for one in COMMANDS.values())
+    parser = make(prog="flexiflow",
         description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
     parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
-    commands = parser.add_subparsers(prog="flexiflow", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog="flexiflow", metavar="COMMAND", required=True, parser_class=make)
     for name, one in COMMANDS.items():
         aliases = [name.replace("_", "-")] if "_" in name else []
-        added = commands.add_parser(name, help=one["text"], aliases=aliases, **common,
-            description=f"example: flexiflow {one['example']}\n\n{one['text']}")
-        for option in one["options"] if argv[:1] in ([name], aliases) else ():
-            added.add_argument(*option.split(), **OPTIONS[option])
-        added.set_defaults(run=one["run"], opens=one["opens"])
+        added = commands.add_parser(name, help=one.text, aliases=aliases,
+            description=f"example: flexiflow {one.example}\n\n{one.text}")
+        for option in one.options if argv[:1] in ([name], aliases) else ():
+            added.add_argument(*option.split("/"), **OPTIONS[option])
+        added.set_defaults(command=one)
     if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
@@ -5187,13 +5355,18 @@ def _parse(argv: list[str]) -> Any:
 
 def _run(args: Any) -> Any:
     """Call the command with what it opens, and close that; return the exit code."""
-    if not args.opens:
-        return args.run(args)
-    store = _store(args, readonly=args.opens == "read")
-    if args.opens == "write":
-        return asyncio.run(_session(args, store))
-    with contextlib.closing(store):
-        return args.run(args, FlexiFlowEngine(store))
+    opens, call = args.command.opens, args.command.run
+    if not opens:
+        return call(args)
+    if opens != "make":
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
+            if opens == "read":
+                return call(args, FlexiFlowEngine(store))
+            store.rows("PRAGMA user_version")  # raises if there is no store
+    try:
+        return asyncio.run(_session(args, SQLiteStore(_store_path(args))))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _session(args: Any, store: SQLiteStore) -> Any:
@@ -5201,14 +5374,11 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
     log.addFilter(_one_line)
-    engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    before = _on_interrupt(lambda *_: loop.call_soon_threadsafe(task.cancel))
+    engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
+    task: Any = asyncio.current_task()
+    before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
     try:
-        return await args.run(args, engine)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        return await args.command.run(args, engine)
     finally:
         await engine.close()
         _on_interrupt(before)
@@ -5217,9 +5387,8 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
 def _brief(record: logging.LogRecord) -> bool:
     """Say of an exception what it is; FLEXIFLOW_DEBUG=1 keeps the traceback."""
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
-        lines = _error_text(record.exc_info[1]).splitlines()
-        record.msg, record.args = f"{record.getMessage()}: {'; '.join(lines)}", None
-        record.exc_info = None
+        why = _error_text(record.exc_info[1], "; ")
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
     return True
 
 
@@ -5254,7 +5423,7 @@ def main(argv: list[str] | None = None) -> int:
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import
