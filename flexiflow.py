@@ -4197,7 +4197,8 @@ class FlexiFlowEngine:
             await self.queue.write(None, rows)
             return
         (row,), now = found, self.clock()
-        attempts, component = row["attempts"] + (not begun), self.components.get(row["component"])
+        attempts, component = row["attempts"], self.components.get(row["component"])
+        attempts += not (begun or dead)  # what is given up at once has not been tried
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
             attempts = row["attempts"]  # it has not been tried
@@ -4210,7 +4211,7 @@ class FlexiFlowEngine:
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
-            "state": component and component.state}
+            "state": component and component.state, "attempts": attempts}
         await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
@@ -4443,12 +4444,17 @@ class FlexiFlowEngine:
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
 
 
+def _failures(row: Json) -> int:
+    """Return how many of the attempts at a message of the queue have failed, and not died."""
+    return json.loads(row["error"] or "{}").get("attempts", 0)  # type: ignore[no-any-return]
+
+
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
     def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
-        self.concurrency, self.called_off = concurrency, False
+        self.concurrency, self.called_off, self.alone = concurrency, False, False
         self.streams: dict[str, asyncio.Task[int]] = {}
 
     async def run(self, until_idle: bool) -> int:
@@ -4482,13 +4488,18 @@ class _Delivery:
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
         claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
-        room = self.concurrency - len(self.streams)
+        self.alone = self.alone and bool(self.streams)
+        room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
+        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
+        if deadly:  # its process died of it twice: it would take down what runs beside it
+            self.alone = not self.streams
+            rows = deadly[:1] if self.alone else []
         for row in rows:
             if row["component"] in found or len(found) < room:
                 found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not rows and self._placed([*self.streams]))
+        return found, bool(claimed and not found and self._placed([*self.streams]))
 
     def _placed(self, besides: list[str]) -> list[Json]:
         """Return the first rows that may run, besides those of some components."""
@@ -4504,32 +4515,39 @@ class _Delivery:
         """Deliver rows of one component; what fails is tried again later, if it can be read."""
         for count, row in enumerate(rows):
             try:
-                if not await self._deliver_one(row):
-                    return count
+                await self._deliver_one(row)
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
                     self.engine._give_back(row)
                     raise
+                if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
+                    self.engine._give_back(row)
+                    return count
                 await self.engine._failed(row, error)
         return len(rows)
 
-    async def _deliver_one(self, row: Json) -> bool:
-        """Deliver a row; return False where its component's code is not to be had here."""
+    def _is_foreign(self, name: str, error: ImportError_) -> bool:
+        """Tell whether a component's own code is not to be had here; say so once."""
+        engine = self.engine
+        known, head = engine.components.get(name), engine.store and engine.store.head(name)
+        if not head or (known and known.definition.hash == head["definition"]):
+            return False
+        if head["definition"] not in engine._foreign:
+            engine._foreign.add(head["definition"])
+            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
+        return True
+
+    async def _deliver_one(self, row: Json) -> None:
+        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
         engine, name = self.engine, row["component"]
         try:
             message = message_of(self.queue.sealed(row))
         except (PersistenceError, ValueError) as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         try:
             component = engine._find(name)
-        except ImportError_ as error:
-            engine._foreign.add(engine._head(name)["definition"])
-            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
-            return False
         except ConfigError as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         await engine._announce()
         if row["attempts"] >= engine._retry(name).max_attempts:
             died = StateError(f"Its process died of it {row['attempts']} times",
@@ -4537,7 +4555,6 @@ class _Delivery:
             await engine._failed(row, died, dead=True)
         else:
             await component.handle_message(message, _row=row)
-        return True
 
 
 # --------------------------------------------------------------------------------------------
