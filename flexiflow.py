@@ -4152,22 +4152,29 @@ class FlexiFlowEngine:
         that there is not, and when the component completes in another one.
         """
         component, start = self._find(name), time.monotonic()
+        if not states:
+            raise ArgumentError(
+                f"No state to wait for: {name!r}", fix='name one or more: wait(name, "Done")')
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            (facts,), definition = self.status(name), component.definition
+            (facts,) = self.status(name)
+            if facts["seq"] != component.seq and component._turn is None:
+                component._load(self._head(name))  # another process has changed it
+            definition, state = component.definition, facts["state"]
             known = definition.nodes if definition else component.state_machine.registry.names()
-            for state in states:
-                if state not in known:
-                    raise StateError(f"Unknown state: {state!r}", fix=choose(state, known))
-            if {facts["state"], *(definition.sources(facts["state"]) if definition else ())} & {
-                    *states}:
+            for wanted in states:
+                if wanted not in known:
+                    raise StateError(f"Unknown state: {wanted!r}", fix=choose(wanted, known))
+            around = definition.sources(state) if definition and state in known else ()
+            if {state, *around} & {*states}:
                 return component
-            late = timeout is not None and time.monotonic() - start >= timeout
-            if late or facts["completed"] is not None:
-                raise StateError(f"{name!r} is in {facts['state']!r}, not in {' or '.join(states)}",
-                    why=f"waited {timeout:g} s" if late else "it has completed", component=name)
-            await self._sleep(0.05 if self.store is not None else 1.0)
+            left = math.inf if timeout is None else timeout - (time.monotonic() - start)
+            if left <= 0 or facts["completed"] is not None:
+                raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
+                    why=f"waited {timeout:g} s" if left <= 0 else "it has completed",
+                    component=name)
+            await self._sleep(min(left, 0.05 if self.store is not None else 1.0))
 
     async def run(self, *, until_idle: bool = False, concurrency: int = 100,
             component: str | None = None) -> int:
