@@ -3876,6 +3876,7 @@ class FlexiFlowEngine:
         self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
+        self._newcomers = False  # for `run` to see to
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
         self._configs: dict[str, ComponentConfig] = {}  # by what they say
         self._definitions: dict[str, Definition] = {}  # of the store, by hash
@@ -3933,6 +3934,8 @@ class FlexiFlowEngine:
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
+            self._newcomers = True
+            self._wake()
         elif known.name not in self._warned:
             self._warned.add(known.name)
             self.logger.warning("Component %r goes on with its own definition, which differs from"
@@ -4012,6 +4015,8 @@ class FlexiFlowEngine:
         self.components[component.name] = component
         self.logger.debug("Registered component: %s", component.name)
         self._unannounced.append(component)
+        self._newcomers = True
+        self._wake()
         if self.event_bus.listens("engine.component.registered"):
             with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
                 self._spawn(self._announce)
@@ -4187,7 +4192,8 @@ class FlexiFlowEngine:
             raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
-        await self._settle()
+        self._newcomers = False
+        await self._settle()  # what has come due by now runs in due order
         return await _Delivery(self, component, concurrency).run(until_idle)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
@@ -4462,7 +4468,7 @@ class _Delivery:
     def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
         self.concurrency, self.called_off, self.alone = concurrency, False, False
-        self.streams: dict[str, asyncio.Task[int]] = {}
+        self.streams: dict[str, asyncio.Task[Any]] = {}
 
     async def run(self, until_idle: bool) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
@@ -4470,6 +4476,9 @@ class _Delivery:
         try:
             while True:
                 more = False
+                if engine._newcomers and "" not in self.streams:  # which names no component
+                    engine._newcomers = False
+                    self.streams[""] = asyncio.ensure_future(engine._settle())
                 if until_idle or not engine._stopping:
                     ready, more = await self._ready()
                     for name, rows in ready.items():
@@ -4478,7 +4487,7 @@ class _Delivery:
                     return delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
-                    delivered += self.streams.pop(name).result()
+                    delivered += self.streams.pop(name).result() or 0
         finally:
             self.called_off = True
             for task in self.streams.values():
