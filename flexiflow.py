@@ -2771,7 +2771,7 @@ class SQLiteStore:
         return names
 
     def head(self, name: str) -> Json | None:
-        """Return a component's row as a dict, with `chain`, the crc of its last journal row.
+        """Return a component's row as a dict, with `crc` and that of its last journal row, `chain`.
 
         What is JSON comes decoded; `data_text` is the data as it is stored.
         """
@@ -2782,7 +2782,7 @@ class SQLiteStore:
             " FROM (SELECT ? AS asked) LEFT JOIN flexiflow_components ON name=asked", (name,))
         if found is None and chain is None:
             return None
-        head = dict(zip(_HEAD, values), name=name, chain=chain)
+        head = dict(zip(_HEAD, values), name=name, chain=chain, crc=crc)
         if found is None:
             raise self.damaged(f"component {name!r} has only a history", component=name)
         if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
@@ -2872,10 +2872,11 @@ DRAIN_LIMIT = 1000  # messages of its own that a component handles before the ne
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
-_SEQ = "SELECT seq FROM flexiflow_components WHERE name=?"
+# By its crc, a component that was removed and made anew is told from what it was.
+_STAMP = "SELECT seq, crc FROM flexiflow_components WHERE name=?"
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
-    " WHERE name=? AND seq=? AND ? IN (owner, '')")
+    " WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
@@ -2927,9 +2928,9 @@ class Receipt(namedtuple("Receipt",
 
 
 # What is committed of a component, beside its state object: replaced as a whole. `text` is the
-# data as it is stored, `chain` the crc of the last journal row.
-Head = namedtuple("Head", "definition data seq since completed text chain")
-_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0)
+# data as it is stored, `chain` the crc of the last journal row, `crc` that of the component.
+Head = namedtuple("Head", "definition data seq since completed text chain crc")
+_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0, 0)
 
 
 def _is_name(value: Any) -> bool:
@@ -3132,8 +3133,8 @@ class Turn(Context):
         component, store = self.component, self.engine.store
         if store is not None:
             await store.settled()
-        changed = store is not None and store.rows(_SEQ, (component.name,)) != [
-            (component.head.seq,)]
+        changed = store is not None and store.rows(_STAMP, (component.name,)) != [
+            (component.head.seq, component.head.crc)]
         if changed:
             component._load(self.engine._head(component.name))
         self.begin()
@@ -3292,7 +3293,7 @@ class Turn(Context):
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
-            changed or definition, plan.data, seq, since, completed, None, 0))
+            changed or definition, plan.data, seq, since, completed, None, 0, 0))
         if engine.store is not None:
             return self._write(plan, head, rows)
         if not rows:
@@ -3312,13 +3313,14 @@ class Turn(Context):
             text if text != old.text or not seq else None, self.now)
         chain = checksum(*entry, start=old.chain)
         values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
-        values += (checksum(component.name, *values, start=chain), component.name)
+        crc = checksum(component.name, *values, start=chain)
+        values += (crc, component.name)
         owner = self.engine.id if self.claimed else ""  # rules alone mind no claim
 
         def check(execute: Callable[..., Any]) -> str | None:
             if not self._queued():
                 return "moved on"
-            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
+            done = (execute(_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq
                 else execute(_NEW_HEAD, values))
             return None if done.rowcount == 1 else "moved on"
 
@@ -3326,7 +3328,7 @@ class Turn(Context):
         if not seq or definition is not old.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
         return self.engine.store.write(check, [*journal, *rows], functools.partial(
-            component._adopt, head._replace(text=text, chain=chain), plan.state, self))
+            component._adopt, head._replace(text=text, chain=chain, crc=crc), plan.state, self))
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
@@ -3723,7 +3725,7 @@ class AsyncComponent:
         if head["state"] not in definition.nodes:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
         self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
-            head["data_text"], head["chain"]),
+            head["data_text"], head["chain"], head["crc"]),
             definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
@@ -4397,7 +4399,8 @@ class FlexiFlowEngine:
 
     async def backup(self, path: Path) -> None:
         """Copy the store, as it is at one moment, into a file that is a store by itself."""
-        with self._stored()._translated():
+        await self._stored().settled()  # a commit under way may fail
+        with self.store._translated():
             self.store.backup(os.fspath(path))
 
     def replay(self, name: str | None = None, config: Any = None) -> list[Json]:
