@@ -3660,15 +3660,19 @@ class AsyncComponent:
         self.head = self.head._replace(definition=definition)
         self.state_machine.registry = definition.registry
 
-    def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
-        """Return a definition with these rules instead; raise ConfigError if it is not good."""
+    def _compiled(self, rules: list[Json], replace: bool = True,
+            states: Json = _EMPTY) -> Definition:
+        """Return a definition with these rules instead; raise ConfigError if it is not good.
+
+        `states` are those that a component made by hand is to have.
+        """
         machine, old = self.state_machine, self.definition
         registry = machine.registry._parent if old else StateRegistry(machine.registry)
         if registry is None or registry is DEFAULT_REGISTRY:
             registry = StateRegistry(DEFAULT_REGISTRY)
         if old is None and registry.get(self.state) is None:
             registry.register(self.state, type(machine._state))
-        source = old.source if old else {"initial_state": self.state}
+        source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
             definition = _compile(config, registry, self._engine.allow_imports)
@@ -3928,15 +3932,23 @@ class FlexiFlowEngine:
 
         Raises StateError where another object has the name.
         """
+        self._register(component)
+
+    def _register(self, component: AsyncComponent, states: Json = _EMPTY) -> None:
         other = self.components.get(component.name)
         if other is component:
             return
         if other is not None or component._engine is not _ALONE:
             raise StateError(f"Component {component.name!r} is registered already",
                 why="two of one name would overwrite each other", fix="use another name")
-        if component.definition is None and (self.store is not None or component._rules):
-            component._define(component._compiled(component.rules))
-        self._add(component, self.store and self.store.head(component.name))
+        component._engine = self  # which says what may be imported
+        try:
+            if component.definition is None and (self.store or component._rules or states):
+                component._define(component._compiled(component.rules, states=states))
+            self._add(component, self.store and self.store.head(component.name))
+        except BaseException:
+            component._engine = _ALONE
+            raise
 
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
@@ -3948,7 +3960,7 @@ class FlexiFlowEngine:
         component = AsyncComponent(snapshot.name, fresh(snapshot.rules) or None, machine)
         component.head = _NO_HEAD._replace(data=fresh(snapshot.data))
         component.metadata = fresh(snapshot.metadata)
-        self.register(component)
+        self._register(component, snapshot.states)
         return component
 
     def get(self, name: str) -> AsyncComponent | None:
@@ -3983,14 +3995,10 @@ class FlexiFlowEngine:
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
         component._engine = self
-        try:
-            if head is not None:
-                component._load(head)
-            elif component.definition is not None:
-                self._conceive(component, component.definition)
-        except BaseException:
-            component._engine = _ALONE
-            raise
+        if head is not None:
+            component._load(head)
+        elif component.definition is not None:
+            self._conceive(component, component.definition)
         component.logger = component.logger or self.logger
         component.event_bus = component.event_bus or self.event_bus
         self.components[component.name] = component
@@ -4007,6 +4015,9 @@ class FlexiFlowEngine:
         birth = definition.birth
         if birth.node.name != component.state:  # made by hand, and not in its initial state
             birth = definition.passage(None, "*", component.state)
+        if component.metadata is not None:  # restored: its entry is over, its timers begin again
+            birth = copy.copy(birth)
+            birth.steps = ()
         plan = Plan("created", component.head.data, birth)
         turn = Turn(component, None, {"type": "created"})
         follow(plan, turn.scope(birth.node.name))

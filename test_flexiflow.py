@@ -5079,6 +5079,35 @@ class SnapshotFiles(SnapshotCase):
         self.assertEqual(self.run_async(run()),
             ({"Off": {}, "On": {"description": "Bright"}}, "On", "Off"))
 
+    def test_a_state_comes_back_within_its_parents(self):
+        config = {"name": "order", "initial_state": "Draft", "data": {"opened": 0},
+            "states": {"Draft": {}, "Open.Unpaid": {}, "Open.Late": {}, "Paid": {"final": True},
+                "Open": {"initial": "Open.Unpaid",
+                    "entry": {"assign": {"opened": {"+": ["$data.opened", 1]}}}}},
+            "rules": [{"from": "Draft", "on": "place", "to": "Open"},
+                {"from": "Open.Unpaid", "after": "1h", "to": "Open.Late"},
+                {"from": "Open", "on": "pay", "to": "Paid"}]}
+        path = self.path("order.json")
+
+        async def run(registry, clock):
+            component = FlexiFlowEngine().create_component(config)
+            await component.handle_message({"type": "place"})
+            ff.save_component(component, path)
+            engine = FlexiFlowEngine(clock=clock)
+            restored = ff.restore_component(ff.load_snapshot(path), engine,
+                component.state_machine.registry if registry else None)
+            found = [restored.state]
+            clock.now += 3600
+            await engine.run(until_idle=True)
+            found.append(restored.state)
+            await engine.handle_message("order", "pay")
+            return [*found, restored.state, restored.completed is not None, restored.data]
+
+        for registry in (True, False):
+            with self.subTest(registry=registry):
+                self.assertEqual(self.run_async(run(registry, Clock())),
+                    ["Open.Unpaid", "Open.Late", "Paid", True, {"opened": 1}])
+
     def test_an_unknown_state_is_refused_with_the_known_ones(self):
         snapshot = ff.ComponentSnapshot("order", "InitalState", [], {})
         engine = FlexiFlowEngine()
@@ -8700,7 +8729,8 @@ def plain(text: str) -> str:
     for pattern, name in (
         (r"(?m)^Executing <.*\n", ""), (r"\b[0-9a-f]{12}-\d+", "ID"),
         (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?", "TIME"),
-        (r"\b\d+s\b", "0s"), (r"\d+\.\d\d s\b", "0.00 s"), (r"\d{9,}\.\d+", "0.0"), (r" {2,}", "  "), (r" +\n", "\n"),
+        (r"\b\d+s\b", "0s"), (r"\d+\.\d\d s\b", "0.00 s"), (r"\d{9,}\.\d+", "0.0"),
+        (r" {2,}", "  "), (r" +\n", "\n"),
     ):
         text = re.sub(pattern, name, text)
     return text
@@ -9611,7 +9641,7 @@ class Interruptions(Shell):
                     self.assertEqual((child.wait(30), child.stderr.read()), (130, "interrupted\n"))
 
     def work(self):
-        """Start a worker whose action says that it has begun, and ends when there is a file `go`."""
+        """Start a worker whose action says that it has begun, and ends when `go` is there."""
         self.write("acts.py", "import asyncio, os\n\n\nasync def wait(message, component):\n"
             "    print('begun', flush=True)\n    while not os.path.exists('go'):\n"
             "        await asyncio.sleep(0.01)\n")
@@ -9655,7 +9685,9 @@ class Interruptions(Shell):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.1)
                 break
-        self.assertEqual(self.ended(child), (130, "", "interrupted\n", "A", 1, 0))
+        code, *rest = self.ended(child)
+        self.assertEqual(rest, ["", "interrupted\n", "A", 1, 0])
+        self.assertIn(code, (130, -signal.SIGINT))  # the last one may meet an exiting interpreter
 
     def test_kill_9_keeps_what_was_answered(self):
         child = self.start("handle", "-", "--config", "lamp.json", "--json")
