@@ -76,14 +76,11 @@ import functools
 import importlib
 import itertools
 import json
-import logging
 import math
 import operator
 import os
 import re
-import threading
 import time
-import traceback
 import types
 import zlib
 from collections import deque, namedtuple
@@ -99,32 +96,39 @@ if TYPE_CHECKING:
     import difflib
     import hashlib
     import inspect
+    import logging
     import random
     import signal
     import sqlite3
+    import threading
+    import traceback
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, TypeVar, Union
+    from typing import Any, TypeVar, Union
 
     Function = TypeVar("Function", bound=Callable[..., Any])
     Json = dict[str, Any]  # an object
     Path = Union[str, os.PathLike[str]]
     Scope = dict[str, Any]  # what a guard or value may look at: see `decide`
     Row = tuple[str, tuple[Any, ...]]  # an SQL statement and its parameters
+    _Later: Any
 else:
 
     class _Later:
-        """A module imported at its first use: `status` starts in half the time without asyncio."""
+        """A module, or our logger, made at its first use: `status` starts in half the time."""
 
-        def __init__(self, name):
-            self._name = name
+        def __init__(self, name, make=importlib.import_module):
+            vars(self).update(_name=name, _make=make)
 
         def __getattr__(self, attribute):
-            module = globals()[self._name] = importlib.import_module(self._name)
-            return getattr(module, attribute)
+            made = globals()[self._name] = self._make(self._name)
+            return getattr(made, attribute)
+
+        def __setattr__(self, attribute, value):
+            setattr(self._make(self._name), attribute, value)
 
     for _name in (
-            "argparse asyncio collections datetime difflib hashlib inspect random signal "
-            "sqlite3").split():
+            "argparse asyncio collections datetime difflib hashlib inspect logging "
+            "random signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
 
 __all__ = [
@@ -159,13 +163,14 @@ __all__ = [
 # Everything that FlexiFlow refuses is a FlexiFlowError that says what happened, why, how to
 # mend it, and with which values. Whatever the values hold, it prints no control characters.
 
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def printable(text: object) -> str:
     """Escape what could forge a line or turn the text around: controls, bidi marks, surrogates."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    shown = str(text)
+    return shown if shown.isprintable() else re.sub(
+        _UNSAFE, lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 @dataclass
@@ -262,10 +267,6 @@ MAX_DEPTH = 100  # brackets within brackets
 _BRACKETS = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]'  # compiled when needed: starting is quick
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _whole(digits: str) -> int:
     # Some builds of Python have no limit of their own, and reading digits takes quadratic time.
     if len(digits) > 4300:
@@ -275,8 +276,9 @@ def _whole(digits: str) -> int:
 
 def _finite(digits: str) -> float:
     number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"the number {digits[:40]} is too large")
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large" if digits[-1].isdigit()
+            else f"{digits} is not JSON")
     return number
 
 
@@ -288,73 +290,72 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise ValueError(f"the key {twice!r} stands twice in one object")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite,
+_decode = json.JSONDecoder(parse_constant=_finite, parse_int=_whole, parse_float=_finite,
     object_pairs_hook=_distinct).decode
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-    sort_keys=True).encode
+    sort_keys=True, check_circular=False).encode  # for what `_exact` has seen, or was read
 
 
-def _check_depth(text: str) -> None:
-    """Raise ValueError where brackets stand deeper than MAX_DEPTH; nothing is parsed for it."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
+def _depth(text: str) -> int:
+    """Return how deep brackets stand within brackets; nothing is parsed for it."""
     steps = ((mark in "[{") - (mark in "]}") for mark in re.findall(_BRACKETS, text))
-    if max(itertools.accumulate(steps)) > MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
-
-
-def parse_json(source: str | bytes, limit: int = MAX_JSON) -> Any:
-    """Return the value of a JSON document; raise ValueError for whatever is not strict JSON.
-
-    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
-    that are not UTF-8, more than MAX_DEPTH levels or `limit` bytes.
-    """
-    octets = source.encode("utf-8") if isinstance(source, str) else source
-    if len(octets) > limit:
-        raise ValueError(f"more than {limit} bytes")
-    text = octets.decode("utf-8")
-    _check_depth(text)
-    value = _decode(text)
-    if "\\u" in text:
-        _encode(value).encode("utf-8")  # raises for a lone surrogate
-    return value
+    return max(itertools.accumulate(steps))
 
 
 def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> Any:
-    """Return the value of the JSON document called `name`; raise `error` if it is not good."""
+    """Return the value of the JSON document called `name`; raise `error` if it is not strict.
+
+    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
+    that are not UTF-8, more than MAX_DEPTH levels or MAX_JSON bytes.
+    """
     try:
-        return parse_json(source)
+        octets = source.encode("utf-8") if isinstance(source, str) else source
+        if len(octets) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        text = octets.decode("utf-8")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
+        value = _decode(text)
+        if "\\u" in text:
+            _encode(value).encode("utf-8")  # raises for a lone surrogate
+        return value
     except (ValueError, RecursionError, MemoryError) as problem:
         raise error(f"Not valid JSON: {name}", why=str(problem)) from problem
 
 
-def _flaws(value: Any, path: str) -> Iterator[str]:
-    """Say what keeps `value` from being JSON, and where."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
+_ATOMS = frozenset({str, bool, type(None)})  # each value of these reads back as it is
+_NUMBERS = frozenset({int, float})  # of these, what is below _HUGE: NaN and Infinity are not
+_HUGE = 10**4300
+
+
+def _exact(parts: Any, path: str, room: list[int], depth: int = 0) -> bool:
+    """Tell whether all types are JSON's own, so that reading is bound to give the same values.
+
+    Raises ValueError for what is no JSON, and where; also for too deep, and for too much: one
+    list may stand in many places.
+    """
+    room[0] -= len(parts)
+    if depth > MAX_DEPTH or room[0] < 0:
+        raise ValueError(
+            f"{path[:60]}: more than {MAX_DEPTH} brackets within brackets, or too much")
+    keyed, exact = isinstance(parts, dict), parts.__class__ is dict or parts.__class__ is list
+    for key, part in parts.items() if keyed else enumerate(parts):
+        if keyed and key.__class__ is not str:
+            exact = False
             if not isinstance(key, str):
-                yield f"the key {key!r} at {path} is not a string"
-            yield from _flaws(inner, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _flaws(inner, f"{path}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path} is {value}"
-    elif value is not None and not isinstance(value, (str, int, float)):
-        yield f"{path} is a {type(value).__name__}"
-
-
-def _check_nesting(value: Any, name: str, limit: int) -> None:
-    """Raise ValueError for what is too deep or too much, without recursion: stacks are small."""
-    outer = [value] if isinstance(value, (dict, list, tuple)) else []
-    for _ in range(MAX_DEPTH):
-        if sum(map(len, outer)) > limit:
-            raise ValueError(f"{name} takes more than {limit} bytes")
-        parts = (one.values() if isinstance(one, dict) else one for one in outer)
-        outer = [one for part in parts for one in part if isinstance(one, (dict, list, tuple))]
-        if not outer:
-            return
-    raise ValueError(f"{name}: more than {MAX_DEPTH} brackets within brackets")
+                raise ValueError(f"the key {key!r} at {path} is not a string")
+        kind = part.__class__
+        if kind in _ATOMS or (kind in _NUMBERS and abs(part) < _HUGE):
+            continue
+        where = f"{path}[{key}]" if not keyed else f"{path}.{key}" if path else str(key)
+        if isinstance(part, (dict, list)):
+            exact = _exact(part, where, room, depth + 1) and exact
+        elif isinstance(part, str) or (isinstance(part, (int, float)) and abs(part) < _HUGE):
+            exact = False  # a subclass
+        else:
+            flaw = {float: part, int: "too long a number"}.get(kind, f"a {kind.__name__}")
+            raise ValueError(f"{where} is {flaw}")
+    return exact
 
 
 def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
@@ -362,18 +363,18 @@ def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
 
     A tuple, a key that is not a string, NaN, a date: refused by name instead of changed.
     """
-    _check_nesting(value, name, limit)
+    exact = _exact({name: value}, "", [limit + 1])
     try:
         text = _encode(value)
         size = len(text.encode("utf-8"))
-        if _decode(text) == value and size <= limit:
-            return text
-        problem = f"{name} reads back as another value"
-        if size > limit:
-            problem = f"{name} takes {size} bytes; {limit} are allowed"
-    except (TypeError, ValueError, RecursionError, MemoryError) as error:
-        problem = f"{name}: {error}"
-    raise ValueError(next(_flaws(value, name), problem))
+        exact = exact or _decode(text) == value
+    except (TypeError, ValueError, MemoryError) as error:  # a lone surrogate, say
+        raise ValueError(f"{name}: {error}") from error
+    if size > limit:
+        raise ValueError(f"{name} takes {size} bytes; {limit} are allowed")
+    if not exact:
+        raise ValueError(f"{name} reads back as another value")
+    return text
 
 
 def _written(value: Any, name: str) -> str:
@@ -412,22 +413,12 @@ def fresh(value: Any) -> Any:
     return value
 
 
-_ids: Iterator[str]
-
-
-def _renew_ids() -> None:
-    global _ids
-    _ids = map((os.urandom(6).hex() + "-{:x}").format, itertools.count(1))
-
-
-_renew_ids()
-if hasattr(os, "register_at_fork"):  # parent and child would count the same ids
-    os.register_at_fork(after_in_child=_renew_ids)
-
-
 def new_id() -> str:
-    """Return an id that no other call, process or machine returns."""
-    return next(_ids)
+    """Return an id that no other call, process or machine returns.
+
+    It begins with the time: an index of ids grows at its end, where a commit writes few pages.
+    """
+    return f"{time.time_ns():x}{os.urandom(8).hex()}"
 
 
 class Context:
@@ -473,13 +464,12 @@ def masked(value: Any) -> Any:
     return type(value)(map(masked, value)) if type(value) in (list, tuple) else value
 
 
-class CorrelationIdFilter(logging.Filter):
+class CorrelationIdFilter:
     """Put `correlation_id` on every record, and fold message and traceback into one safe line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass; one that already has a correlation id keeps it."""
-        if not hasattr(record, "correlation_id"):
-            record.correlation_id = get_correlation_id() or "-"
+        vars(record).setdefault("correlation_id", get_correlation_id() or "-")
         lines = traceback.format_exception(*record.exc_info) if record.exc_info else []
         with contextlib.suppress(Exception):  # arguments that do not fit: the handler will say so
             record.args = masked(record.args)
@@ -489,21 +479,29 @@ class CorrelationIdFilter(logging.Filter):
         return True
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter:
     """Format a record as one line of JSON: time, level, logger, correlation_id, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps({"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname, "logger": record.name,
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        return json.dumps({"time": moment, "level": record.levelname, "logger": record.name,
             "correlation_id": getattr(record, "correlation_id", "-"),
             "message": record.getMessage()})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
 _one_line = CorrelationIdFilter()
-logger = logging.getLogger("flexiflow")
-logger.addFilter(_one_line)
+
+
+def _our_logger(name: str = "flexiflow") -> logging.Logger:
+    log = logging.getLogger(name)
+    log.addFilter(_one_line)  # once, however often it is called
+    return log
+
+
+# An application that has imported logging may use this logger itself, and before we do.
+logger = _our_logger() if "logging" in sys.modules else _Later("logger", lambda _: _our_logger())
 
 
 def get_logger(name: str = "flexiflow", level: int | None = None, *,
@@ -513,11 +511,10 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
     `style` is "text" or "json" (a JSON object a line). Called twice it adds nothing; a level
     is only set when given, or when the logger has none.
     """
-    formats = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
+    formats: Any = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
     if style not in formats:
         raise ArgumentError(f"Unknown log style: {style!r}", fix=choose(style, formats))
-    log = logging.getLogger(name)
-    log.addFilter(_one_line)  # once, however often it is called
+    log = _our_logger(name)
     if level is not None or log.level == logging.NOTSET:
         log.setLevel(logging.INFO if level is None else level)
     if not log.hasHandlers():
@@ -531,8 +528,8 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
 # --------------------------------------------------------------------------------------------
 # 3. Retry
 # --------------------------------------------------------------------------------------------
-# One generator of delays serves sync and async functions, and the queue of section 11. Only
-# Exceptions are tried again, never a cancellation; the last one is raised as it was.
+# One rule of pauses serves sync and async functions, and the queue of section 11. Only Exceptions
+# are tried again, never a cancellation; the last one is raised as it was.
 
 
 @dataclass(frozen=True)
@@ -548,16 +545,15 @@ class RetryConfig:
     timeout: float | None = None  # no call is begun later than this after the first
 
     def __post_init__(self) -> None:
-        numbers = {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-                raise ArgumentError(f"{name} is not a number of zero or more: {value!r}")
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
+        for name, value in {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}.items():
+            least = 1 if name in ("max_attempts", "backoff") else 0
+            most, words = sys.float_info.max, f"of at least {least}"
+            if name == "jitter":
+                most, words = 1, "from 0 to 1"
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise ArgumentError(f"{name} is not a number {words}: {value!r}")
+        if type(self.max_attempts) is not int:
             raise ArgumentError(f"max_attempts is not a whole number: {self.max_attempts!r}")
-        if self.backoff < 1:
-            raise ArgumentError(f"backoff is at least 1: {self.backoff!r}")
-        if self.jitter > 1:
-            raise ArgumentError(f"jitter is a fraction, at most 1: {self.jitter!r}")
 
     def delay(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after `failures` failed calls; `chance` is from 0 to 1."""
@@ -568,13 +564,14 @@ class RetryConfig:
         return pause * (1 + self.jitter * chance)
 
 
-def _pauses(config: RetryConfig, start: float) -> Iterator[float]:
-    """Yield the seconds to sleep after each failure; end when no call is to be made any more."""
-    for failures in range(1, config.max_attempts):
-        pause = config.delay(failures, random.random())
-        if config.timeout is not None and time.monotonic() - start + pause > config.timeout:
-            return
-        yield pause
+def _patience(config: RetryConfig, error: BaseException, failures: int, start: float) -> float:
+    """Return the seconds to sleep before the next call; raise `error` where none is to be made."""
+    pause = config.delay(failures, random.random())
+    late = config.timeout is not None and time.monotonic() - start + pause > config.timeout
+    if late or failures >= config.max_attempts or isinstance(error, asyncio.CancelledError):
+        raise error
+    logger.debug("Trying again in %.3f s after %r", pause, error)
+    return pause
 
 
 def is_async(function: Any) -> bool:
@@ -593,31 +590,22 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
     if not isinstance(settings, RetryConfig):
         raise ArgumentError(f"Not a RetryConfig: {config!r}", fix="@retry_async(RetryConfig())")
 
-    def again(error: BaseException, pauses: Iterator[float]) -> float:
-        pause = None if isinstance(error, asyncio.CancelledError) else next(pauses, None)
-        if pause is None:
-            raise error
-        logger.debug("Trying again in %.3f s after %r", pause, error)
-        return pause
-
     def decorate(function: Any) -> Any:
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return await function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                await asyncio.sleep(pause)
+                    await asyncio.sleep(_patience(settings, error, failures, start))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                time.sleep(pause)
+                    time.sleep(_patience(settings, error, failures, start))
 
         return functools.wraps(function)(call_async if is_async(function) else call)
 
