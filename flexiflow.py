@@ -1470,28 +1470,25 @@ class Outgoing:
 class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
     """What happens beside the change of state, in a rule or at a state's entry or exit.
 
-    Four tuples, of functions of a scope: (key, value), Outgoing, (event, payload or None); and of
-    the actions. False if nothing happens.
+    Four tuples: of (key, value), of Outgoings, of (event, payload or None), all of them functions
+    of a scope; and of the actions.
     """
 
     __slots__ = ()
 
-    def __bool__(self) -> bool:
-        return any(self)
 
-
-NO_EFFECTS = Effects()
+NOTHING = Effects()
 
 
 class Node:
     """A state of a definition."""
 
     def __init__(self, name: str, cls: type[State] = DeclaredState, *, initial: str | None = None,
-            final: bool = False, entry: Effects = NO_EFFECTS, exit: Effects = NO_EFFECTS,
+            final: bool = False, entry: Effects = NOTHING, exit: Effects = NOTHING,
             description: str = "") -> None:
         self.name, self.cls, self.description = name, cls, description
-        self.initial, self.final = initial, final  # the child that is entered with it
-        self.entry, self.exit = entry, exit
+        # `initial` names the child that is entered with it.
+        self.initial, self.final, self.entry, self.exit = initial, final, entry, exit
         self.parent: Node | None = None
         self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
@@ -1519,13 +1516,14 @@ class Rule:
     """A rule that executes."""
 
     def __init__(self, number: int, text: Json, sources: Iterable[str], effects: Effects, *,
-            on: tuple[str, ...] = (), after: Any = None, guard: Guard | None = None,
+            on: Iterable[str] = (), after: Any = None, guard: Guard | None = None,
             to: str | None = None, reenter: bool = False, description: str = "") -> None:
-        self.number, self.text = number, text  # its place in the config's list, and as written
+        # Its place in the config's list, and how it is written there.
+        self.number, self.text, self.description = number, text, description
         self.sources = tuple(dict.fromkeys(sources))  # states, or "*"
-        self.on, self.after = on, after  # message types; or a function of a scope: the delay
+        # What fires it: message types, or a timer's delay, which is a function of a scope.
+        self.on, self.after = tuple(dict.fromkeys(on)), after
         self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
-        self.description = description
 
 
 class Passage:
@@ -1537,10 +1535,10 @@ class Passage:
         self.node = node  # the state at the end
         self.active, self.exits, self.enters = (
             tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
-        self.steps = tuple(step for step in steps if step[1])  # (value of $state, effects)
+        self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
         self.timers = timers  # (rule, owning state) that start here
         self.completes = node.final and node.parent is None
-        self.busy = bool(timers or ends_timers or self.completes)  # in the queue
+        self.busy = bool(timers or ends_timers or self.completes)  # the queue changes with it
 
 
 class Plan:
@@ -1709,11 +1707,11 @@ def follow(plan: Plan, scope: Scope) -> None:
 
 
 # --------------------------------------------------------------------------------------------
-# 8. Config: one walk of problems; load and explain
+# 8. Config: one walk of problems; load
 # --------------------------------------------------------------------------------------------
 # One walk over a config finds everything that is wrong with it and compiles what is right. Each
 # check is a function that raises; the walk knows the place, reports it there and goes on.
-# Loading raises the first error found, `explain` lists them all: they cannot disagree.
+# Loading raises the first error found, `explain` (section 12) lists them all: they cannot disagree.
 
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
     float: "a number"}
@@ -1825,26 +1823,20 @@ def one_edit(word: str, other: str) -> bool:
     return b[1:] in (a, a[1:]) or a[1:] == b or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
-def _need(good: Any, what: str, **details: Any) -> None:
-    """Raise ConfigError unless something is as it must be."""
+def _need(good: Any, what: str, *values: Any, **details: Any) -> None:
+    """Raise ConfigError unless something is as it must be; `values` go into the text."""
     if not good:
-        raise ConfigError(what, **details)
+        raise ConfigError(what % values if values else what, **details)
 
 
 def _require(value: Any, kinds: str) -> None:
     """Raise ConfigError unless a value is of one of these kinds."""
-    if kinds and _KINDS.get(type(value), "nothing") not in kinds:
-        raise ConfigError(f"Not {kinds}: {value!r}")
-
-
-def _stand_in() -> type[State]:
-    """Return a class for code that may not be imported; also a function and a guard, never run."""
-    return type("Unchecked", (State,), {})
+    _need(not kinds or _KINDS.get(type(value), "nothing") in kinds, "Not %s: %r", kinds, value)
 
 
 def _not_empty(value: Any) -> Any:
     """Return a text that is not empty; else raise ConfigError."""
-    _need(isinstance(value, str) and value, f"Not a name: {value!r}")
+    _need(isinstance(value, str) and value, "Not a name: %r", value)
     return value
 
 
@@ -1855,6 +1847,7 @@ class _Walk:
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
         is_path = isinstance(config, (str, os.PathLike))
+        # What `explain` tells. A pack is a PackInfo's values; a state leads to its dotted path.
         self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
             errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
             policy=["packs", "builtin"], definition=None)
@@ -1896,8 +1889,9 @@ class _Walk:
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
         source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
+        classes = {node.cls for node in self.nodes.values() if not node.declared}
         return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
-            self.good.get("retry", QUEUE_RETRY), self.has_code)
+            self.good.get("retry", QUEUE_RETRY), self.has_code or not classes <= {*BUILT_IN})
 
     def _report(self, error: FlexiFlowError, level: str = "error", *step: str) -> None:
         """Note a problem of what the walk looks at, or of what is a step further."""
@@ -1939,20 +1933,20 @@ class _Walk:
                 near = [one for one in known if one_edit(key.lower(), one)]
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
                 if level:
+                    fix = f"did you mean {near[0]!r}?" if near else choose(key, known)
                     self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
-                        fix=choose(key, near or known)), level, key)
+                        fix=fix), level, key)
         for key in _REQUIRED.get(kind, ()):
-            if not given.get(key):
+            if given.get(key) in (None, ""):
                 self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
                     if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
 
         def compiled(key: str, inner: Any) -> Any:
             _require(inner, known[key])
-            compiler = compilers.get(key) or self.compilers.get(key)
-            if compiler is None:
-                return inner
+            compiler = compilers.get(key) or self.compilers.get(key) or (lambda value: value)
             if not known[key].endswith(" or a list"):
                 return compiler(inner)
+            _need(inner or key in _EFFECTS, "Not a name or a list of names: %r", inner)
             parts = enumerate(inner) if isinstance(inner, list) else [(None, inner)]
             return tuple(self._each(parts, lambda _, part: compiler(part)).values())
 
@@ -1962,13 +1956,13 @@ class _Walk:
         return tuple(self._each(value.items(), lambda _, inner: compile_value(inner)).items())
 
     def _load(self, path: Any) -> Any:
-        """Import a dotted path; where imports are off, note it and return a stand-in."""
-        _need(isinstance(path, str), f"Not a dotted path: {path!r}")
+        """Import a dotted path; where imports are off, note it and let State stand for it."""
+        _need(isinstance(path, str), "Not a dotted path: %r", path)
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
         self.found.unchecked.append(path)
-        return _stand_in()
+        return State  # which is callable, as functions are
 
     def _read(self) -> None:
         """Read the config and copy it, once it is known to be an object of JSON."""
@@ -1985,7 +1979,7 @@ class _Walk:
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
-            f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
+            "%r", order, fix='["packs", "builtin"] or ["builtin", "packs"]')
         self.found.policy = order
 
     def _packs(self, paths: list[Any]) -> None:
@@ -1998,7 +1992,6 @@ class _Walk:
 
     def _pack(self, index: int, path: Any) -> StatePack:
         """Add the states of a pack."""
-        self.has_code = True
         pack, found = load_pack(path, self.allow_imports), self.found
         try:
             classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
@@ -2013,16 +2006,17 @@ class _Walk:
         return pack
 
     def _add(self, name: str, cls: Any, **declared: Any) -> None:
-        """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
-        _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
-        if cls is DeclaredState:
-            cls = type(name, (DeclaredState,), {})
-        _need(isinstance(cls, type) and issubclass(cls, State), "Not a State class",
-            why=f"it is {cls!r}", fix="inherit from State", state=name)
+        """Add a state that is a class; of DeclaredState and State it gets a subclass of its own."""
+        _need(name not in ("", "*") and "\0" not in name, "Not a name for a state: %r", name)
+        if cls is DeclaredState or cls is State:
+            cls = type(name, (cls,), {})
+        if not (isinstance(cls, type) and issubclass(cls, State)):
+            raise ConfigError(
+                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
         owner = self.registry._names.get(cls)  # of its own, not of those around it
-        _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
+        _need(owner is None, "One class for two states: %r and %r", owner, name, why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
-        _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
+        _need(name not in self.nodes, "State %r is provided by a pack too", name)
         self.nodes[name] = Node(name, cls, **declared)
         self.registry.register(name, cls)
 
@@ -2053,7 +2047,7 @@ class _Walk:
     def _family(self, name: str, node: Node) -> None:
         """Raise unless what a state says of its children is so."""
         children = [child.name for child in node.children]
-        _need(node.declared or not children, f"{name!r} is a class, so it has no children")
+        _need(node.declared or not children, "%r is a class, so it has no children", name)
         _need(not (children and node.final), "A final state has no children")
         if node.initial not in children:
             what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
@@ -2073,12 +2067,11 @@ class _Walk:
             return name
         cls = self.registry.get(name)
         if cls is None and self.config.get("packs") and not self.imports:
-            cls = _stand_in()  # a pack may provide it
+            cls = State  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
             close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
                 self.found.errors) < 20 else None  # to look for a thousand would take a minute
             raise ConfigError(f"Unknown state: {name!r}", fix=close)
-        self.has_code = self.has_code or cls not in BUILT_IN
         self._add(name, cls)
         for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
             if other not in self.registry._names and other.__name__ not in self.nodes:
@@ -2111,7 +2104,6 @@ class _Walk:
         on, after = (text.get(key) is not None for key in ("on", "after"))
         _need(on != after, "A rule with both 'on' and 'after'" if on else
             "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
-        _need([] not in (text.get("from"), text.get("on")), "A rule with an empty list of names")
         if len(self.found.errors) > errors_before:
             return
         pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
@@ -2129,14 +2121,14 @@ class _Walk:
 
     def _action(self, path: Any) -> Any:
         action = self._load(path)
-        _need(callable(action), f"Not a function: {path!r}", why=f"it is {action!r}")
+        _need(callable(action), "Not a function: %r", path, why=f"it is {action!r}")
         return action
 
     def _emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
         event = self._clean("emit", {"name": part} if isinstance(part, str) else part,
             **{"with": compile_value})
         name = event.get("name", "")
-        _need(name not in ENGINE_EVENTS, f"An event of the engine's own: {name!r}",
+        _need(name not in ENGINE_EVENTS, "An event of the engine's own: %r", name,
             fix="emit under another name")
         return name, event.get("with")
 
@@ -2145,7 +2137,7 @@ class _Walk:
         to, kind, id, delay, payload = map(found.get, ("to", "type", "id", "after", "with"))
         for key, _ in payload or ():
             _need(key not in ("type", "id", "correlation_id", "component")
-                and (len(payload) > 1 or key not in OPERATIONS), f"{key!r} cannot stand in 'with'")
+                and (len(payload) > 1 or key not in OPERATIONS), "%r cannot stand in 'with'", key)
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
@@ -2189,7 +2181,7 @@ class ConfigLoader:
     def load_yaml(path: Path) -> Json:
         """Return the object in a config file, JSON or YAML, unchecked."""
         content = read_config(path)
-        _need(isinstance(content, dict), f"A config is an object: {os.fspath(path)!r}")
+        _need(isinstance(content, dict), "A config is an object: %r", os.fspath(path))
         return content  # type: ignore[no-any-return]
 
     @staticmethod
@@ -2197,7 +2189,7 @@ class ConfigLoader:
         """Return the rules in a file: a list, or an object with `rules`."""
         content = read_config(path)
         rules = content.get("rules") or [] if isinstance(content, dict) else content
-        _need(isinstance(rules, list), f"No list of rules in {os.fspath(path)!r}",
+        _need(isinstance(rules, list), "No list of rules in %r", os.fspath(path),
             fix='{"rules": [...]}')
         return rules
 
@@ -4632,12 +4624,12 @@ def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
     wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
     for key, path in walk.found.states.items():
         place = f"states.{key}"
-        if path is not None and path == walk.config.get("initial_state"):
-            place = place if place in wrong else "initial_state"
-        what = wrong[place].what[len(place) + 2:] if place in wrong else None
-        seen = path is None or walk.imports
-        yield StateResolution(key, path, error=what, is_state_subclass=seen and what is None,
-            resolved=seen and not (what and isinstance(wrong[place].error, ImportError_)))
+        if place not in wrong and path is not None and path == walk.config.get("initial_state"):
+            place = "initial_state"
+        problem, checked = wrong.get(place), path is None or walk.imports
+        yield StateResolution(key, path, is_state_subclass=checked and not problem,
+            resolved=checked and not isinstance(problem and problem.error, ImportError_),
+            error=problem and problem.what[len(place) + 2:])
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4659,10 +4651,9 @@ class _Mermaid:
     UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
 
     def __init__(self, found: ConfigExplanation) -> None:
-        self.found = found
+        self.found, definition = found, found.definition
         self.ids: dict[str, str] = {}
-        self.nodes = found.definition.nodes if found.definition else {}
-        self.rules = found.definition.rules if found.definition else []
+        self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
         self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
@@ -4671,8 +4662,7 @@ class _Mermaid:
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
             yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
-        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
-        yield ""
+        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]\n"
         for number, pack in enumerate(found.packs):
             yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
@@ -4711,13 +4701,13 @@ class _Mermaid:
         return shape.format(self.id_of(name), self.label(name))
 
     def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        if not node.children:
+        if node.children:
+            yield f"{indent}subgraph {self.box(node.name)}"
+            for child in node.children:
+                yield from self.state(child, indent + "  ")
+            yield f"{indent}end"
+        else:
             yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
-            return
-        yield f"{indent}subgraph {self.box(node.name)}"
-        for child in node.children:
-            yield from self.state(child, indent + "  ")
-        yield f"{indent}end"
 
     def edges(self) -> Iterator[tuple[str, str, str]]:
         """Yield source, label and target of what packs, rules and classes tell."""

@@ -3610,6 +3610,12 @@ class RuleTimers(RuleCase):
         self.assertEqual(self.raises(StateError, self.due, "$data.wait").what,
             "No value at $data.wait")
 
+    def test_a_state_that_a_rule_names_twice_has_one_timer(self):
+        definition = self.definition({"from": "A", "on": ["go", "go"], "to": "B"},
+            {"from": ["B", "B"], "after": 5, "to": "A"})
+        plan = self.decide(definition, "A", {"type": "go"})
+        self.assertEqual((plan["timers"], definition.rules[0].on), ([(1005.0, "B", 1)], ("go",)))
+
     NESTED = {"A": {}, "B": {"initial": "B.1"}, "B.1": {}, "B.2": {}}
     RULES = [
         {"from": "A", "on": "go", "to": "B"},
@@ -3858,6 +3864,20 @@ class ConfigLoading(ConfigCase):
         self.assertEqual((loaded.data, loaded.rules),
             (self.ORDER["data"], self.ORDER["rules"]))
 
+    def test_what_was_loaded_is_of_plain_dicts_and_lists(self):
+        class Words(str):
+            pass
+
+        class Table(dict):
+            pass
+
+        config = Table(self.M, data=Table(word=Words("x")))
+        loaded = self.load(config)
+        config["data"]["word"] = "changed"
+        self.assertEqual(
+            (loaded, type(loaded.data), type(loaded.data["word"]), type(loaded.definition.source)),
+            (ff.ComponentConfig("m", self.M["rules"], "A", {"word": "x"}), dict, str, dict))
+
     def test_a_config_of_1_0_1_runs_the_built_in_machine(self):
         config = {"name": "example_component", "initial_state": "InitialState",
             "rules": [{"rule1": "..."}, {"rule2": "..."}]}
@@ -4042,9 +4062,22 @@ class ConfigRefusals(ConfigCase):
             (self.rule(on="go", to="BB"), """\
                 rules[0].to: Unknown state: 'BB'
                 Fix: did you mean 'B'?"""),
+            (self.rule(on="go", to="B", **{"from": ["A", "BB", "CC"]}), """\
+                rules[0].from[1]: Unknown state: 'BB'
+                Fix: did you mean 'B'?
+                Context:
+                  also=["rules[0].from[2]: Unknown state: 'CC'"]"""),
+            (self.rule(on="go", **{"from": []}),
+                "rules[0].from: Not a name or a list of names: []"),
+            (self.rule(on=["go", ""]), "rules[0].on[1]: Not a name: ''"),
             (self.rule(on="go", form="A"), """\
                 rules[0].form: Unknown key: 'form'
                 Fix: did you mean 'from'?"""),
+            (self.rule(onn="go", to="B"), """\
+                rules[0].onn: Unknown key: 'onn'
+                Fix: did you mean 'on'?
+                Context:
+                  also=["rules[0]: A rule with neither 'on' nor 'after'"]"""),
             (self.rule(on="go", after=5, to="B"), """\
                 rules[0]: A rule with both 'on' and 'after'
                 Fix: one rule for a message, one for a timer"""),
@@ -4307,6 +4340,33 @@ class Explaining(ConfigCase):
         self.assertEqual((found.is_valid, sorted(found.unchecked), self.imported("unrun")), (
             True, ["unrun:B", "unrun:Pack", "unrun:do", "unrun:guard", "unrun:more"], []))
         self.assertIn("Not checked (imports are off):", found.format())
+
+    def test_each_state_that_is_not_imported_has_a_class_to_stand_for_it(self):
+        config = {"name": "m", "initial_state": "In.Pack", "states": {"A": "unrun:A",
+            "B": "unrun:B"}, "packs": ["unrun:Pack"], "rules": [{"from": "In.Pack", "on": "go",
+                "to": "Too"}, {"from": "Too", "on": "go", "to": "A"}]}
+        found = explain(config, imports=False)
+        self.assertEqual((found.errors, sorted(found.definition.nodes), found.states), (
+            [], ["A", "B", "In.Pack", "Too"], [
+                ff.StateResolution("A", "unrun:A", False, False, None),
+                ff.StateResolution("B", "unrun:B", False, False, None)]))
+
+    def test_how_each_state_was_found_is_told(self):
+        self.module("found", "from flexiflow import State\nclass Good(State): pass\n")
+        states = {"A": {"final": 5}, "B": "found:Gone", "C": "json:dumps", "D": "found:Good",
+            "E": {"final": True}, "E.x": {}}
+        config = {"name": "m", "initial_state": "found:Gone", "states": states, "rules": []}
+        named = [(one.key, one.resolved, one.is_state_subclass, one.error)
+            for one in explain(config).states]
+        other = explain({"name": "m", "initial_state": "found:Good"}).states
+        bad = explain({"name": "m", "initial_state": "found:Gone"}).states
+        self.assertEqual((named, other, bad), (
+            [("A", True, True, None), ("B", False, False, "No 'Gone' in module 'found'"),
+             ("C", True, False, "Not a State class"), ("D", True, True, None),
+             ("E", True, False, "A final state has no children"), ("E.x", True, True, None)],
+            [ff.StateResolution("Good", "found:Good", True, True, None)],
+            [ff.StateResolution("Gone", "found:Gone", False, False, "No 'Gone' in module 'found'")],
+        ))
 
     def test_a_module_that_exits_is_an_error_in_both(self):
         self.module("exiting", "import sys\nsys.exit(3)\n")
