@@ -2855,7 +2855,7 @@ _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are 
 _SEQ = "SELECT seq FROM flexiflow_components WHERE name=?"
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
-    " WHERE name=? AND seq=? AND owner IS ?")
+    " WHERE name=? AND seq=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
@@ -2863,9 +2863,12 @@ _NEW_ENTRY = (
     " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
-_QUEUED = "SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=? AND dead IS NULL"
+# A message without a place is dead, or put off: by another worker, where this one had read it.
+_QUEUED = ("SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
+    " AND place IS NOT NULL")
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
-_COUNT = "UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
+_COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
+    " AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
 _RENEW = "UPDATE flexiflow_components SET lease=? WHERE name=? AND owner=?"
 _RELEASE = "UPDATE flexiflow_components SET owner=NULL, lease=NULL WHERE name=? AND owner=?"
@@ -3035,7 +3038,14 @@ class Turn(Context):
         if not self.over:
             self.over = True
             self.undo()
-        if self.claimed and not (failed and self.row is not None):
+        if not failed or self.row is None:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of the claim; what was counted as an attempt at a queued message was none."""
+        if self.claimed and self.row is not None:
+            self.engine._give_back(self.row)
+        elif self.claimed:
             self.late = [*self.late, self.engine.store.write(
                 None, self.engine._release(self.component.name))]
         self.claimed = False
@@ -3080,7 +3090,7 @@ class Turn(Context):
                 if commit is None or await commit is None:
                     break
                 self.undo()
-                self.claimed = False
+                self.let_go()
                 await self.refresh()
         except BaseException as error:
             self.end(failed=True)
@@ -3156,14 +3166,14 @@ class Turn(Context):
             if self.row is not None:
                 self.row["claimed"] = True
             if self.over:  # cancelled meanwhile
-                self.end()
+                self.let_go()
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
         while True:
             claim = (_CLAIM, (engine.id, engine.clock() + LEASE, name))
             if await engine.store.write(held, [claim, *rows], done) is None:
                 return
-            if time.monotonic() - start > TURN_LIMIT + 1:  # a lease that ends in 30 s has ended
+            if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
             await asyncio.sleep(_pause())
 
@@ -3283,7 +3293,7 @@ class Turn(Context):
         chain = checksum(*entry, start=old.chain)
         values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
         values += (checksum(component.name, *values, start=chain), component.name)
-        owner = self.engine.id if self.claimed else None
+        owner = self.engine.id if self.claimed else ""  # rules alone mind no claim
 
         def check(execute: Callable[..., Any]) -> str | None:
             if not self._queued():
@@ -3480,12 +3490,14 @@ class AsyncComponent:
         """
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
-        async with self._own_turn("rules.updated") as turn:
-            await turn.refresh()
+        def changed() -> Definition:
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
                 rules += [] if rule in rules else [rule]
-            await self._swap(turn, self._compiled(rules, replace))
+            return self._compiled(rules, replace)
+
+        async with self._own_turn("rules.updated") as turn:
+            await self._swap(turn, changed)
             return self.rules
 
     async def handle_message(self, message: Json, *, _row: Json | None = None,
@@ -3544,7 +3556,8 @@ class AsyncComponent:
         self._waiters = self._waiters or deque()
         self._waiters.append((future, turn))
         try:
-            await asyncio.wait([future], timeout=TURN_LIMIT)
+            # Who comes from the queue holds up nobody, and has not been tried yet.
+            await asyncio.wait([future], timeout=TURN_LIMIT if turn.row is None else None)
             if not future.done():
                 raise _no_turn(self.name, "the message before this one is not done; perhaps two"
                     " components wait for each other")
@@ -3630,7 +3643,7 @@ class AsyncComponent:
     async def _adapt(self, turn: Turn) -> None:
         """Go over to the config that `create_component(update=True)` brought, if that can be."""
         try:
-            await self._swap(turn, self._update)
+            await self._swap(turn, lambda: self._update)
         except ConfigError as error:  # meanwhile it went where the new config has no state
             self._engine.logger.error("%r keeps its definition", self.name, exc_info=error)
         self._update = None
@@ -3698,23 +3711,25 @@ class AsyncComponent:
             definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
-    async def _swap(self, holder: Turn, changed: Definition) -> None:
+    async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
-        node = self._counterpart(changed)
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
-            if self._engine.store is not None and self.definition.has_code:
-                await turn.claim()
-            plan = Plan("updated", self.head.data)
-            plan.state = node.create(vars(turn.state) or None)
-            turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
             try:
-                commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
-                lost = commit is not None and await commit is not None
+                while True:
+                    await turn.refresh()
+                    if self._engine.store and self.definition.has_code and not turn.claimed:
+                        await turn.claim()
+                        continue
+                    changed, plan = change(), Plan("updated", self.head.data)
+                    node = self._counterpart(changed)
+                    plan.state = node.create(vars(turn.state) or None)
+                    turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
+                    commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
+                    if commit is None or await commit is None:
+                        break
+                    turn.let_go()  # another process was quicker
             finally:
                 turn.end()
-            if lost:
-                self._unready = True
-                raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
             await turn.publish("rules.updated", rules=len(self.rules))
             await turn.settled()
 
@@ -3873,6 +3888,7 @@ class FlexiFlowEngine:
         finally:
             if self._renewal is not None:
                 self._renewal.cancel()
+                self._renewal = None
             self.queue.close()
 
     # ---- components

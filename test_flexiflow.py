@@ -8766,6 +8766,574 @@ class FoundByAttack(Case):
             self.run_async(FlexiFlowEngine().run(concurrency=0))
 
 
+class Claims(StoreCase):
+    """Python code runs in one engine at a time, and once for each message."""
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.ran, self.polls = [], []
+        self.patch("_pause", lambda: self.polls.append(1) or 0.0)
+
+    def noting(self, **settings):
+        """Return a config whose action notes the id of its message, and lets others run."""
+        async def act(message, component):
+            self.ran.append(message["id"])
+            await self.passes(3)
+            if message["type"] == "fail":
+                raise RuntimeError("no")
+
+        rule = {"on": ["go", "fail"], "action": self.code(act)}
+        return self.machine(rule, {"on": "stay"}, **settings)
+
+    def hanging(self, fail=False, **settings):
+        """Return a config whose action waits, the first time, for `self.go`."""
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            self.ran.append(message["id"])
+            if len(self.ran) == 1:
+                self.begun.set()
+                await self.go.wait()
+            if fail:
+                raise RuntimeError("no")
+
+        return self.machine({"on": "go", "action": self.code(act)}, **settings)
+
+    def owner(self, name="m"):
+        return self.rows("SELECT owner, lease FROM flexiflow_components WHERE name=?", name)[0]
+
+    def attempts(self):
+        return self.rows("SELECT message_id, attempts FROM flexiflow_messages ORDER BY number")
+
+    async def died(self, config, seconds=30.0):
+        """Make a component whose code a process, dead by now, has claimed for so long."""
+        self.engine.create_component(config)
+        await self.engine.run(until_idle=True)
+        self.change("UPDATE flexiflow_components SET owner='dead', lease=? WHERE name=?",
+            self.clock.now + seconds, config["name"])
+
+    async def asked(self, times=5):
+        """Wait until the claim of another has been looked at so many times."""
+        count = len(self.polls) + times
+        while len(self.polls) < count:
+            await asyncio.sleep(0)
+
+    async def until(self, found):
+        while not found():
+            await asyncio.sleep(0.001)
+
+    # ---- failures first
+
+    async def test_a_claim_is_not_taken_over_before_its_lease_is_over(self):
+        await self.died(self.noting())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        found = []
+        for seconds in (0, 29.999, 0.001):
+            self.clock.now += seconds
+            await (self.asked() if seconds != 0.001 else task)
+            found.append(list(self.ran))
+        self.assertEqual((found, task.result().seq, self.owner()),
+            ([[], [], ["x"]], 1, (None, None)))
+
+    async def test_who_waits_too_long_for_a_claim_is_told(self):
+        await self.died(self.noting())
+        self.patch("TURN_LIMIT", -1.0)
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(str(caught.exception), "No turn for -1 seconds: 'm'\n"
+            "Why: another process is at work on the message before this one\n"
+            "Context:\n  component='m'")
+        self.assertEqual((self.ran, self.owner()[0]), ([], "dead"))
+
+    async def test_a_message_of_the_queue_waits_for_a_claim_without_an_attempt(self):
+        other = self.open()
+        await self.died(self.noting(retry={"max_attempts": 1}))
+        self.patch("TURN_LIMIT", -1.0)
+        await self.engine.send("m", "go", id="x")
+        self.change("UPDATE flexiflow_components SET owner=NULL")
+        (row,) = self.engine.queue.messages("1")  # read before somebody else claims it
+        component = self.engine.get("m")
+        self.change("UPDATE flexiflow_components SET owner='dead'")
+        task = asyncio.ensure_future(component.handle_message(
+            {"type": "go", "id": "x"}, _row=row))
+        await self.asked()
+        before = self.attempts()
+        self.clock.now += 30
+        receipt = await task
+        self.assertEqual((before, receipt.seq, self.ran), ([("x", 0)], 1, ["x"]))
+        await other.close()
+
+    async def test_the_queue_of_a_claimed_component_waits_and_others_go_on(self):
+        await self.died(self.noting())
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("m", "go", id="x")
+        await self.engine.send("lamp", "press")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.until(lambda: self.engine.get("lamp").seq)
+        before = list(self.ran), self.attempts(), worker.done()
+        self.clock.now += 30
+        delivered = await worker
+        self.assertEqual((before, delivered, self.ran), (([], [("x", 0)], False), 2, ["x"]))
+
+    async def test_a_lease_of_a_clock_that_was_ahead_holds_nobody_up(self):
+        await self.died(self.noting())
+        self.clock.now -= 3600
+        await self.engine.handle_message("m", "go", id="x")
+        self.assertEqual((self.ran, self.polls), (["x"], []))
+
+    async def test_a_clock_that_is_set_back_a_little_does_not_free_what_another_runs(self):
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now -= 1
+        second = asyncio.ensure_future(other.handle_message("m", "go", id="y"))
+        await self.asked()
+        before = list(self.ran)
+        self.go.set()
+        receipts = [await first, await second]
+        self.assertEqual((before, self.ran), (["x"], ["x", "y"]))
+        self.assertEqual([one.seq for one in receipts], [1, 2])
+
+    async def test_a_clock_that_is_set_forward_costs_a_second_run_and_never_a_second_move(self):
+        other = self.open()
+        self.engine.create_component(self.hanging(data={"n": 0}))
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now += 3600
+        second = await other.handle_message("m", "go", id="y")
+        self.go.set()
+        receipts = [await first, second]
+        rows = [(row["seq"], row["id"]) for row in self.engine.history("m")]
+        self.assertEqual(([one.seq for one in receipts], rows),
+            ([2, 1], [(2, "x"), (1, "y"), (0, "")]))
+        self.assertEqual((self.ran, self.owner()), (["x", "y", "x"], (None, None)))
+
+    async def test_a_claim_is_let_go_of_however_the_message_ends(self):
+        config = self.noting(states={"A": {}, "B": {}, "End": {"final": True}})
+        config["rules"] += [{"from": "B", "on": "leave"}, {"on": "end", "to": "End"}]
+        self.engine.create_component(config)
+        found = []
+        for kind in ("go", "fail", "unknown", "leave", "stay", "end", "go"):
+            with contextlib.suppress(RuntimeError, StateError):
+                await self.engine.handle_message("m", kind)
+            found.append((kind, self.owner()))
+        again = [await self.engine.handle_message("m", "go", id="x") for _ in range(2)]
+        self.assertEqual([one for one in found if one[1] != (None, None)], [])
+        self.assertEqual((again[1].duplicate, self.owner()), (True, (None, None)))
+
+    async def test_a_claim_is_let_go_of_when_its_caller_is_cancelled(self):
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        during = self.owner()
+        task.cancel()
+        await asyncio.wait([task])
+        await self.until(lambda: self.owner() == (None, None))
+        self.assertEqual((during, task.cancelled()),
+            ((self.engine.id, self.clock.now + 30), True))
+
+    async def test_a_caller_cancelled_at_any_point_leaves_no_claim_behind(self):
+        for slow in (False, True):
+            self.patch("SLOW_COMMIT", -1.0 if slow else ff.SLOW_COMMIT)
+            for steps in range(40):
+                name = f"m{slow}{steps}"
+                self.engine.create_component(self.noting(), name=name)
+                task = asyncio.ensure_future(self.engine.handle_message(name, "go", id="x"))
+                await self.passes(steps)
+                task.cancel()
+                await asyncio.wait([task])
+                await self.engine.handle_message(name, "go", id="y")
+                with self.subTest(slow=slow, steps=steps):
+                    self.assertEqual((self.owner(name), self.engine._claims), ((None, None), set()))
+
+    async def test_an_engine_that_lost_a_claim_stops_renewing_it(self):
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        other = self.open()
+        self.clock.now += 3600
+        await other.handle_message("m", "go", id="y")
+        await other.handle_message("m", "go", id="z")
+        self.change("UPDATE flexiflow_components SET owner='third', lease=?", self.clock.now + 30)
+        self.go.set()
+        await self.asked()
+        held = set(self.engine._claims)
+        self.clock.now += 30
+        await task
+        self.assertEqual((held, self.engine._claims), (set(), set()))
+
+    # ---- what holds
+
+    async def test_two_engines_run_an_action_once_for_each_message_of_the_queue(self):
+        names = ("a", "b", "c")
+        for name in names:
+            self.engine.create_component(self.noting(), name=name)
+        for n in range(30):
+            await self.engine.send(names[n % 3], "go", id=f"i{n}")
+        other = self.open()
+        await asyncio.gather(*[one.run(until_idle=True) for one in (self.engine, other)])
+        self.assertEqual(sorted(self.ran), sorted(f"i{n}" for n in range(30)))
+        self.assertEqual([one["seq"] for one in self.engine.status()], [10, 10, 10])
+
+    async def test_two_engines_run_an_action_once_for_each_direct_call(self):
+        engines = self.engine, self.open()
+        self.engine.create_component(self.noting())
+        await self.engine.run(until_idle=True)
+        calls = [engines[n % 2].handle_message("m", "go", id=f"i{n}") for n in range(20)]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual(sorted(self.ran), sorted(f"i{n}" for n in range(20)))
+        self.assertEqual(sorted(one.seq for one in receipts), [*range(1, 21)])
+
+    async def test_two_engines_that_get_the_same_id_run_its_action_once(self):
+        engines = self.engine, self.open()
+        self.engine.create_component(self.noting())
+        await self.engine.run(until_idle=True)
+        calls = [engine.handle_message("m", "go", id="x") for engine in engines * 3]
+        receipts = await asyncio.gather(*calls)
+        self.assertEqual((self.ran, sorted(one.duplicate for one in receipts)),
+            (["x"], [False] + [True] * 5))
+
+    async def test_a_claim_is_renewed_while_a_long_action_runs(self):
+        self.patch("LEASE", 0.03)
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.handle_message("m", "go", id="y"))
+        for _ in range(10):  # ten leases long
+            self.clock.now += 0.02
+            await self.until(lambda: self.owner()[1] == self.clock.now + 0.03)
+            await self.asked()
+        before = list(self.ran)
+        self.go.set()
+        receipts = [await first, await second]
+        self.assertEqual((before, self.ran), (["x"], ["x", "y"]))
+        self.assertEqual([one.seq for one in receipts], [1, 2])
+
+    async def test_a_claim_is_renewed_in_an_engine_that_was_closed_and_is_used_again(self):
+        self.engine.create_component(self.noting(name="a"))
+        await self.engine.handle_message("a", "go", id="first")
+        await self.engine.close()
+        self.ran.clear()
+        self.patch("LEASE", 0.03)
+        self.engine.create_component(self.hanging())
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        self.clock.now += 5
+        await asyncio.wait_for(self.until(lambda: self.owner()[1] == self.clock.now + 0.03), 30)
+        self.go.set()
+        self.assertEqual((await task).outcome, "stayed")
+
+    async def test_rules_without_code_take_no_claim_and_mind_none(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        statements = []
+        self.engine.store.db.set_trace_callback(statements.append)
+        await self.engine.handle_message("lamp", "press")
+        await self.engine.send("lamp", "press")
+        await self.engine.run(until_idle=True)
+        claims = [sql for sql in statements if "SET owner" in sql or "SET attempts" in sql]
+        self.change("UPDATE flexiflow_components SET owner='dead', lease=?", self.clock.now + 30)
+        receipt = await asyncio.wait_for(self.engine.handle_message("lamp", "press"), 10)
+        self.assertEqual((claims, receipt.seq, self.polls), ([], 3, []))
+
+    async def test_a_claim_is_taken_for_a_guard_or_a_class_in_python_as_well(self):
+        async def answer(state, message, component):
+            found.append(self.owner()[0])
+            return True, state
+
+        def allow(message, component):
+            found.append(self.owner()[0])
+            return True
+
+        found = []
+        speaker = type("Speaker", (State,), {"handle_message": answer})
+        configs = (self.machine({"on": "go", "guard": self.code(allow)}),
+            self.machine(states={"Speaker": self.code(speaker)}))
+        for config in configs:
+            self.engine.create_component(config)
+            await self.engine.handle_message("m", "go")
+            await self.engine.remove("m")
+        self.assertEqual(found, [self.engine.id] * 2)
+
+    async def test_new_rules_wait_for_a_claim(self):
+        other = self.open()
+        self.engine.create_component(self.hanging())
+        first = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.update_rules("m", [{"on": "new"}]))
+        await self.asked()
+        early = second.done()
+        self.go.set()
+        await asyncio.gather(first, second)
+        outcomes = [row["outcome"] for row in self.engine.history("m")]
+        self.assertEqual((early, outcomes, self.owner()),
+            (False, ["updated", "stayed", "created"], (None, None)))
+
+    # ---- attempts
+
+    async def test_an_attempt_is_counted_before_the_action_runs(self):
+        self.engine.create_component(self.hanging())
+        await self.engine.send("m", "go", id="x")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        during = self.attempts()
+        self.go.set()
+        await worker
+        self.assertEqual((during, self.attempts()), ([("x", 1)], []))
+
+    async def test_a_failed_attempt_counts_once(self):
+        self.engine.create_component(self.noting(retry={"max_attempts": 3, "base_delay": 1}))
+        await self.engine.send("m", "fail", id="x")
+        found = []
+        for _ in range(3):
+            await self.engine.run(until_idle=True)
+            found += self.attempts()
+            self.clock.now += 60
+        self.assertEqual((found, self.ran), ([("x", 1), ("x", 2), ("x", 3)], ["x"] * 3))
+
+    async def test_a_message_that_fails_elsewhere_keeps_its_pause(self):
+        """Two workers have read the same row; the second finds it put off by the first."""
+        self.engine.create_component(self.noting(retry={"max_attempts": 2, "base_delay": 10}))
+        await self.engine.send("m", "fail", id="x")
+        await asyncio.gather(*[self.engine.run(until_idle=True) for _ in range(2)])
+        self.assertEqual((self.ran, self.attempts()), (["x"], [("x", 1)]))
+
+    async def test_a_claim_on_what_failed_elsewhere_meanwhile_runs_and_counts_nothing(self):
+        other = self.open()
+        config = self.hanging(fail=True, retry={"max_attempts": 2, "base_delay": 10})
+        self.engine.create_component(config)
+        await self.engine.send("m", "go", id="x")
+        (row,) = other.queue.messages("1")  # read before the first has claimed it
+        first = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        second = asyncio.ensure_future(other.get("m").handle_message(
+            {"type": "go", "id": "x"}, _row=row))
+        await self.asked()
+        self.go.set()
+        await asyncio.gather(first, second)
+        self.assertEqual((self.ran, self.attempts(), second.result().outcome),
+            (["x"], [("x", 1)], "ignored"))
+
+    async def test_an_attempt_cancelled_while_its_claim_is_committed_is_given_back(self):
+        self.engine.create_component(self.noting(retry={"max_attempts": 1}))
+        await self.engine.send("m", "go", id="x")
+        self.patch("SLOW_COMMIT", -1.0)
+        for steps in range(40):
+            worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+            await self.passes(steps)
+            worker.cancel()
+            await asyncio.wait([worker])
+            if self.engine.get("m").seq:
+                break
+            for _ in range(2):  # what is under way is settled, and what that has led to
+                await self.engine.store.write(None, ())
+            with self.subTest(steps=steps):
+                self.assertEqual(self.attempts(), [("x", 0)])
+        self.assertEqual(self.engine.dead_letters(), [])
+
+    async def test_an_own_message_of_a_cancelled_worker_gets_its_attempt_back(self):
+        config = self.hanging(retry={"max_attempts": 1})
+        config["rules"].append({"on": "start", "send": {"to": "m", "type": "go", "id": "own"}})
+        self.engine.create_component(config)
+        await self.engine.send("m", "start", id="x")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        worker.cancel()
+        await asyncio.wait([worker])
+        self.go.set()
+        await self.reopen()
+        await self.engine.run(until_idle=True)
+        facts = self.engine.status("m")[0]
+        self.assertEqual((self.ran, facts["seq"], self.engine.dead_letters()),
+            (["own", "own"], 2, []))
+
+
+class ClaimsOfProcesses(StoreCase):
+    """The same with processes: some work together, some die, some have not all the code."""
+
+    ACTS = """
+        import os
+        def note(message, component):
+            with open(os.path.join(os.path.dirname(__file__), "log"), "a") as log:
+                log.write(message["id"] + "\\n")
+        def work(message, component):
+            note(message, component)
+            component.data["n"] += 1
+        def die(message, component):
+            note(message, component)
+            os._exit(9)
+        """
+    HEAD = """
+        import asyncio, logging, sys
+        import flexiflow
+        from flexiflow import FlexiFlowEngine
+        logging.getLogger("flexiflow").addHandler(logging.NullHandler())
+        """
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.write("acts.py", textwrap.dedent(self.ACTS))
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.modules.pop, "acts", None)
+        self.addCleanup(sys.path.remove, str(self.folder))
+
+    def child(self, body, *args):
+        return self.start(textwrap.dedent(self.HEAD) + textwrap.dedent(body), *args)
+
+    def noted(self):
+        path = self.folder / "log"
+        return path.read_text().split() if path.exists() else []
+
+    async def test_four_processes_run_an_action_once_for_each_message(self):
+        config = self.machine({"on": "go", "action": "acts:work"}, data={"n": 0})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        for n in range(40):
+            await self.engine.send("ab"[n % 2], "go", id=f"q{n}")
+        await self.engine.close()
+        children = [self.child("""
+            async def main(me):
+                engine = FlexiFlowEngine("flow.db")
+                calls = [engine.handle_message("ab"[n % 2], "go", id=f"{me}.{n}")
+                    for n in range(10)]
+                await asyncio.gather(engine.run(until_idle=True), *calls)
+                await engine.close()
+            asyncio.run(main(sys.argv[1]))
+            """, str(me)) for me in range(4)]
+        codes = [child.wait(60) for child in children]
+        await self.engine.run(until_idle=True)
+        ids = [f"q{n}" for n in range(40)] + [f"{me}.{n}" for me in range(4) for n in range(10)]
+        self.assertEqual((codes, sorted(self.noted())), ([0] * 4, sorted(ids)))
+        self.assertEqual([one["data"]["n"] for one in self.engine.status()], [40, 40])
+
+    async def test_a_message_that_kills_its_process_ends_as_a_dead_letter_and_blocks_nobody(self):
+        config = self.machine(
+            {"on": "bad", "action": "acts:die"}, {"on": "go", "action": "acts:work"},
+            data={"n": 0}, retry={"max_attempts": 3})
+        for name in "ab":
+            self.engine.create_component(config, name=name)
+        for name, kind, id in (("a", "bad", "x"), ("a", "go", "y"), ("b", "go", "z")):
+            await self.engine.send(name, kind, id=id)
+        await self.engine.close()
+        codes = []
+        for _ in range(4):
+            child = self.child("""
+                flexiflow.LEASE = 0.3
+                async def main():
+                    engine = FlexiFlowEngine("flow.db", clock=lambda: 1e6 + flexiflow.time.time())
+                    await engine.run(until_idle=True)
+                    await engine.close()
+                asyncio.run(main())
+                """)
+            codes.append(child.wait(60))
+        (letter,) = self.engine.dead_letters()
+        facts = [(one["name"], one["seq"], one["dead"]) for one in self.engine.status()]
+        shown = {key: letter[key] for key in ("component", "id", "attempts", "error", "state")}
+        self.assertEqual(codes, [9, 9, 9, 0])
+        self.assertEqual(shown, {"component": "a", "id": "x", "attempts": 3, "state": "A",
+            "error": "StateError: Its process died of it 3 times\n"
+            "Why: each time it was begun, and neither done nor failed"})
+        self.assertEqual((facts, sorted(self.noted())),
+            ([("a", 1, 1), ("b", 1, 0)], ["x", "x", "x", "y", "z"]))
+
+    async def test_the_claim_of_a_killed_process_is_taken_over_when_its_lease_is_over(self):
+        self.engine.create_component(self.machine({"on": "go", "action": "acts:work"}, {
+            "on": "bad", "action": "acts:die"}, data={"n": 0}))
+        await self.engine.close()
+        child = self.child("""
+            async def main():
+                engine = FlexiFlowEngine("flow.db", clock=lambda: 1e6)
+                await engine.handle_message("m", "bad", id="x")
+            asyncio.run(main())
+            """)
+        self.assertEqual(child.wait(60), 9)
+        self.clock.now = 1e6
+        polls, waiting = [], asyncio.Event()
+        self.patch("_pause", lambda: polls.append(1) or (len(polls) > 5 and waiting.set()) or 0.0)
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="y"))
+        await waiting.wait()
+        before = self.noted(), self.engine.get("m").seq
+        self.clock.now += 30
+        receipt = await task
+        self.assertEqual((before, self.noted(), receipt.data), ((["x"], 0), ["x", "y"], {"n": 1}))
+
+    # ---- code that is not to be had here
+
+    def foreign(self, *rules):
+        """Return a config whose code can be had at first, and not by whoever comes later."""
+        self.write("gone.py", textwrap.dedent(self.ACTS))
+        self.addCleanup(sys.modules.pop, "gone", None)
+        return self.machine({"on": "go", "action": "gone:work"}, *rules, data={"n": 0},
+            retry={"max_attempts": 1})
+
+    def take_code_away(self):
+        os.unlink(self.path("gone.py"))
+        shutil.rmtree(self.path("__pycache__"), ignore_errors=True)
+        sys.modules.pop("gone", None)
+
+    async def test_messages_to_code_that_cannot_be_imported_here_are_left_alone(self):
+        config = self.foreign()
+        for name in ("m", "n"):
+            self.engine.create_component(config, name=name)
+        self.engine.create_component(self.LAMP)
+        for n in range(3):
+            await self.engine.send("m", "go", id=f"x{n}")
+            await self.engine.send("n", "go", id=f"y{n}")
+            await self.engine.send("lamp", "press")
+        await self.reopen()
+        self.take_code_away()
+        lines = self.logged()
+        before = self.rows("SELECT * FROM flexiflow_messages WHERE component<>'lamp'")
+        delivered = [await self.engine.run(until_idle=True) for _ in range(3)]
+        after = self.rows("SELECT * FROM flexiflow_messages WHERE component<>'lamp'")
+        said = [line for line in lines if line.startswith(("WARNING", "ERROR"))]
+        self.assertEqual((delivered, after, self.engine.status("lamp")[0]["seq"]),
+            ([3, 0, 0], before, 3))
+        self.assertEqual([line.split(" ", 2)[2] for line in said],
+            ["Messages to 'm' are left alone: rules[0].action: Module not found: 'gone'"])
+
+    async def test_code_that_another_process_has_brought_meanwhile_is_left_alone_as_well(self):
+        self.foreign()
+        worker = self.open()
+        plain = self.machine({"on": "go", "assign": {"n": 1}}, data={"n": 0},
+            retry={"max_attempts": 1})
+        worker.create_component(plain)
+        await worker.handle_message("m", "go", id="first")
+        await self.engine.update_rules(
+            "m", [{"on": "go", "action": "gone:work"}], replace=True)
+        await self.engine.send("m", "go", id="x")
+        self.take_code_away()
+        lines = self.logged()
+        delivered = [await worker.run(until_idle=True) for _ in range(2)]
+        (row,) = self.engine.queue.messages("1")
+        self.assertEqual((delivered, row["attempts"], row["dead"], worker.dead_letters()),
+            ([0, 0], 0, None, []))
+        said = [line for line in lines if line.startswith(("WARNING", "ERROR"))]
+        self.assertEqual([line.split(" ", 2)[2] for line in said],
+            ["Messages to 'm' are left alone: rules[0].action: Module not found: 'gone'"])
+
+    async def test_a_direct_call_to_code_that_cannot_be_imported_says_why(self):
+        self.engine.create_component(self.foreign())
+        await self.reopen()
+        self.take_code_away()
+        with self.assertRaises(ImportError_) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(caught.exception.what, "rules[0].action: Module not found: 'gone'")
+        self.assertEqual(self.rows("SELECT seq, owner FROM flexiflow_components"), [(0, None)])
+
+    async def test_code_that_may_not_be_imported_is_left_alone(self):
+        self.engine.create_component(self.foreign())
+        await self.engine.send("m", "go")
+        await self.engine.close()
+        strict = FlexiFlowEngine(self.path(), clock=self.clock, allow_imports=())
+        self.addAsyncCleanup(strict.close)
+        delivered = await strict.run(until_idle=True)
+        (row,) = strict.queue.messages("1")
+        self.assertEqual((delivered, row["attempts"], row["dead"]), (0, 0, None))
+
+
 # --------------------------------------------------------------------------------------------
 # Torture
 # --------------------------------------------------------------------------------------------
