@@ -2301,6 +2301,7 @@ def restore_component(snapshot: ComponentSnapshot, engine: Any,
 
 def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
+    fix = "the old file is untouched"
     try:
         target = os.path.realpath(path)
         folder, name = os.path.split(target)
@@ -2319,6 +2320,7 @@ def write_file(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
             raise
+        fix = "the new file is there, but might not survive a power cut"
         if os.name != "nt":  # there, a folder cannot be opened
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -2326,8 +2328,8 @@ def write_file(path: Path, text: str) -> None:
             finally:
                 os.close(descriptor)
     except (OSError, ValueError) as error:
-        raise PersistenceError(f"Cannot write {os.fspath(path)!r}", why=str(error),
-            fix="the old file is untouched") from error
+        raise PersistenceError(
+            f"Cannot write {os.fspath(path)!r}", why=str(error), fix=fix) from error
 
 
 @functools.cache
@@ -2494,6 +2496,10 @@ def id_taken(component: Any, id: Any, **values: Any) -> StateError:
 def _pause() -> float:
     """Return how long to wait for other processes: SQLite's own way of waiting starves writers."""
     return random.uniform(0.0005, 0.02)
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2666,7 +2672,8 @@ class SQLiteStore:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            if options == "?mode=ro" and re.search("unable to open|readonly", str(error)):
+            frozen = options == "?mode=ro" and not _size(self.path + "-wal")  # else it says less
+            if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
             raise
         return db
@@ -4354,7 +4361,7 @@ class FlexiFlowEngine:
         gone = [one for one in names if completed and (head := store.head(one))
             and head["completed"] is not None and head["completed"] < before]
         found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
-        writes: list[asyncio.Future[Any]] = []
+        forget: list[Row] = []
         for one in names:
             history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
                 " WHERE component=? ORDER BY seq", (one,))
@@ -4363,13 +4370,12 @@ class FlexiFlowEngine:
             rows = history if one in gone else [*old]
             found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
             found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
-            forget: list[Row] = [(sql, (one,)) for sql in _REMOVE] if one in gone else [
+            forget += [(sql, (one,)) for sql in _REMOVE] if one in gone else [
                 (_FORGET, (one, seq)) for seq, *_ in rows[-1:]]
-            if forget and not dry_run:
-                writes.append(store.write(None, forget))
-        await asyncio.gather(*writes)
-        for one in () if dry_run else gone:
-            self.components.pop(one, None)
+        if not dry_run:
+            await store.write(None, forget)
+            for one in gone:
+                self.components.pop(one, None)
         return found
 
     async def backup(self, path: Path) -> None:
