@@ -76,14 +76,11 @@ import functools
 import importlib
 import itertools
 import json
-import logging
 import math
 import operator
 import os
 import re
-import threading
 import time
-import traceback
 import types
 import zlib
 from collections import deque, namedtuple
@@ -99,32 +96,39 @@ if TYPE_CHECKING:
     import difflib
     import hashlib
     import inspect
+    import logging
     import random
     import signal
     import sqlite3
+    import threading
+    import traceback
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, TypeVar, Union
+    from typing import Any, TypeVar, Union
 
     Function = TypeVar("Function", bound=Callable[..., Any])
     Json = dict[str, Any]  # an object
     Path = Union[str, os.PathLike[str]]
     Scope = dict[str, Any]  # what a guard or value may look at: see `decide`
     Row = tuple[str, tuple[Any, ...]]  # an SQL statement and its parameters
+    _Later: Any
 else:
 
     class _Later:
-        """A module imported at its first use: `status` starts in half the time without asyncio."""
+        """A module, or our logger, made at its first use: `status` starts in half the time."""
 
-        def __init__(self, name):
-            self._name = name
+        def __init__(self, name, make=importlib.import_module):
+            vars(self).update(_name=name, _make=make)
 
         def __getattr__(self, attribute):
-            module = globals()[self._name] = importlib.import_module(self._name)
-            return getattr(module, attribute)
+            made = globals()[self._name] = self._make(self._name)
+            return getattr(made, attribute)
+
+        def __setattr__(self, attribute, value):
+            setattr(self._make(self._name), attribute, value)
 
     for _name in (
-            "argparse asyncio collections datetime difflib hashlib inspect random signal "
-            "sqlite3").split():
+            "argparse asyncio collections datetime difflib hashlib inspect logging "
+            "random signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
 
 __all__ = [
@@ -159,13 +163,14 @@ __all__ = [
 # Everything that FlexiFlow refuses is a FlexiFlowError that says what happened, why, how to
 # mend it, and with which values. Whatever the values hold, it prints no control characters.
 
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def printable(text: object) -> str:
     """Escape what could forge a line or turn the text around: controls, bidi marks, surrogates."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    shown = str(text)
+    return shown if shown.isprintable() else re.sub(
+        _UNSAFE, lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 @dataclass
@@ -262,10 +267,6 @@ MAX_DEPTH = 100  # brackets within brackets
 _BRACKETS = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]'  # compiled when needed: starting is quick
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _whole(digits: str) -> int:
     # Some builds of Python have no limit of their own, and reading digits takes quadratic time.
     if len(digits) > 4300:
@@ -275,8 +276,9 @@ def _whole(digits: str) -> int:
 
 def _finite(digits: str) -> float:
     number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"the number {digits[:40]} is too large")
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large" if digits[-1].isdigit()
+            else f"{digits} is not JSON")
     return number
 
 
@@ -288,73 +290,72 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise ValueError(f"the key {twice!r} stands twice in one object")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite,
+_decode = json.JSONDecoder(parse_constant=_finite, parse_int=_whole, parse_float=_finite,
     object_pairs_hook=_distinct).decode
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-    sort_keys=True).encode
+    sort_keys=True, check_circular=False).encode  # for what `_exact` has seen, or was read
 
 
-def _check_depth(text: str) -> None:
-    """Raise ValueError where brackets stand deeper than MAX_DEPTH; nothing is parsed for it."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
+def _depth(text: str) -> int:
+    """Return how deep brackets stand within brackets; nothing is parsed for it."""
     steps = ((mark in "[{") - (mark in "]}") for mark in re.findall(_BRACKETS, text))
-    if max(itertools.accumulate(steps)) > MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
-
-
-def parse_json(source: str | bytes, limit: int = MAX_JSON) -> Any:
-    """Return the value of a JSON document; raise ValueError for whatever is not strict JSON.
-
-    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
-    that are not UTF-8, more than MAX_DEPTH levels or `limit` bytes.
-    """
-    octets = source.encode("utf-8") if isinstance(source, str) else source
-    if len(octets) > limit:
-        raise ValueError(f"more than {limit} bytes")
-    text = octets.decode("utf-8")
-    _check_depth(text)
-    value = _decode(text)
-    if "\\u" in text:
-        _encode(value).encode("utf-8")  # raises for a lone surrogate
-    return value
+    return max(itertools.accumulate(steps))
 
 
 def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> Any:
-    """Return the value of the JSON document called `name`; raise `error` if it is not good."""
+    """Return the value of the JSON document called `name`; raise `error` if it is not strict.
+
+    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
+    that are not UTF-8, more than MAX_DEPTH levels or MAX_JSON bytes.
+    """
     try:
-        return parse_json(source)
+        octets = source.encode("utf-8") if isinstance(source, str) else source
+        if len(octets) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        text = octets.decode("utf-8")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
+        value = _decode(text)
+        if "\\u" in text:
+            _encode(value).encode("utf-8")  # raises for a lone surrogate
+        return value
     except (ValueError, RecursionError, MemoryError) as problem:
         raise error(f"Not valid JSON: {name}", why=str(problem)) from problem
 
 
-def _flaws(value: Any, path: str) -> Iterator[str]:
-    """Say what keeps `value` from being JSON, and where."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
+_ATOMS = frozenset({str, bool, type(None)})  # each value of these reads back as it is
+_NUMBERS = frozenset({int, float})  # of these, what is below _HUGE: NaN and Infinity are not
+_HUGE = 10**4300
+
+
+def _exact(parts: Any, path: str, room: list[int], depth: int = 0) -> bool:
+    """Tell whether all types are JSON's own, so that reading is bound to give the same values.
+
+    Raises ValueError for what is no JSON, and where; also for too deep, and for too much: one
+    list may stand in many places.
+    """
+    room[0] -= len(parts)
+    if depth > MAX_DEPTH or room[0] < 0:
+        raise ValueError(
+            f"{path[:60]}: more than {MAX_DEPTH} brackets within brackets, or too much")
+    keyed, exact = isinstance(parts, dict), parts.__class__ is dict or parts.__class__ is list
+    for key, part in parts.items() if keyed else enumerate(parts):
+        if keyed and key.__class__ is not str:
+            exact = False
             if not isinstance(key, str):
-                yield f"the key {key!r} at {path} is not a string"
-            yield from _flaws(inner, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _flaws(inner, f"{path}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path} is {value}"
-    elif value is not None and not isinstance(value, (str, int, float)):
-        yield f"{path} is a {type(value).__name__}"
-
-
-def _check_nesting(value: Any, name: str, limit: int) -> None:
-    """Raise ValueError for what is too deep or too much, without recursion: stacks are small."""
-    outer = [value] if isinstance(value, (dict, list, tuple)) else []
-    for _ in range(MAX_DEPTH):
-        if sum(map(len, outer)) > limit:
-            raise ValueError(f"{name} takes more than {limit} bytes")
-        parts = (one.values() if isinstance(one, dict) else one for one in outer)
-        outer = [one for part in parts for one in part if isinstance(one, (dict, list, tuple))]
-        if not outer:
-            return
-    raise ValueError(f"{name}: more than {MAX_DEPTH} brackets within brackets")
+                raise ValueError(f"the key {key!r} at {path} is not a string")
+        kind = part.__class__
+        if kind in _ATOMS or (kind in _NUMBERS and abs(part) < _HUGE):
+            continue
+        where = f"{path}[{key}]" if not keyed else f"{path}.{key}" if path else str(key)
+        if isinstance(part, (dict, list)):
+            exact = _exact(part, where, room, depth + 1) and exact
+        elif isinstance(part, str) or (isinstance(part, (int, float)) and abs(part) < _HUGE):
+            exact = False  # a subclass
+        else:
+            flaw = {float: part, int: "too long a number"}.get(kind, f"a {kind.__name__}")
+            raise ValueError(f"{where} is {flaw}")
+    return exact
 
 
 def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
@@ -362,18 +363,18 @@ def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
 
     A tuple, a key that is not a string, NaN, a date: refused by name instead of changed.
     """
-    _check_nesting(value, name, limit)
+    exact = _exact({name: value}, "", [limit + 1])
     try:
         text = _encode(value)
         size = len(text.encode("utf-8"))
-        if _decode(text) == value and size <= limit:
-            return text
-        problem = f"{name} reads back as another value"
-        if size > limit:
-            problem = f"{name} takes {size} bytes; {limit} are allowed"
-    except (TypeError, ValueError, RecursionError, MemoryError) as error:
-        problem = f"{name}: {error}"
-    raise ValueError(next(_flaws(value, name), problem))
+        exact = exact or _decode(text) == value
+    except (TypeError, ValueError, MemoryError) as error:  # a lone surrogate, say
+        raise ValueError(f"{name}: {error}") from error
+    if size > limit:
+        raise ValueError(f"{name} takes {size} bytes; {limit} are allowed")
+    if not exact:
+        raise ValueError(f"{name} reads back as another value")
+    return text
 
 
 def _written(value: Any, name: str) -> str:
@@ -412,22 +413,12 @@ def fresh(value: Any) -> Any:
     return value
 
 
-_ids: Iterator[str]
-
-
-def _renew_ids() -> None:
-    global _ids
-    _ids = map((os.urandom(6).hex() + "-{:x}").format, itertools.count(1))
-
-
-_renew_ids()
-if hasattr(os, "register_at_fork"):  # parent and child would count the same ids
-    os.register_at_fork(after_in_child=_renew_ids)
-
-
 def new_id() -> str:
-    """Return an id that no other call, process or machine returns."""
-    return next(_ids)
+    """Return an id that no other call, process or machine returns.
+
+    It begins with the time: an index of ids grows at its end, where a commit writes few pages.
+    """
+    return f"{time.time_ns():x}{os.urandom(8).hex()}"
 
 
 class Context:
@@ -473,13 +464,12 @@ def masked(value: Any) -> Any:
     return type(value)(map(masked, value)) if type(value) in (list, tuple) else value
 
 
-class CorrelationIdFilter(logging.Filter):
+class CorrelationIdFilter:
     """Put `correlation_id` on every record, and fold message and traceback into one safe line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass; one that already has a correlation id keeps it."""
-        if not hasattr(record, "correlation_id"):
-            record.correlation_id = get_correlation_id() or "-"
+        vars(record).setdefault("correlation_id", get_correlation_id() or "-")
         lines = traceback.format_exception(*record.exc_info) if record.exc_info else []
         with contextlib.suppress(Exception):  # arguments that do not fit: the handler will say so
             record.args = masked(record.args)
@@ -489,21 +479,29 @@ class CorrelationIdFilter(logging.Filter):
         return True
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter:
     """Format a record as one line of JSON: time, level, logger, correlation_id, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps({"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname, "logger": record.name,
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        return json.dumps({"time": moment, "level": record.levelname, "logger": record.name,
             "correlation_id": getattr(record, "correlation_id", "-"),
             "message": record.getMessage()})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
 _one_line = CorrelationIdFilter()
-logger = logging.getLogger("flexiflow")
-logger.addFilter(_one_line)
+
+
+def _our_logger(name: str = "flexiflow") -> logging.Logger:
+    log = logging.getLogger(name)
+    log.addFilter(_one_line)  # once, however often it is called
+    return log
+
+
+# An application that has imported logging may use this logger itself, and before we do.
+logger = _our_logger() if "logging" in sys.modules else _Later("logger", lambda _: _our_logger())
 
 
 def get_logger(name: str = "flexiflow", level: int | None = None, *,
@@ -513,11 +511,10 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
     `style` is "text" or "json" (a JSON object a line). Called twice it adds nothing; a level
     is only set when given, or when the logger has none.
     """
-    formats = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
+    formats: Any = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
     if style not in formats:
         raise ArgumentError(f"Unknown log style: {style!r}", fix=choose(style, formats))
-    log = logging.getLogger(name)
-    log.addFilter(_one_line)  # once, however often it is called
+    log = _our_logger(name)
     if level is not None or log.level == logging.NOTSET:
         log.setLevel(logging.INFO if level is None else level)
     if not log.hasHandlers():
@@ -531,8 +528,8 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
 # --------------------------------------------------------------------------------------------
 # 3. Retry
 # --------------------------------------------------------------------------------------------
-# One generator of delays serves sync and async functions, and the queue of section 11. Only
-# Exceptions are tried again, never a cancellation; the last one is raised as it was.
+# One rule of pauses serves sync and async functions, and the queue of section 11. Only Exceptions
+# are tried again, never a cancellation; the last one is raised as it was.
 
 
 @dataclass(frozen=True)
@@ -548,16 +545,15 @@ class RetryConfig:
     timeout: float | None = None  # no call is begun later than this after the first
 
     def __post_init__(self) -> None:
-        numbers = {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-                raise ArgumentError(f"{name} is not a number of zero or more: {value!r}")
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
+        for name, value in {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}.items():
+            least = 1 if name in ("max_attempts", "backoff") else 0
+            most, words = sys.float_info.max, f"of at least {least}"
+            if name == "jitter":
+                most, words = 1, "from 0 to 1"
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise ArgumentError(f"{name} is not a number {words}: {value!r}")
+        if type(self.max_attempts) is not int:
             raise ArgumentError(f"max_attempts is not a whole number: {self.max_attempts!r}")
-        if self.backoff < 1:
-            raise ArgumentError(f"backoff is at least 1: {self.backoff!r}")
-        if self.jitter > 1:
-            raise ArgumentError(f"jitter is a fraction, at most 1: {self.jitter!r}")
 
     def delay(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after `failures` failed calls; `chance` is from 0 to 1."""
@@ -568,13 +564,14 @@ class RetryConfig:
         return pause * (1 + self.jitter * chance)
 
 
-def _pauses(config: RetryConfig, start: float) -> Iterator[float]:
-    """Yield the seconds to sleep after each failure; end when no call is to be made any more."""
-    for failures in range(1, config.max_attempts):
-        pause = config.delay(failures, random.random())
-        if config.timeout is not None and time.monotonic() - start + pause > config.timeout:
-            return
-        yield pause
+def _patience(config: RetryConfig, error: BaseException, failures: int, start: float) -> float:
+    """Return the seconds to sleep before the next call; raise `error` where none is to be made."""
+    pause = config.delay(failures, random.random())
+    late = config.timeout is not None and time.monotonic() - start + pause > config.timeout
+    if late or failures >= config.max_attempts or isinstance(error, asyncio.CancelledError):
+        raise error
+    logger.debug("Trying again in %.3f s after %r", pause, error)
+    return pause
 
 
 def is_async(function: Any) -> bool:
@@ -593,31 +590,22 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
     if not isinstance(settings, RetryConfig):
         raise ArgumentError(f"Not a RetryConfig: {config!r}", fix="@retry_async(RetryConfig())")
 
-    def again(error: BaseException, pauses: Iterator[float]) -> float:
-        pause = None if isinstance(error, asyncio.CancelledError) else next(pauses, None)
-        if pause is None:
-            raise error
-        logger.debug("Trying again in %.3f s after %r", pause, error)
-        return pause
-
     def decorate(function: Any) -> Any:
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return await function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                await asyncio.sleep(pause)
+                    await asyncio.sleep(_patience(settings, error, failures, start))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                time.sleep(pause)
+                    time.sleep(_patience(settings, error, failures, start))
 
         return functools.wraps(function)(call_async if is_async(function) else call)
 
@@ -1482,28 +1470,25 @@ class Outgoing:
 class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
     """What happens beside the change of state, in a rule or at a state's entry or exit.
 
-    Four tuples, of functions of a scope: (key, value), Outgoing, (event, payload or None); and of
-    the actions. False if nothing happens.
+    Four tuples: of (key, value), of Outgoings, of (event, payload or None), all of them functions
+    of a scope; and of the actions.
     """
 
     __slots__ = ()
 
-    def __bool__(self) -> bool:
-        return any(self)
 
-
-NO_EFFECTS = Effects()
+NOTHING = Effects()
 
 
 class Node:
     """A state of a definition."""
 
     def __init__(self, name: str, cls: type[State] = DeclaredState, *, initial: str | None = None,
-            final: bool = False, entry: Effects = NO_EFFECTS, exit: Effects = NO_EFFECTS,
+            final: bool = False, entry: Effects = NOTHING, exit: Effects = NOTHING,
             description: str = "") -> None:
         self.name, self.cls, self.description = name, cls, description
-        self.initial, self.final = initial, final  # the child that is entered with it
-        self.entry, self.exit = entry, exit
+        # `initial` names the child that is entered with it.
+        self.initial, self.final, self.entry, self.exit = initial, final, entry, exit
         self.parent: Node | None = None
         self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
@@ -1531,13 +1516,14 @@ class Rule:
     """A rule that executes."""
 
     def __init__(self, number: int, text: Json, sources: Iterable[str], effects: Effects, *,
-            on: tuple[str, ...] = (), after: Any = None, guard: Guard | None = None,
+            on: Iterable[str] = (), after: Any = None, guard: Guard | None = None,
             to: str | None = None, reenter: bool = False, description: str = "") -> None:
-        self.number, self.text = number, text  # its place in the config's list, and as written
+        # Its place in the config's list, and how it is written there.
+        self.number, self.text, self.description = number, text, description
         self.sources = tuple(dict.fromkeys(sources))  # states, or "*"
-        self.on, self.after = on, after  # message types; or a function of a scope: the delay
+        # What fires it: message types, or a timer's delay, which is a function of a scope.
+        self.on, self.after = tuple(dict.fromkeys(on)), after
         self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
-        self.description = description
 
 
 class Passage:
@@ -1549,10 +1535,10 @@ class Passage:
         self.node = node  # the state at the end
         self.active, self.exits, self.enters = (
             tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
-        self.steps = tuple(step for step in steps if step[1])  # (value of $state, effects)
+        self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
         self.timers = timers  # (rule, owning state) that start here
         self.completes = node.final and node.parent is None
-        self.busy = bool(timers or ends_timers or self.completes)  # in the queue
+        self.busy = bool(timers or ends_timers or self.completes)  # the queue changes with it
 
 
 class Plan:
@@ -1721,11 +1707,11 @@ def follow(plan: Plan, scope: Scope) -> None:
 
 
 # --------------------------------------------------------------------------------------------
-# 8. Config: one walk of problems; load and explain
+# 8. Config: one walk of problems; load
 # --------------------------------------------------------------------------------------------
 # One walk over a config finds everything that is wrong with it and compiles what is right. Each
 # check is a function that raises; the walk knows the place, reports it there and goes on.
-# Loading raises the first error found, `explain` lists them all: they cannot disagree.
+# Loading raises the first error found, `explain` (section 12) lists them all: they cannot disagree.
 
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
     float: "a number"}
@@ -1837,26 +1823,20 @@ def one_edit(word: str, other: str) -> bool:
     return b[1:] in (a, a[1:]) or a[1:] == b or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
-def _need(good: Any, what: str, **details: Any) -> None:
-    """Raise ConfigError unless something is as it must be."""
+def _need(good: Any, what: str, *values: Any, **details: Any) -> None:
+    """Raise ConfigError unless something is as it must be; `values` go into the text."""
     if not good:
-        raise ConfigError(what, **details)
+        raise ConfigError(what % values if values else what, **details)
 
 
 def _require(value: Any, kinds: str) -> None:
     """Raise ConfigError unless a value is of one of these kinds."""
-    if kinds and _KINDS.get(type(value), "nothing") not in kinds:
-        raise ConfigError(f"Not {kinds}: {value!r}")
-
-
-def _stand_in() -> type[State]:
-    """Return a class for code that may not be imported; also a function and a guard, never run."""
-    return type("Unchecked", (State,), {})
+    _need(not kinds or _KINDS.get(type(value), "nothing") in kinds, "Not %s: %r", kinds, value)
 
 
 def _not_empty(value: Any) -> Any:
     """Return a text that is not empty; else raise ConfigError."""
-    _need(isinstance(value, str) and value, f"Not a name: {value!r}")
+    _need(isinstance(value, str) and value, "Not a name: %r", value)
     return value
 
 
@@ -1867,6 +1847,7 @@ class _Walk:
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
         is_path = isinstance(config, (str, os.PathLike))
+        # What `explain` tells. A pack is a PackInfo's values; a state leads to its dotted path.
         self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
             errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
             policy=["packs", "builtin"], definition=None)
@@ -1908,8 +1889,9 @@ class _Walk:
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
         source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
+        classes = {node.cls for node in self.nodes.values() if not node.declared}
         return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
-            self.good.get("retry", QUEUE_RETRY), self.has_code)
+            self.good.get("retry", QUEUE_RETRY), self.has_code or not classes <= {*BUILT_IN})
 
     def _report(self, error: FlexiFlowError, level: str = "error", *step: str) -> None:
         """Note a problem of what the walk looks at, or of what is a step further."""
@@ -1951,20 +1933,20 @@ class _Walk:
                 near = [one for one in known if one_edit(key.lower(), one)]
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
                 if level:
+                    fix = f"did you mean {near[0]!r}?" if near else choose(key, known)
                     self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
-                        fix=choose(key, near or known)), level, key)
+                        fix=fix), level, key)
         for key in _REQUIRED.get(kind, ()):
-            if not given.get(key):
+            if given.get(key) in (None, ""):
                 self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
                     if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
 
         def compiled(key: str, inner: Any) -> Any:
             _require(inner, known[key])
-            compiler = compilers.get(key) or self.compilers.get(key)
-            if compiler is None:
-                return inner
+            compiler = compilers.get(key) or self.compilers.get(key) or (lambda value: value)
             if not known[key].endswith(" or a list"):
                 return compiler(inner)
+            _need(inner or key in _EFFECTS, "Not a name or a list of names: %r", inner)
             parts = enumerate(inner) if isinstance(inner, list) else [(None, inner)]
             return tuple(self._each(parts, lambda _, part: compiler(part)).values())
 
@@ -1974,13 +1956,13 @@ class _Walk:
         return tuple(self._each(value.items(), lambda _, inner: compile_value(inner)).items())
 
     def _load(self, path: Any) -> Any:
-        """Import a dotted path; where imports are off, note it and return a stand-in."""
-        _need(isinstance(path, str), f"Not a dotted path: {path!r}")
+        """Import a dotted path; where imports are off, note it and let State stand for it."""
+        _need(isinstance(path, str), "Not a dotted path: %r", path)
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
         self.found.unchecked.append(path)
-        return _stand_in()
+        return State  # which is callable, as functions are
 
     def _read(self) -> None:
         """Read the config and copy it, once it is known to be an object of JSON."""
@@ -1997,7 +1979,7 @@ class _Walk:
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
-            f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
+            "%r", order, fix='["packs", "builtin"] or ["builtin", "packs"]')
         self.found.policy = order
 
     def _packs(self, paths: list[Any]) -> None:
@@ -2010,7 +1992,6 @@ class _Walk:
 
     def _pack(self, index: int, path: Any) -> StatePack:
         """Add the states of a pack."""
-        self.has_code = True
         pack, found = load_pack(path, self.allow_imports), self.found
         try:
             classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
@@ -2025,16 +2006,17 @@ class _Walk:
         return pack
 
     def _add(self, name: str, cls: Any, **declared: Any) -> None:
-        """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
-        _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
-        if cls is DeclaredState:
-            cls = type(name, (DeclaredState,), {})
-        _need(isinstance(cls, type) and issubclass(cls, State), "Not a State class",
-            why=f"it is {cls!r}", fix="inherit from State", state=name)
+        """Add a state that is a class; of DeclaredState and State it gets a subclass of its own."""
+        _need(name not in ("", "*") and "\0" not in name, "Not a name for a state: %r", name)
+        if cls is DeclaredState or cls is State:
+            cls = type(name, (cls,), {})
+        if not (isinstance(cls, type) and issubclass(cls, State)):
+            raise ConfigError(
+                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
         owner = self.registry._names.get(cls)  # of its own, not of those around it
-        _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
+        _need(owner is None, "One class for two states: %r and %r", owner, name, why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
-        _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
+        _need(name not in self.nodes, "State %r is provided by a pack too", name)
         self.nodes[name] = Node(name, cls, **declared)
         self.registry.register(name, cls)
 
@@ -2065,7 +2047,7 @@ class _Walk:
     def _family(self, name: str, node: Node) -> None:
         """Raise unless what a state says of its children is so."""
         children = [child.name for child in node.children]
-        _need(node.declared or not children, f"{name!r} is a class, so it has no children")
+        _need(node.declared or not children, "%r is a class, so it has no children", name)
         _need(not (children and node.final), "A final state has no children")
         if node.initial not in children:
             what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
@@ -2085,12 +2067,11 @@ class _Walk:
             return name
         cls = self.registry.get(name)
         if cls is None and self.config.get("packs") and not self.imports:
-            cls = _stand_in()  # a pack may provide it
+            cls = State  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
             close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
                 self.found.errors) < 20 else None  # to look for a thousand would take a minute
             raise ConfigError(f"Unknown state: {name!r}", fix=close)
-        self.has_code = self.has_code or cls not in BUILT_IN
         self._add(name, cls)
         for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
             if other not in self.registry._names and other.__name__ not in self.nodes:
@@ -2123,7 +2104,6 @@ class _Walk:
         on, after = (text.get(key) is not None for key in ("on", "after"))
         _need(on != after, "A rule with both 'on' and 'after'" if on else
             "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
-        _need([] not in (text.get("from"), text.get("on")), "A rule with an empty list of names")
         if len(self.found.errors) > errors_before:
             return
         pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
@@ -2141,14 +2121,14 @@ class _Walk:
 
     def _action(self, path: Any) -> Any:
         action = self._load(path)
-        _need(callable(action), f"Not a function: {path!r}", why=f"it is {action!r}")
+        _need(callable(action), "Not a function: %r", path, why=f"it is {action!r}")
         return action
 
     def _emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
         event = self._clean("emit", {"name": part} if isinstance(part, str) else part,
             **{"with": compile_value})
         name = event.get("name", "")
-        _need(name not in ENGINE_EVENTS, f"An event of the engine's own: {name!r}",
+        _need(name not in ENGINE_EVENTS, "An event of the engine's own: %r", name,
             fix="emit under another name")
         return name, event.get("with")
 
@@ -2157,7 +2137,7 @@ class _Walk:
         to, kind, id, delay, payload = map(found.get, ("to", "type", "id", "after", "with"))
         for key, _ in payload or ():
             _need(key not in ("type", "id", "correlation_id", "component")
-                and (len(payload) > 1 or key not in OPERATIONS), f"{key!r} cannot stand in 'with'")
+                and (len(payload) > 1 or key not in OPERATIONS), "%r cannot stand in 'with'", key)
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
@@ -2201,7 +2181,7 @@ class ConfigLoader:
     def load_yaml(path: Path) -> Json:
         """Return the object in a config file, JSON or YAML, unchecked."""
         content = read_config(path)
-        _need(isinstance(content, dict), f"A config is an object: {os.fspath(path)!r}")
+        _need(isinstance(content, dict), "A config is an object: %r", os.fspath(path))
         return content  # type: ignore[no-any-return]
 
     @staticmethod
@@ -2209,7 +2189,7 @@ class ConfigLoader:
         """Return the rules in a file: a list, or an object with `rules`."""
         content = read_config(path)
         rules = content.get("rules") or [] if isinstance(content, dict) else content
-        _need(isinstance(rules, list), f"No list of rules in {os.fspath(path)!r}",
+        _need(isinstance(rules, list), "No list of rules in %r", os.fspath(path),
             fix='{"rules": [...]}')
         return rules
 
@@ -2321,6 +2301,7 @@ def restore_component(snapshot: ComponentSnapshot, engine: Any,
 
 def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
+    fix = "the old file is untouched"
     try:
         target = os.path.realpath(path)
         folder, name = os.path.split(target)
@@ -2339,6 +2320,7 @@ def write_file(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
             raise
+        fix = "the new file is there, but might not survive a power cut"
         if os.name != "nt":  # there, a folder cannot be opened
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -2346,8 +2328,8 @@ def write_file(path: Path, text: str) -> None:
             finally:
                 os.close(descriptor)
     except (OSError, ValueError) as error:
-        raise PersistenceError(f"Cannot write {os.fspath(path)!r}", why=str(error),
-            fix="the old file is untouched") from error
+        raise PersistenceError(
+            f"Cannot write {os.fspath(path)!r}", why=str(error), fix=fix) from error
 
 
 @functools.cache
@@ -2514,6 +2496,10 @@ def id_taken(component: Any, id: Any, **values: Any) -> StateError:
 def _pause() -> float:
     """Return how long to wait for other processes: SQLite's own way of waiting starves writers."""
     return random.uniform(0.0005, 0.02)
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2686,7 +2672,8 @@ class SQLiteStore:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            if options == "?mode=ro" and re.search("unable to open|readonly", str(error)):
+            frozen = options == "?mode=ro" and not _size(self.path + "-wal")  # else it says less
+            if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
             raise
         return db
@@ -3675,15 +3662,19 @@ class AsyncComponent:
         self.head = self.head._replace(definition=definition)
         self.state_machine.registry = definition.registry
 
-    def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
-        """Return a definition with these rules instead; raise ConfigError if it is not good."""
+    def _compiled(self, rules: list[Json], replace: bool = True,
+            states: Json = _EMPTY) -> Definition:
+        """Return a definition with these rules instead; raise ConfigError if it is not good.
+
+        `states` are those that a component made by hand is to have.
+        """
         machine, old = self.state_machine, self.definition
         registry = machine.registry._parent if old else StateRegistry(machine.registry)
         if registry is None or registry is DEFAULT_REGISTRY:
             registry = StateRegistry(DEFAULT_REGISTRY)
         if old is None and registry.get(self.state) is None:
             registry.register(self.state, type(machine._state))
-        source = old.source if old else {"initial_state": self.state}
+        source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
             definition = _compile(config, registry, self._engine.allow_imports)
@@ -3949,15 +3940,23 @@ class FlexiFlowEngine:
 
         Raises StateError where another object has the name.
         """
+        self._register(component)
+
+    def _register(self, component: AsyncComponent, states: Json = _EMPTY) -> None:
         other = self.components.get(component.name)
         if other is component:
             return
         if other is not None or component._engine is not _ALONE:
             raise StateError(f"Component {component.name!r} is registered already",
                 why="two of one name would overwrite each other", fix="use another name")
-        if component.definition is None and (self.store is not None or component._rules):
-            component._define(component._compiled(component.rules))
-        self._add(component, self.store and self.store.head(component.name))
+        component._engine = self  # which says what may be imported
+        try:
+            if component.definition is None and (self.store or component._rules or states):
+                component._define(component._compiled(component.rules, states=states))
+            self._add(component, self.store and self.store.head(component.name))
+        except BaseException:
+            component._engine = _ALONE
+            raise
 
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
@@ -3969,7 +3968,7 @@ class FlexiFlowEngine:
         component = AsyncComponent(snapshot.name, fresh(snapshot.rules) or None, machine)
         component.head = _NO_HEAD._replace(data=fresh(snapshot.data))
         component.metadata = fresh(snapshot.metadata)
-        self.register(component)
+        self._register(component, snapshot.states)
         return component
 
     def get(self, name: str) -> AsyncComponent | None:
@@ -4004,14 +4003,10 @@ class FlexiFlowEngine:
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
         component._engine = self
-        try:
-            if head is not None:
-                component._load(head)
-            elif component.definition is not None:
-                self._conceive(component, component.definition)
-        except BaseException:
-            component._engine = _ALONE
-            raise
+        if head is not None:
+            component._load(head)
+        elif component.definition is not None:
+            self._conceive(component, component.definition)
         component.logger = component.logger or self.logger
         component.event_bus = component.event_bus or self.event_bus
         self.components[component.name] = component
@@ -4030,6 +4025,9 @@ class FlexiFlowEngine:
         birth = definition.birth
         if birth.node.name != component.state:  # made by hand, and not in its initial state
             birth = definition.passage(None, "*", component.state)
+        if component.metadata is not None:  # restored: its entry is over, its timers begin again
+            birth = copy.copy(birth)
+            birth.steps = ()
         plan = Plan("created", component.head.data, birth)
         turn = Turn(component, None, {"type": "created"})
         follow(plan, turn.scope(birth.node.name))
@@ -4379,7 +4377,7 @@ class FlexiFlowEngine:
         gone = [one for one in names if completed and (head := store.head(one))
             and head["completed"] is not None and head["completed"] < before]
         found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
-        writes: list[asyncio.Future[Any]] = []
+        forget: list[Row] = []
         for one in names:
             history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
                 " WHERE component=? ORDER BY seq", (one,))
@@ -4388,13 +4386,12 @@ class FlexiFlowEngine:
             rows = history if one in gone else [*old]
             found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
             found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
-            forget: list[Row] = [(sql, (one,)) for sql in _REMOVE] if one in gone else [
+            forget += [(sql, (one,)) for sql in _REMOVE] if one in gone else [
                 (_FORGET, (one, seq)) for seq, *_ in rows[-1:]]
-            if forget and not dry_run:
-                writes.append(store.write(None, forget))
-        await asyncio.gather(*writes)
-        for one in () if dry_run else gone:
-            self.components.pop(one, None)
+        if not dry_run:
+            await store.write(None, forget)
+            for one in gone:
+                self.components.pop(one, None)
         return found
 
     async def backup(self, path: Path) -> None:
@@ -4685,12 +4682,12 @@ def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
     wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
     for key, path in walk.found.states.items():
         place = f"states.{key}"
-        if path is not None and path == walk.config.get("initial_state"):
-            place = place if place in wrong else "initial_state"
-        what = wrong[place].what[len(place) + 2:] if place in wrong else None
-        seen = path is None or walk.imports
-        yield StateResolution(key, path, error=what, is_state_subclass=seen and what is None,
-            resolved=seen and not (what and isinstance(wrong[place].error, ImportError_)))
+        if place not in wrong and path is not None and path == walk.config.get("initial_state"):
+            place = "initial_state"
+        problem, checked = wrong.get(place), path is None or walk.imports
+        yield StateResolution(key, path, is_state_subclass=checked and not problem,
+            resolved=checked and not isinstance(problem and problem.error, ImportError_),
+            error=problem and problem.what[len(place) + 2:])
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4712,10 +4709,9 @@ class _Mermaid:
     UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
 
     def __init__(self, found: ConfigExplanation) -> None:
-        self.found = found
+        self.found, definition = found, found.definition
         self.ids: dict[str, str] = {}
-        self.nodes = found.definition.nodes if found.definition else {}
-        self.rules = found.definition.rules if found.definition else []
+        self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
         self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
@@ -4724,8 +4720,7 @@ class _Mermaid:
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
             yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
-        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
-        yield ""
+        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]\n"
         for number, pack in enumerate(found.packs):
             yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
@@ -4764,13 +4759,13 @@ class _Mermaid:
         return shape.format(self.id_of(name), self.label(name))
 
     def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        if not node.children:
+        if node.children:
+            yield f"{indent}subgraph {self.box(node.name)}"
+            for child in node.children:
+                yield from self.state(child, indent + "  ")
+            yield f"{indent}end"
+        else:
             yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
-            return
-        yield f"{indent}subgraph {self.box(node.name)}"
-        for child in node.children:
-            yield from self.state(child, indent + "  ")
-        yield f"{indent}end"
 
     def edges(self) -> Iterator[tuple[str, str, str]]:
         """Yield source, label and target of what packs, rules and classes tell."""
