@@ -10227,6 +10227,484 @@ class BackingUp(StoreCase):
         self.assertGreater(facts["seq"], 20)
 
 
+class Pruning(StoreCase):
+    """`prune`: history is forgotten, never the state, and what is forgotten is said."""
+
+    async def told(self, *ids, name="counter", seconds=10):
+        """Handle one message for each id, some seconds apart."""
+        for id in ids:
+            self.clock.now += seconds
+            await self.engine.handle_message(name, "add", by=1, id=id)
+
+    def seqs(self, name="counter"):
+        return [row["seq"] for row in self.engine.history(name)][::-1]
+
+    async def failure(self, engine=None, *args, **settings):
+        with self.assertRaises(FlexiFlowError) as caught:
+            await (engine or self.engine).prune(*args, **settings)
+        return str(caught.exception)
+
+    async def test_what_is_no_order_to_prune_is_refused_and_nothing_goes(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b")
+        self.assertEqual(await self.failure(),
+            "Nothing to prune by\nFix: keep=, older_than= or completed=True")
+        for keep in (0, -1, True, 1.5, "2"):
+            self.assertEqual(await self.failure(keep=keep),
+                f"keep is a whole number from 1: {keep!r}")
+        for older_than in (-1, "soon", float("nan"), [], True):
+            self.assertEqual(await self.failure(older_than=older_than),
+                f"Not a delay: {older_than!r}\n"
+                'Fix: seconds, or like "90s", "15m", "2h", "7d"')
+        self.assertEqual(await self.failure(None, "contour", keep=1),
+            "Unknown component: 'contour'\nFix: did you mean 'counter'?")
+        self.assertEqual(await self.failure(FlexiFlowEngine(), keep=1),
+            "This engine keeps no history\nFix: FlexiFlowEngine(store=\"flow.db\")")
+        self.assertEqual(self.seqs(), [0, 1, 2])
+
+    async def test_the_last_rows_are_kept_and_what_is_forgotten_is_named(self):
+        self.engine.create_component(self.COUNTER)
+        self.engine.create_component(self.COUNTER, name="other")
+        await self.told("a", "b", "c", "d")
+        await self.told("z", name="other")
+        found = await self.engine.prune(keep=2)
+        self.assertEqual(found, {"rows": 3, "of": 7, "components": [],
+            "ids": [{"component": "counter", "id": "a"}, {"component": "counter", "id": "b"}]})
+        self.assertEqual((self.seqs(), self.seqs("other")), ([3, 4], [0, 1]))
+
+    async def test_a_dry_run_says_the_same_and_changes_nothing(self):
+        lamp = {**self.LAMP, "rules": self.LAMP["rules"][3:]}
+        self.engine.create_component(self.COUNTER)
+        self.engine.create_component(lamp)
+        await self.told("a", "b", "c")
+        await self.engine.handle_message("lamp", "drop", id="x")
+        before = self.picture()
+        dry = await self.engine.prune(keep=1, completed=True, dry_run=True)
+        after = self.picture()
+        real = await self.engine.prune(keep=1, completed=True)
+        self.assertEqual((after, dry), (before, real))
+        self.assertEqual(real, {"rows": 5, "of": 6, "components": ["lamp"],
+            "ids": [{"component": "counter", "id": "a"}, {"component": "counter", "id": "b"},
+                {"component": "lamp", "id": "x"}]})
+
+    async def test_the_last_row_stays_however_old_it_is(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b")
+        self.clock.now += 86400 * 1000
+        found = await self.engine.prune(older_than="1d")
+        await self.reopen()
+        (facts,) = self.engine.status()
+        self.assertEqual((found["rows"], self.seqs(), facts["data"]), (2, [2], {"n": 2}))
+        receipt = await self.engine.handle_message("counter", "add", by=5)
+        self.assertEqual((receipt.seq, receipt.data), (3, {"n": 7}))
+
+    async def test_rows_older_than_that_go(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b", "c", "d")  # 30, 20, 10 and 0 seconds ago
+        found = await self.engine.prune("counter", older_than=15)
+        self.assertEqual((self.seqs(), [one["id"] for one in found["ids"]]), ([3, 4], ["a", "b"]))
+        self.assertEqual((await self.engine.prune(older_than=15))["rows"], 0)
+
+    async def test_both_conditions_hold_for_what_goes(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b", "c", "d")
+        await self.engine.prune(keep=3, older_than=5)
+        self.assertEqual(self.seqs(), [2, 3, 4])
+        await self.engine.prune(keep=1, older_than="25s")
+        self.assertEqual(self.seqs(), [2, 3, 4])
+
+    async def test_a_clock_that_went_back_leaves_no_gap(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a")
+        self.clock.now += 3600  # ahead
+        await self.told("b")
+        self.clock.now -= 7200  # behind
+        await self.told("c", "d")
+        self.clock.now += 5000
+        found = await self.engine.prune(older_than=3600)
+        await self.reopen()
+        self.assertEqual((found["rows"], self.seqs()), (1 + (found["rows"] > 1), self.seqs()))
+        self.assertEqual(self.seqs(), [*range(self.seqs()[0], 5)])
+        self.assertIn(2, self.seqs())  # by its own time it is not that old
+
+    async def test_completed_components_go_with_all_that_is_theirs(self):
+        for name in ("a", "b", "c"):
+            self.engine.create_component(self.LAMP, name=name)
+        await self.engine.handle_message("a", "drop")
+        await self.engine.send("a", "press", id="q", delay=10)
+        self.clock.now += 3600
+        await self.engine.handle_message("b", "drop", id="x")
+        await self.engine.handle_message("c", "press")
+        old = await self.engine.prune(completed=True, older_than="30m")
+        left = [one["name"] for one in self.engine.status()], self.seqs("b")
+        rest = await self.engine.prune(completed=True)
+        self.assertEqual((old["components"], left, rest["components"]), (["a"], (["b", "c"],
+            [0, 1]), ["b"]))
+        self.assertEqual(rest["ids"], [{"component": "b", "id": "x"}])
+        self.assertEqual((self.seqs("c"), self.engine.queue.messages("1")), ([1], []))
+        self.engine.create_component(self.LAMP, name="a")
+        receipt = await self.engine.handle_message("a", "press")
+        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 1))
+
+    async def test_completed_alone_prunes_no_history(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b")
+        found = await self.engine.prune(completed=True)
+        self.assertEqual(found, {"rows": 0, "of": 3, "ids": [], "components": []})
+
+    async def test_one_component_is_pruned_and_no_other(self):
+        for name in ("counter", "other"):
+            self.engine.create_component(self.COUNTER, name=name)
+            await self.told("a", "b", name=name)
+        await self.engine.prune("other", keep=1)
+        self.assertEqual((self.seqs(), self.seqs("other")), ([0, 1, 2], [2]))
+
+    async def test_a_duplicate_of_a_kept_row_is_answered_truly(self):
+        self.engine.create_component(self.LAMP)
+        first = [await self.engine.handle_message("lamp", kind, id=id, level=1)
+            for id, kind in enumerate_text("press dim drop press")]
+        await self.engine.prune(keep=2)
+        again = [await self.engine.handle_message("lamp", kind, id=id, level=1)
+            for id, kind in enumerate_text("press dim drop press")[2:]]
+        self.assertEqual([one._replace(data=None, duplicate=False) for one in again],
+            [one._replace(data=None) for one in first[2:]])
+        self.assertEqual([(one.duplicate, one.data) for one in again],
+            [(True, {"n": 1, "dim": True})] * 2)
+
+    async def test_a_duplicate_whose_data_is_pruned_does_not_invent_it(self):
+        self.engine.create_component(self.machine(
+            {"on": "set", "assign": {"n": "$message.n"}}, {"on": "look"}, data={"n": 0}))
+        for id, kind in enumerate_text("set look set look"):
+            await self.engine.handle_message("m", kind, n=int(id) + 1, id=id)
+        await self.engine.prune(keep=3)
+        again = [await self.engine.handle_message("m", kind, n=int(id) + 1, id=id)
+            for id, kind in enumerate_text("set look set look")[1:]]
+        self.assertEqual([(one.seq, one.duplicate, one.data) for one in again],
+            [(2, True, None), (3, True, {"n": 3}), (4, True, {"n": 3})])
+
+    async def test_a_forgotten_id_is_handled_again(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b")
+        await self.engine.prune(keep=1)
+        receipts = [await self.engine.handle_message("counter", "add", by=1, id=id)
+            for id in ("b", "a")]
+        self.assertEqual([(one.seq, one.duplicate) for one in receipts], [(2, True), (3, False)])
+
+    async def test_another_engine_goes_on_after_a_prune(self):
+        other = self.open()
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b")
+        other.get("counter")
+        await self.engine.prune(keep=1)
+        receipt = await other.handle_message("counter", "add", by=1, id="c")
+        await self.told("d")
+        self.assertEqual((receipt.seq, self.seqs()), (3, [2, 3, 4]))
+
+    async def test_a_component_that_works_is_pruned_meanwhile(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        self.engine.create_component(self.machine({"on": "note"}, {"on": "go", "to": "B",
+            "action": self.code(act)}))
+        for _ in range(3):
+            await self.engine.handle_message("m", "note")
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
+        await begun.wait()
+        await self.engine.prune(keep=1)
+        go.set()
+        receipt = await task
+        await self.reopen()
+        self.assertEqual((receipt.seq, self.seqs("m")), (4, [3, 4]))
+
+
+def enumerate_text(words):
+    """Return (id, word) of each word: ids count from "0"."""
+    return [(str(number), word) for number, word in enumerate(words.split())]
+
+
+class Replaying(StoreCase):
+    """`replay`: history decided again, by the same definitions or by another config."""
+
+    ORDER = {
+        "name": "order", "initial_state": "Open", "data": {"total": 0},
+        "states": {"Open": {}, "Paid": {}, "Late": {}, "Closed": {"final": True}},
+        "rules": [
+            {"from": "Open", "on": "add", "assign": {"total":
+                {"+": ["$data.total", "$message.price"]}}},
+            {"from": "Open", "on": "pay", "guard": {"amount": {">=": "$data.total"}}, "to": "Paid"},
+            {"from": "Open", "after": "1h", "to": "Late"},
+            {"from": ["Paid", "Late"], "on": "close", "to": "Closed"},
+        ],
+    }  # fmt: skip
+
+    async def story(self, *steps, name="order"):
+        """Handle messages, each (type, fields), and let some time pass where a number stands."""
+        for number, step in enumerate(steps):
+            if isinstance(step, (int, float)):
+                self.clock.now += step
+                await self.engine.run(until_idle=True)
+            else:
+                kind, fields = step if isinstance(step, tuple) else (step, {})
+                await self.engine.handle_message(name, kind, **fields)
+
+    def replayed(self, config=None, name="order"):
+        (answer,) = self.engine.replay(name, config)
+        return answer
+
+    def rules(self, *changes):
+        """Return the config with rules replaced: (index, changed keys)."""
+        rules = [dict(rule) for rule in self.ORDER["rules"]]
+        for index, changed in changes:
+            rules[index].update(changed)
+        return {**self.ORDER, "rules": rules}
+
+    PAID = ("add", {"price": 5}), ("add", {"price": 2}), ("pay", {"amount": 1}), (
+        "pay", {"amount": 7}), "close", "add"
+
+    async def test_what_is_not_there_to_be_replayed_is_an_error(self):
+        self.engine.create_component(self.ORDER)
+        await self.engine.run(until_idle=True)
+        table = [(self.engine, ("odrer",), "Unknown component: 'odrer'\n"
+            "Fix: did you mean 'order'?"),
+            (FlexiFlowEngine(), (), "This engine keeps no history\n"
+             "Fix: FlexiFlowEngine(store=\"flow.db\")"),
+            (self.engine, ("order", self.path("no.json")),
+             f"No config file: {self.path('no.json')!r}\nFix: check the path")]
+        for engine, args, text in table:
+            self.assertEqual(str(self.raises(FlexiFlowError, engine.replay, *args)), text)
+
+    async def test_a_bad_config_is_an_error(self):
+        self.engine.create_component(self.ORDER)
+        await self.engine.run(until_idle=True)
+        error = self.raises(ConfigError, self.engine.replay, "order", self.rules((1, {"to": "Pai"})))
+        self.assertEqual((error.what, error.fix),
+            ("rules[1].to: Unknown state: 'Pai'", "did you mean 'Paid'?"))
+
+    async def test_the_same_history_by_the_same_rules_is_the_same(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID)
+        expected = {"component": "order", "steps": 6, "same": 6, "differences": [],
+            "state": "Closed", "would_be": "Closed", "skipped": None}
+        before = self.picture()
+        self.assertEqual(self.replayed(), expected)
+        self.assertEqual(self.replayed(self.ORDER), expected)
+        self.assertEqual(self.replayed(self.write("order.json", self.ORDER)), expected)
+        self.assertEqual(self.picture(), before)
+
+    async def test_the_first_step_that_differs_is_named_and_all_after_it(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID)
+        free = self.rules((1, {"guard": {"amount": {">": 0}}}))  # what is too little is enough
+        self.assertEqual(self.replayed(free), {
+            "component": "order", "steps": 6, "same": 2, "state": "Closed", "would_be": "Closed",
+            "skipped": None, "differences": [
+                {"seq": 3, "message": "pay", "was": ["blocked", "Open", "Open"],
+                 "now": ["moved", "Open", "Paid"]},
+                {"seq": 4, "message": "pay", "was": ["moved", "Open", "Paid"],
+                 "now": ["ignored", "Paid", "Paid"]},
+                {"seq": 5, "message": "close", "was": ["moved", "Paid", "Closed"],
+                 "now": ["moved", "Paid", "Closed"]},
+                {"seq": 6, "message": "add", "was": ["ignored", "Closed", "Closed"],
+                 "now": ["ignored", "Closed", "Closed"]}]})
+
+    async def test_a_step_that_differs_only_in_the_data_differs(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(("add", {"price": 5}), ("pay", {"amount": 9}))
+        dear = self.rules((0, {"assign": {"total": {"+": ["$data.total", 1]}}}))
+        answer = self.replayed(dear)
+        self.assertEqual(answer["differences"], [
+            {"seq": 1, "message": "add", "was": ["stayed", "Open", "Open", {"total": 5}],
+             "now": ["stayed", "Open", "Open", {"total": 1}]},
+            {"seq": 2, "message": "pay", "was": ["moved", "Open", "Paid", {"total": 5}],
+             "now": ["moved", "Open", "Paid", {"total": 1}]}])
+
+    async def test_a_component_that_would_be_elsewhere_is_told(self):
+        for name in ("a", "b", "c"):
+            self.engine.create_component(self.ORDER, name=name)
+        await self.story(("pay", {"amount": 0}), "close", name="a")
+        await self.story(("pay", {"amount": 9}), name="b")
+        strict = self.rules((1, {"guard": {"amount": {">": 5}}}))
+        found = [(one["component"], one["same"], one["steps"], one["state"], one["would_be"])
+            for one in self.engine.replay(config=strict)]
+        self.assertEqual(found, [("a", 0, 2, "Closed", "Open"), ("b", 1, 1, "Paid", "Paid"),
+            ("c", 0, 0, "Open", "Open")])
+
+    async def test_a_state_that_the_other_config_does_not_have_is_gone(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(("add", {"price": 1}))
+        answer = self.replayed({"name": "order", "initial_state": "New", "states": {"New": {}},
+            "rules": [{"on": "add"}]})
+        self.assertEqual((answer["differences"], answer["would_be"]), ([
+            {"seq": 1, "message": "add", "was": ["stayed", "Open", "Open", {"total": 1}],
+             "now": ["gone", "Open", "Open", {"total": 0}]}], "Open"))
+
+    async def test_a_step_that_fails_by_the_other_config_is_told(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(("add", {"price": 1}))
+        answer = self.replayed(self.rules((0, {"assign": {"total": "$message.weight"}})))
+        self.assertEqual(answer["differences"][0]["now"],
+            ["failed", "Open", "Open", {"total": 0}])
+
+    async def test_a_renamed_state_is_no_difference_where_the_config_says_so(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID[:4], "close")
+        text = json.dumps(self.ORDER).replace('"Paid"', '"Settled"').replace('"Open"', '"New"')
+        other = {**json.loads(text), "renamed": {"Paid": "Settled", "Open": "New"}}
+        answer = self.replayed(other)
+        self.assertEqual((answer["same"], answer["steps"], answer["differences"]), (5, 5, []))
+        plain = self.replayed({**other, "renamed": {}})
+        self.assertEqual(plain["same"], 0)
+
+    async def test_timers_are_replayed(self):
+        self.engine.create_component(self.ORDER)
+        await self.engine.run(until_idle=True)
+        await self.story(3600, "close")
+        self.assertEqual((self.replayed()["same"], self.replayed()["steps"]), (2, 2))
+        answer = self.replayed(self.rules((2, {"guard": {"data.total": {">": 0}}})))
+        self.assertEqual([one["now"] for one in answer["differences"]],
+            [["blocked", "Open", "Open"], ["ignored", "Open", "Open"]])
+
+    TWINS = [
+        {"from": "A", "after": 10, "guard": {"data.x": 1}, "to": "B"},
+        {"from": "A", "after": 10, "to": "C"}, {"from": ["B", "C"], "on": "back", "to": "A"},
+        {"on": "set", "assign": {"x": 1}}, {"from": "*", "on": "*"},
+    ]  # fmt: skip
+
+    async def test_timers_of_equal_delay_are_told_apart(self):
+        self.engine.create_component(self.machine(*self.TWINS, states="ABC", name="order"))
+        await self.story(10, "back", "set", 10)
+        self.assertEqual((self.engine.get("order").state, self.replayed()["differences"],
+            self.replayed()["steps"]), ("B", [], 5))
+
+    async def test_timers_of_equal_delay_are_told_apart_after_the_rules_were_changed(self):
+        component = self.engine.create_component(
+            self.machine(*self.TWINS, states="ABC", name="order"))
+        await self.engine.run(until_idle=True)
+        await component.update_rules([{"on": "first"}, *self.TWINS], replace=True)
+        await self.story(10, "back", "set", 10)
+        self.assertEqual((self.engine.get("order").state, self.replayed()["differences"]), ("B", []))
+        other = self.machine({"on": "zero"}, {"on": "first"}, *self.TWINS, states="ABC")
+        self.assertEqual(self.replayed(other)["differences"], [])
+
+    async def test_a_timer_that_was_given_back_after_its_state_was_left_is_the_same(self):
+        fail = [True]
+
+        def ring(message, component):
+            if fail:
+                raise ValueError("no bell")
+
+        rules = [{"from": "A", "after": 10, "to": "B", "action": self.code(ring)},
+            {"from": "A", "on": "leave", "to": "C"}, {"from": "C", "after": 10, "to": "B"},
+            {"on": "*"}]
+        component = self.engine.create_component(self.machine(
+            *rules, states="ABC", name="order", retry={"max_attempts": 1}))
+        await self.engine.run(until_idle=True)
+        await self.story(10)
+        rules[0] = {"from": "A", "after": 10, "to": "B"}
+        fail.clear()
+        await self.story("leave")
+        await self.engine.redrive()
+        await self.story(0)
+        pure = self.machine(*rules, states="ABC", name="order", retry={"max_attempts": 1})
+        self.assertEqual((component.state, self.engine.history("order")[0]["outcome"]),
+            ("C", "ignored"))
+        self.assertEqual(self.replayed(pure)["differences"], [])
+
+    async def test_rules_that_were_changed_hold_from_there_on(self):
+        component = self.engine.create_component(self.ORDER)
+        await self.story(("add", {"price": 5}), ("pay", {"amount": 1}))
+        await component.update_rules(
+            self.rules((1, {"guard": {"amount": {">": 0}}}))["rules"], replace=True)
+        await self.story(("pay", {"amount": 1}), "close")
+        self.assertEqual(self.replayed(), {"component": "order", "steps": 4, "same": 4,
+            "differences": [], "state": "Closed", "would_be": "Closed", "skipped": None})
+        answer = self.replayed(self.ORDER)  # as if they had never been changed
+        self.assertEqual(([one["seq"] for one in answer["differences"]], answer["would_be"]),
+            ([4, 5], "Open"))
+
+    async def test_states_that_were_renamed_are_followed(self):
+        component = self.engine.create_component(self.ORDER)
+        await self.story(("pay", {"amount": 1}))
+        text = json.dumps(self.ORDER).replace('"Paid"', '"Settled"')
+        self.engine.create_component({**json.loads(text), "renamed": {"Paid": "Settled"}},
+            update=True)
+        await self.story("close")
+        self.assertEqual((component.state, self.replayed()["differences"], self.replayed()["steps"]),
+            ("Closed", [], 2))
+
+    async def test_what_is_left_of_a_pruned_history_is_replayed(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID)
+        await self.engine.prune(keep=5)
+        self.assertEqual(self.replayed(), {"component": "order", "steps": 4, "same": 4,
+            "differences": [], "state": "Closed", "would_be": "Closed", "skipped": None})
+        await self.engine.prune(keep=3)
+        self.assertEqual(self.replayed(), {"component": "order", "steps": 0, "same": 0,
+            "differences": [], "state": "Closed", "would_be": None,
+            "skipped": "what is left of its history begins without its data"})
+
+    async def test_what_is_left_after_rules_were_changed_is_replayed_by_the_right_ones(self):
+        component = self.engine.create_component(self.ORDER)
+        await self.story(("add", {"price": 5}), ("add", {"price": 5}), ("pay", {"amount": 1}))
+        await component.update_rules(
+            self.rules((1, {"guard": {"amount": {">": 0}}}))["rules"], replace=True)
+        await self.story(("add", {"price": 5}), ("pay", {"amount": 1}))
+        await self.engine.prune(keep=5)  # add, blocked, updated, add, moved
+        answer = self.replayed()
+        self.assertEqual((answer["differences"], answer["skipped"]), ([], None))
+
+    async def test_code_is_not_replayed_and_not_imported(self):
+        def act(message, component):
+            pass
+
+        speaker = type("Speaker", (State,), {})
+        configs = {
+            "a": self.machine({"on": "go", "action": self.code(act)}, {"on": "x",
+                "guard": "code_of_test:act"}),
+            "c": self.machine(states={"Speaker": self.code(speaker)}), "p": self.ORDER,
+        }  # fmt: skip
+        for name, config in configs.items():
+            self.engine.create_component(config, name=name)
+        await self.story("go", name="a")
+        await self.reopen()
+        sys.modules.pop("code_of_test")
+        found = [(one["component"], one["steps"], one["skipped"]) for one in self.engine.replay()]
+        self.assertEqual(found, [
+            ("a", 0, "its definition runs code: code_of_test:act"),
+            ("c", 0, None), ("p", 0, None)])
+        self.assertNotIn("code_of_test", sys.modules)
+
+    async def test_by_another_config_code_is_not_replayed_either(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID)
+        answer = self.replayed(self.rules((0, {"action": "no.such:thing"})))
+        self.assertEqual((answer["steps"], answer["skipped"], answer["would_be"]),
+            (0, "its definition runs code: no.such:thing", None))
+
+    async def test_a_hundred_random_steps_are_the_same(self):
+        chance = random.Random(5)
+        self.engine.create_component(self.machine(
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "B.x", "on": "go", "to": "B.y"}, {"from": "B", "on": "back", "to": "A"},
+            {"from": "B", "after": 30, "guard": {"data.n": {">": 3}}, "to": "A"},
+            {"from": "B.y", "after": 30, "to": "B.x"}, {"from": "B.x", "after": 30, "to": "A"},
+            {"from": "A", "on": "note", "guard": {"k": {"<": 3}}, "assign": {"at": "$now",
+                "id": "$id", "k": "$message.k"}},
+            states={"A": {"entry": {"assign": {"seen": "$state"}}}, "B": {"initial": "B.x"},
+                "B.x": {}, "B.y": {}}, data={"n": 0}, name="order",
+        ))  # fmt: skip
+        for _ in range(120):
+            await self.story(chance.randrange(25),
+                (chance.choice(["go", "back", "note", "go"]), {"k": chance.randrange(6)}))
+        answer = self.replayed()
+        self.assertEqual((answer["differences"], answer["would_be"]),
+            ([], self.engine.get("order").state))
+        self.assertGreater(answer["steps"], 120)
+
+
 class Torture(StoreCase):
     """Tests with child processes that are killed, and with figures."""
 
