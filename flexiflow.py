@@ -1975,7 +1975,10 @@ class _Walk:
         except ValueError as error:
             hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
             raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
-        self.config = json.loads(json.dumps(self.config))  # dicts and lists of our own
+        # Dicts and lists of our own. A message's keys are interned where code names them, so that
+        # ours are found there by identity.
+        self.config = json.loads(json.dumps(self.config), object_pairs_hook=lambda pairs: {
+            sys.intern(key): value for key, value in pairs})
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
