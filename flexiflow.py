@@ -5371,7 +5371,6 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     """Run a command that writes; Ctrl-C cancels it, because a cancelled turn undoes itself."""
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
-    log.addFilter(_one_line)
     engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
     task: Any = asyncio.current_task()
     before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
@@ -5387,7 +5386,7 @@ def _brief(record: logging.LogRecord) -> bool:
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
         why = _error_text(record.exc_info[1], "; ")
         record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
-    return True
+    return _one_line.filter(record)
 
 
 def _on_interrupt(action: Any) -> Any:
