@@ -2761,7 +2761,7 @@ class SQLiteStore:
         return names
 
     def head(self, name: str) -> Json | None:
-        """Return a component's row as a dict, with `chain`, the crc of its last journal row.
+        """Return a component's row as a dict, with `crc` and that of its last journal row, `chain`.
 
         What is JSON comes decoded; `data_text` is the data as it is stored.
         """
@@ -2772,7 +2772,7 @@ class SQLiteStore:
             " FROM (SELECT ? AS asked) LEFT JOIN flexiflow_components ON name=asked", (name,))
         if found is None and chain is None:
             return None
-        head = dict(zip(_HEAD, values), name=name, chain=chain)
+        head = dict(zip(_HEAD, values), name=name, chain=chain, crc=crc)
         if found is None:
             raise self.damaged(f"component {name!r} has only a history", component=name)
         if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
@@ -2862,10 +2862,11 @@ DRAIN_LIMIT = 1000  # messages of its own that a component handles before the ne
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
-_SEQ = "SELECT seq FROM flexiflow_components WHERE name=?"
+# By its crc, a component that was removed and made anew is told from what it was.
+_STAMP = "SELECT seq, crc FROM flexiflow_components WHERE name=?"
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
-    " WHERE name=? AND seq=? AND ? IN (owner, '')")
+    " WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
@@ -2917,9 +2918,9 @@ class Receipt(namedtuple("Receipt",
 
 
 # What is committed of a component, beside its state object: replaced as a whole. `text` is the
-# data as it is stored, `chain` the crc of the last journal row.
-Head = namedtuple("Head", "definition data seq since completed text chain")
-_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0)
+# data as it is stored, `chain` the crc of the last journal row, `crc` that of the component.
+Head = namedtuple("Head", "definition data seq since completed text chain crc")
+_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0, 0)
 
 
 def _is_name(value: Any) -> bool:
@@ -3122,8 +3123,8 @@ class Turn(Context):
         component, store = self.component, self.engine.store
         if store is not None:
             await store.settled()
-        changed = store is not None and store.rows(_SEQ, (component.name,)) != [
-            (component.head.seq,)]
+        changed = store is not None and store.rows(_STAMP, (component.name,)) != [
+            (component.head.seq, component.head.crc)]
         if changed:
             component._load(self.engine._head(component.name))
         self.begin()
@@ -3282,7 +3283,7 @@ class Turn(Context):
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
-            changed or definition, plan.data, seq, since, completed, None, 0))
+            changed or definition, plan.data, seq, since, completed, None, 0, 0))
         if engine.store is not None:
             return self._write(plan, head, rows)
         if not rows:
@@ -3302,13 +3303,14 @@ class Turn(Context):
             text if text != old.text or not seq else None, self.now)
         chain = checksum(*entry, start=old.chain)
         values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
-        values += (checksum(component.name, *values, start=chain), component.name)
+        crc = checksum(component.name, *values, start=chain)
+        values += (crc, component.name)
         owner = self.engine.id if self.claimed else ""  # rules alone mind no claim
 
         def check(execute: Callable[..., Any]) -> str | None:
             if not self._queued():
                 return "moved on"
-            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
+            done = (execute(_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq
                 else execute(_NEW_HEAD, values))
             return None if done.rowcount == 1 else "moved on"
 
@@ -3316,7 +3318,7 @@ class Turn(Context):
         if not seq or definition is not old.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
         return self.engine.store.write(check, [*journal, *rows], functools.partial(
-            component._adopt, head._replace(text=text, chain=chain), plan.state, self))
+            component._adopt, head._replace(text=text, chain=chain, crc=crc), plan.state, self))
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
@@ -3717,7 +3719,7 @@ class AsyncComponent:
         if head["state"] not in definition.nodes:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
         self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
-            head["data_text"], head["chain"]),
+            head["data_text"], head["chain"], head["crc"]),
             definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
@@ -3870,6 +3872,7 @@ class FlexiFlowEngine:
         self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
+        self._newcomers = False  # for `run` to see to
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
         self._configs: dict[str, ComponentConfig] = {}  # by what they say
         self._definitions: dict[str, Definition] = {}  # of the store, by hash
@@ -3927,6 +3930,8 @@ class FlexiFlowEngine:
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
+            self._newcomers = True
+            self._wake()
         elif known.name not in self._warned:
             self._warned.add(known.name)
             self.logger.warning("Component %r goes on with its own definition, which differs from"
@@ -4010,6 +4015,8 @@ class FlexiFlowEngine:
         self.components[component.name] = component
         self.logger.debug("Registered component: %s", component.name)
         self._unannounced.append(component)
+        self._newcomers = True
+        self._wake()
         if self.event_bus.listens("engine.component.registered"):
             with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
                 self._spawn(self._announce)
@@ -4153,22 +4160,29 @@ class FlexiFlowEngine:
         that there is not, and when the component completes in another one.
         """
         component, start = self._find(name), time.monotonic()
+        if not states:
+            raise ArgumentError(
+                f"No state to wait for: {name!r}", fix='name one or more: wait(name, "Done")')
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            (facts,), definition = self.status(name), component.definition
+            (facts,) = self.status(name)
+            if facts["seq"] != component.seq and component._turn is None:
+                component._load(self._head(name))  # another process has changed it
+            definition, state = component.definition, facts["state"]
             known = definition.nodes if definition else component.state_machine.registry.names()
-            for state in states:
-                if state not in known:
-                    raise StateError(f"Unknown state: {state!r}", fix=choose(state, known))
-            if {facts["state"], *(definition.sources(facts["state"]) if definition else ())} & {
-                    *states}:
+            for wanted in states:
+                if wanted not in known:
+                    raise StateError(f"Unknown state: {wanted!r}", fix=choose(wanted, known))
+            around = definition.sources(state) if definition and state in known else ()
+            if {state, *around} & {*states}:
                 return component
-            late = timeout is not None and time.monotonic() - start >= timeout
-            if late or facts["completed"] is not None:
-                raise StateError(f"{name!r} is in {facts['state']!r}, not in {' or '.join(states)}",
-                    why=f"waited {timeout:g} s" if late else "it has completed", component=name)
-            await self._sleep(0.05 if self.store is not None else 1.0)
+            left = math.inf if timeout is None else timeout - (time.monotonic() - start)
+            if left <= 0 or facts["completed"] is not None:
+                raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
+                    why=f"waited {timeout:g} s" if left <= 0 else "it has completed",
+                    component=name)
+            await self._sleep(min(left, 0.05 if self.store is not None else 1.0))
 
     async def run(self, *, until_idle: bool = False, concurrency: int = 100,
             component: str | None = None) -> int:
@@ -4181,7 +4195,8 @@ class FlexiFlowEngine:
             raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
-        await self._settle()
+        self._newcomers = False
+        await self._settle()  # what has come due by now runs in due order
         return await _Delivery(self, component, concurrency).run(until_idle)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
@@ -4198,7 +4213,8 @@ class FlexiFlowEngine:
             await self.queue.write(None, rows)
             return
         (row,), now = found, self.clock()
-        attempts, component = row["attempts"] + (not begun), self.components.get(row["component"])
+        attempts, component = row["attempts"], self.components.get(row["component"])
+        attempts += not (begun or dead)  # what is given up at once has not been tried
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
             attempts = row["attempts"]  # it has not been tried
@@ -4211,7 +4227,7 @@ class FlexiFlowEngine:
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
-            "state": component and component.state}
+            "state": component and component.state, "attempts": attempts}
         await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
@@ -4383,7 +4399,8 @@ class FlexiFlowEngine:
 
     async def backup(self, path: Path) -> None:
         """Copy the store, as it is at one moment, into a file that is a store by itself."""
-        with self._stored()._translated():
+        await self._stored().settled()  # a commit under way may fail
+        with self.store._translated():
             self.store.backup(os.fspath(path))
 
     def replay(self, name: str | None = None, config: Any = None) -> list[Json]:
@@ -4443,13 +4460,18 @@ class FlexiFlowEngine:
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
 
 
+def _failures(row: Json) -> int:
+    """Return how many of the attempts at a message of the queue have failed, and not died."""
+    return json.loads(row["error"] or "{}").get("attempts", 0)  # type: ignore[no-any-return]
+
+
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
     def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
-        self.concurrency, self.called_off = concurrency, False
-        self.streams: dict[str, asyncio.Task[int]] = {}
+        self.concurrency, self.called_off, self.alone = concurrency, False, False
+        self.streams: dict[str, asyncio.Task[Any]] = {}
 
     async def run(self, until_idle: bool) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
@@ -4457,6 +4479,9 @@ class _Delivery:
         try:
             while True:
                 more = False
+                if engine._newcomers and "" not in self.streams:  # which names no component
+                    engine._newcomers = False
+                    self.streams[""] = asyncio.ensure_future(engine._settle())
                 if until_idle or not engine._stopping:
                     ready, more = await self._ready()
                     for name, rows in ready.items():
@@ -4465,7 +4490,7 @@ class _Delivery:
                     return delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
-                    delivered += self.streams.pop(name).result()
+                    delivered += self.streams.pop(name).result() or 0
         finally:
             self.called_off = True
             for task in self.streams.values():
@@ -4482,13 +4507,18 @@ class _Delivery:
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
         claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
-        room = self.concurrency - len(self.streams)
+        self.alone = self.alone and bool(self.streams)
+        room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
+        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
+        if deadly:  # its process died of it twice: it would take down what runs beside it
+            self.alone = not self.streams
+            rows = deadly[:1] if self.alone else []
         for row in rows:
             if row["component"] in found or len(found) < room:
                 found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not rows and self._placed([*self.streams]))
+        return found, bool(claimed and not found and self._placed([*self.streams]))
 
     def _placed(self, besides: list[str]) -> list[Json]:
         """Return the first rows that may run, besides those of some components."""
@@ -4504,32 +4534,39 @@ class _Delivery:
         """Deliver rows of one component; what fails is tried again later, if it can be read."""
         for count, row in enumerate(rows):
             try:
-                if not await self._deliver_one(row):
-                    return count
+                await self._deliver_one(row)
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
                     self.engine._give_back(row)
                     raise
+                if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
+                    self.engine._give_back(row)
+                    return count
                 await self.engine._failed(row, error)
         return len(rows)
 
-    async def _deliver_one(self, row: Json) -> bool:
-        """Deliver a row; return False where its component's code is not to be had here."""
+    def _is_foreign(self, name: str, error: ImportError_) -> bool:
+        """Tell whether a component's own code is not to be had here; say so once."""
+        engine = self.engine
+        known, head = engine.components.get(name), engine.store and engine.store.head(name)
+        if not head or (known and known.definition.hash == head["definition"]):
+            return False
+        if head["definition"] not in engine._foreign:
+            engine._foreign.add(head["definition"])
+            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
+        return True
+
+    async def _deliver_one(self, row: Json) -> None:
+        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
         engine, name = self.engine, row["component"]
         try:
             message = message_of(self.queue.sealed(row))
         except (PersistenceError, ValueError) as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         try:
             component = engine._find(name)
-        except ImportError_ as error:
-            engine._foreign.add(engine._head(name)["definition"])
-            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
-            return False
         except ConfigError as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         await engine._announce()
         if row["attempts"] >= engine._retry(name).max_attempts:
             died = StateError(f"Its process died of it {row['attempts']} times",
@@ -4537,7 +4574,6 @@ class _Delivery:
             await engine._failed(row, died, dead=True)
         else:
             await component.handle_message(message, _row=row)
-        return True
 
 
 # --------------------------------------------------------------------------------------------
