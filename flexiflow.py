@@ -1975,7 +1975,10 @@ class _Walk:
         except ValueError as error:
             hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
             raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
-        self.config = json.loads(json.dumps(self.config))  # dicts and lists of our own
+        # Dicts and lists of our own. A message's keys are interned where code names them, so that
+        # ours are found there by identity.
+        self.config = json.loads(json.dumps(self.config), object_pairs_hook=lambda pairs: {
+            sys.intern(key): value for key, value in pairs})
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
@@ -5404,7 +5407,6 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     """Run a command that writes; Ctrl-C cancels it, because a cancelled turn undoes itself."""
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
-    log.addFilter(_one_line)
     engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
     task: Any = asyncio.current_task()
     before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
@@ -5420,7 +5422,7 @@ def _brief(record: logging.LogRecord) -> bool:
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
         why = _error_text(record.exc_info[1], "; ")
         record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
-    return True
+    return _one_line.filter(record)
 
 
 def _on_interrupt(action: Any) -> Any:
