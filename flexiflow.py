@@ -2953,6 +2953,11 @@ def message_of(row: Json) -> Json:
     return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
 
 
+def _timer_message(rule: Rule, owner: str) -> str:
+    """Return the message of a timer, as it stands in the queue and in the journal."""
+    return _encode({"type": f"after {rule.text['after']}", "state": owner, "rule": rule.number})
+
+
 @functools.lru_cache(maxsize=4096)
 def _receipt_text(*parts: str | None) -> str:
     return _encode(parts)
@@ -3277,7 +3282,9 @@ class Turn(Context):
                      for name in passage.active}
             completed = now if passage.completes else None
         if changed is not None:
-            since = {changed.renamed.get(name, name): at for name, at in since.items()}
+            then = {changed.renamed.get(name, name): at for name, at in since.items()}
+            leaf = changed.nodes[changed.registry.name_of(plan.state)]
+            since = {node.name: then.get(node.name, now) for node in leaf.lineage()}
         self.sent = [*plan.sends, *self.outbox] if plan.sends or self.outbox else ()
         self.outbox = ()
         if self.row is not None or self.sent or (passage is not None and passage.busy):
@@ -3345,10 +3352,8 @@ class Turn(Context):
 
     def timer_rows(self, rule: Rule, owner: str, due: float) -> list[Row]:
         """Return what puts a timer into the queue."""
-        kind = f"after {rule.text['after']}"
-        text = _encode({"type": kind, "state": owner, "rule": rule.number})
         return self.engine.queue.message_rows(self.now, self.component.name, new_id(),
-            self.correlation_id, text, due, owner, rule.number)
+            self.correlation_id, _timer_message(rule, owner), due, owner, rule.number)
 
     def _keep(self) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
@@ -3695,6 +3700,8 @@ class AsyncComponent:
             raise ConfigError(f"State {self.state!r} of {self.name!r} would be gone",
                 fix="keep the state, let the component leave it first, or say in the config what"
                 f' became of it: "renamed": {{"{self.state}": ...}}', component=self.name)
+        while node.initial is not None:  # it has children by now
+            node = definition.nodes[node.initial]
         return node
 
     async def _be_born(self, holder: Turn, birth: Plan) -> None:
@@ -3735,7 +3742,9 @@ class AsyncComponent:
                     changed, plan = change(), Plan("updated", self.head.data)
                     node = self._counterpart(changed)
                     plan.state = node.create(vars(turn.state) or None)
-                    turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
+                    old = self.definition
+                    hashes = {"definition": changed.hash, "before": old and old.hash}
+                    turn.id, turn.text = new_id(), _encode(hashes)
                     commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
                     if commit is None or await commit is None:
                         break
@@ -3750,19 +3759,29 @@ class AsyncComponent:
         queue, old = self._engine.queue, self.definition
         if self._engine is _ALONE or not (changed.has_timers or (old and old.has_timers)):
             return []
-        before = {rule.number: _encode(rule.text) for rule in (old.rules if old else ())}
-        after = {_encode(rule.text): rule.number for rule in changed.rules}
+        def same(rule: Rule, names: Json = _EMPTY) -> str:
+            """Return what makes a rule the same, whatever its number and its states' names."""
+            rest = {key: one for key, one in rule.text.items() if key not in ("from", "to")}
+            to = rule.to and names.get(rule.to, rule.to)
+            return _encode([[names.get(one, one) for one in rule.sources], to, rest])
+
+        before = {rule.number: same(rule, changed.renamed) for rule in (old.rules if old else ())}
+        after = {same(rule): rule.number for rule in changed.rules}
         rows: list[Row] = []
-        for row in queue.messages("component=? AND state IS NOT NULL AND dead IS NULL",
-                (self.name,)):
+        for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
             kept = after.get(before.get(row["rule"], ""))
-            owner = changed.renamed.get(row["state"], row["state"])
-            rows.append((_UNQUEUE, (self.name, row["id"])) if kept is None
-                else queue.change_message(row, rule=kept, state=owner))
+            owner: Any = changed.renamed.get(row["state"], row["state"])
+            if kept is not None:
+                text = _timer_message(changed.by_number[kept], owner)
+                rows.append(queue.change_message(row, rule=kept, state=owner, message=text))
+            elif row["dead"] is None:
+                rows.append((_UNQUEUE, (self.name, row["id"])))
+            else:  # it may be given back, and must not find another rule at its number
+                rows.append(queue.change_message(row, rule=None, state=owner))
         scope, back = turn.scope(node.name), {new: old for old, new in changed.renamed.items()}
         for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
-                if _encode(rule.text) not in before.values():
+                if same(rule) not in before.values():
                     since = self.head.since.get(back.get(owner, owner), turn.now)
                     rows += turn.timer_rows(rule, owner, since + seconds(rule.after(scope)))
         return rows
@@ -3793,16 +3812,24 @@ def _on_paper(config: Any) -> tuple[Definition, str]:
     return found.definition, ", ".join({**dict.fromkeys(found.unchecked + classes)})
 
 
-def _decided_again(definition: Definition, name: str, leaf: str, data: Json,
+def _decided_again(definition: Definition, then: Definition, name: str, leaf: str, data: Json,
         entry: Json) -> tuple[list[str], Json]:
-    """Return outcome, state before and after, and data of what a journal row's message does now."""
-    message, node = entry["message"], definition.nodes.get(leaf)
+    """Return outcome, state before and after, and data of what a journal row's message does now.
+
+    `then` is the definition by which it was decided, and which knows the number of a timer's rule.
+    """
+    message, node, timer = entry["message"], definition.nodes.get(leaf), None
     if node is None or (node.final and node.parent is None):
         return ["ignored" if node else "gone", leaf, leaf], data
-    timers = [(rule, owner) for owner in definition.sources(leaf)
-        for rule in definition.timers(owner) if message["type"] == f"after {rule.text['after']}"]
-    same_rule = [one for one in timers if one[0].number == message.get("rule")]
-    timer = next((definition.candidate(leaf, *one) for one in same_rule or timers), None)
+    if {"state", "rule"} <= message.keys() and message["type"].startswith("after "):
+        owner = definition.renamed.get(message["state"], message["state"])
+        fired = then.by_number.get(message["rule"])
+        rules = definition.timers(owner) if owner in definition.sources(leaf) else []
+        rules.sort(key=lambda rule: fired is None or rule.text != fired.text)  # the same one first
+        rule = next((one for one in rules if f"after {one.text['after']}" == message["type"]), None)
+        if rule is None:
+            return ["ignored", leaf, leaf], data
+        timer = definition.candidate(leaf, rule, owner)
     scope = {"message": {**message, "id": entry["id"], "correlation_id": entry["correlation_id"]},
         "data": data, "component": name, "state": leaf, "id": entry["id"], "now": entry["time"],
         "self": None}
@@ -3813,33 +3840,41 @@ def _decided_again(definition: Definition, name: str, leaf: str, data: Json,
     return [plan.outcome, leaf, plan.passage.node.name if plan.passage else leaf], plan.data
 
 
-def _replayed(name: str, history: list[Json],
-        definition_of: Callable[[Json], tuple[Definition, str]]) -> Json:
-    """Decide a history again, its oldest entry first; see `FlexiFlowEngine.replay`."""
+def _replayed(name: str, history: list[Json], last: str,
+        definition_of: Callable[[str], tuple[Definition, str, Definition]]) -> Json:
+    """Decide a history again, its oldest entry first; see `FlexiFlowEngine.replay`.
+
+    `last` is the hash of the definition that holds now.
+    """
     answer: Json = {"component": name, "steps": 0, "same": 0, "differences": [],
         "state": history[-1]["to_state"], "would_be": None, "skipped": None}
     while history and history[0]["data"] is None:
         history = history[1:]
     if not history:
         return {**answer, "skipped": "what is left of its history begins without its data"}
-    definition, code = definition_of(history[0])
+    swaps = [one["message"] for one in history if one["outcome"] == "updated"]
+    first = history[0]["message"] if not history[0]["seq"] else {}
+    definition, code, then = definition_of(
+        first.get("created") or (swaps[0]["before"] if swaps else last))
     leaf, data, data_then = (history[0][key] for key in ("to_state", "data", "data"))
+    leaf = definition.renamed.get(leaf, leaf)
     for entry in history[1:]:
         data_then = data_then if entry["data"] is None else entry["data"]
         if entry["outcome"] == "updated":
-            definition, code = definition_of(entry)
+            definition, code, then = definition_of(entry["message"]["definition"])
             leaf = definition.renamed.get(leaf, leaf)
             continue
         if code:
             return {**answer, "skipped": f"its definition runs code: {code}"}
         was = [entry["outcome"], entry["from_state"], entry["to_state"]]
-        now, data = _decided_again(definition, name, leaf, data, entry)
+        now, data = _decided_again(definition, then, name, leaf, data, entry)
         leaf = now[2]
-        if answer["differences"] or now != was or data != data_then:
+        same = now == [definition.renamed.get(one, one) for one in was]
+        if answer["differences"] or not same or data != data_then:
             both = ([was, data_then], [now, data]) if data != data_then else ([was], [now])
-            then, again = ([*facts, *rest] for facts, *rest in both)
+            before, again = ([*facts, *rest] for facts, *rest in both)
             answer["differences"].append({"seq": entry["seq"], "message": entry["message"]["type"],
-                "was": then, "now": again})
+                "was": before, "now": again})
         answer["steps"] += 1
         answer["same"] += not answer["differences"]
     return {**answer, "would_be": leaf}
@@ -4415,16 +4450,13 @@ class FlexiFlowEngine:
             raise self._unknown(name)
         known: dict[str, tuple[Definition, str]] = {}
 
-        def definition_of(entry: Json) -> tuple[Definition, str]:
-            facts: Json = entry["message"] if entry["outcome"] in ("created", "updated") else {}
-            head: Any = store.head(entry["component"])  # for an entry whose beginning was pruned
-            hash = facts.get("created") or facts.get("definition") or head["definition"]
+        def definition_of(hash: str) -> tuple[Definition, str, Definition]:
             if hash not in known:
                 known[hash] = _on_paper({"name": "stored", **store.definition(hash)})
-            return other or known[hash]
+            return (*(other or known[hash]), known[hash][0])
 
-        return [_replayed(one, store.journal(one)[::-1], definition_of)
-            for one in (store.names() if name is None else [name])]
+        return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
+            definition_of) for one in (store.names() if name is None else [name])]
 
     def _stored(self) -> SQLiteStore:
         if self.store is None:
