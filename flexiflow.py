@@ -1456,6 +1456,12 @@ def seconds(value: Any) -> float:
     return float(delay)
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
+    return isinstance(value, str) and bool(value) and (
+        value.isascii() or value.encode("utf-8", "replace").decode() == value)
+
+
 class Outgoing:
     """A message that a turn sends: to whom, what, after how many seconds, under which id."""
 
@@ -2145,8 +2151,7 @@ class _Walk:
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
             out = Outgoing(to(scope), message, seconds(delay(scope)), id and id(scope))
-            texts = [out.to, message["type"], out.id if id else "-"]
-            if not all(isinstance(text, str) and text for text in texts):
+            if not all(map(_is_name, [out.to, message["type"], out.id if id else "-"])):
                 raise StateError(f"Cannot send {message!r} to {out.to!r} with id {out.id!r}",
                     why="'to', 'type' and 'id' are text", component=scope["component"])
             return out
@@ -2688,15 +2693,15 @@ class SQLiteStore:
                 f"synchronous={self.synchronous}"):
             self._insist(db.execute, f"PRAGMA {pragma}")
         (version,) = self._insist(db.execute, "PRAGMA user_version")
-        if version > SCHEMA_VERSION:
-            raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
-                why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
-                fix="use the newer flexiflow.py")
         ours = db.execute("SELECT 1 FROM sqlite_master WHERE name='flexiflow_journal'").fetchone()
         if (version == 0 and self.readonly) or (version and not ours):
             raise PersistenceError(f"Not a store: {self.path!r}",
                 why="it is a database of something else" if version else "it is empty",
                 fix="check the path" if version else "register a component")
+        if version > SCHEMA_VERSION:
+            raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
+                why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
+                fix="use the newer flexiflow.py")
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
@@ -2923,12 +2928,6 @@ Head = namedtuple("Head", "definition data seq since completed text chain crc")
 _NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0, 0)
 
 
-def _is_name(value: Any) -> bool:
-    """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
-    return isinstance(value, str) and bool(value) and (
-        value.isascii() or value.encode("utf-8", "replace").decode() == value)
-
-
 def check_message(message: Any) -> Json:
     """Return a message as a dict; raise ArgumentError if it is not one with a type."""
     if not isinstance(message, dict):
@@ -3014,27 +3013,34 @@ class Turn(Context):
             self._correlation_id = self.message.get("correlation_id") or outer or new_id()
         return self._correlation_id
 
-    def post(self, out: Outgoing) -> Receipt:
+    async def post(self, out: Outgoing) -> Receipt:
         """Send a message: with the turn's commit, or at once where that has been."""
         _written(out.message, f"message to {out.to}")
         out.id, out.message = out.id or new_id(), fresh(out.message)
-        if self.over:
-            self.sent = [out]
-            rows = self._queue_rows()
-            if rows:
-                self.late = [*self.late, self.engine.queue.write(None, rows)]
-            self._keep()
-        else:
+        if not self.over:
             self.outbox = [*self.outbox, out]
+        elif self._post_late(out):
+            await self.late[-1]
         return Receipt("queued", out.to, out.id)
 
+    def _post_late(self, out: Outgoing) -> list[Row]:
+        self.sent, keep = [out], functools.partial(self._keep, [out])
+        rows = self._queue_rows()
+        if rows:
+            self.late = [*self.late, self.engine.queue.write(None, rows, keep)]
+        else:
+            keep()
+        return rows
+
     async def settled(self) -> None:
-        """Wait for the late writes; being cancelled meanwhile does not stop them."""
+        """Wait for the late writes; what fails among them has no bearing on the message."""
         while self.late:
             late, self.late = self.late, ()
             await asyncio.wait(late)
             for write in late:
-                write.result()
+                if not write.cancelled() and write.exception() is not None:
+                    self.engine.logger.error("A write after a message to %r failed",
+                        self.component.name, exc_info=write.exception())
 
     def undo(self) -> None:
         """Forget what the turn's code has done to the state object, and what it has sent."""
@@ -3355,16 +3361,16 @@ class Turn(Context):
         return self.engine.queue.message_rows(self.now, self.component.name, new_id(),
             self.correlation_id, _timer_message(rule, owner), due, owner, rule.number)
 
-    def _keep(self) -> None:
+    def _keep(self, sent: Sequence[Outgoing]) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
         component, engine = self.component, self.engine
         if engine is not _ALONE:
-            engine.posted.update(out.to for out in self.sent)
+            engine.posted.update(out.to for out in sent)
             engine._wake()
         component._internal = [*(component._internal or ()), *(
             {"component": out.to, "message": out.message, "id": out.id,
                 "correlation_id": out.correlation_id or self.correlation_id}
-            for out in self.sent if out.to == component.name and not out.delay)]
+            for out in sent if out.to == component.name and not out.delay)]
 
     def committed(self) -> None:
         """Take note of the commit, and send what a task has sent while it was under way."""
@@ -3376,10 +3382,10 @@ class Turn(Context):
             self.engine._claims.discard(component.name)
         self.over = True
         if self.sent:
-            self._keep()
+            self._keep(self.sent)
         while self.outbox:
             out, *self.outbox = self.outbox
-            self.post(out)
+            self._post_late(out)
 
     # ---- events
 
@@ -3531,7 +3537,7 @@ class AsyncComponent:
         if self._turn is not None:
             own = live_turn(self)
             if own is not None:  # called from within: it runs when the turn is over
-                return own.post(Outgoing(self.name, payload(message), 0.0, message.get("id"),
+                return await own.post(Outgoing(self.name, payload(message), 0.0, message.get("id"),
                     message.get("correlation_id")))
             await self._wait_for(turn)
         self._turn = turn
@@ -3917,11 +3923,20 @@ class FlexiFlowEngine:
         self._stopping = False
 
     async def __aenter__(self) -> FlexiFlowEngine:
-        self._spawn(self.run)
+        self._spawn(self._work)
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
         await self.close()
+
+    async def _work(self) -> None:
+        """Deliver until `close`: a full disk, say, is not the end of it."""
+        while not self._stopping:
+            try:
+                await self.run()
+            except Exception as error:
+                self.logger.error("Delivery failed, and goes on in a second", exc_info=error)
+                await asyncio.sleep(1.0)
 
     async def close(self) -> None:
         """Write what has not been written, wait for what runs, and close the store."""
@@ -4164,7 +4179,7 @@ class FlexiFlowEngine:
             raise ArgumentError(f"Not a component's name and an id: {name!r}, {key!r}")
         turn, correlation_id = live_turn(), given.get("correlation_id")
         if turn is not None and turn.component._engine is self:
-            return turn.post(Outgoing(name, body, pause, key, correlation_id))
+            return await turn.post(Outgoing(name, body, pause, key, correlation_id))
         text, now = _written(body, "message"), self.clock()
         correlation_id = correlation_id or get_correlation_id() or new_id()
         rows = self.queue.message_rows(now, name, key, correlation_id, text, now + pause)

@@ -11014,6 +11014,425 @@ class AdoptingStored(Adopting):
             self.assertEqual((await engine.handle_message("lamp", "press")).outcome, "moved")
 
 
+class OnceKnown(EngineCase):
+    """Bugs that had been known, each with the right answer."""
+
+    class Meter(State):
+        def __init__(self):
+            self.n, self.log = 0, []
+
+        async def handle_message(self, message, component):
+            self.n += 1
+            self.log.append(message["type"])
+            return True, self
+
+    # ---- attributes of a class
+
+    async def test_attributes_are_put_back_when_a_later_action_fails(self):
+        class Leaving(self.Meter):
+            async def handle_message(self, message, component):
+                await super().handle_message(message, component)
+                leaves = message["type"] == "leave"
+                return True, component.definition.nodes["B"].create() if leaves else self
+
+        def fail(message, component):
+            raise RuntimeError("no")
+
+        states = {"Leaving": self.code(Leaving), "B": {"entry": {"action": self.code(fail)}}}
+        component = self.engine.create_component(self.machine(states=states))
+        await self.engine.handle_message("m", "count")
+        with self.assertRaises(RuntimeError):
+            await self.engine.handle_message("m", "leave")
+        state = component.state_machine.current_state
+        undone = state.n, list(state.log)
+        await self.engine.handle_message("m", "count")
+        state = component.state_machine.current_state
+        self.assertEqual((undone, state.n, state.log), ((1, ["count"]), 2, ["count"] * 2))
+
+    async def test_attributes_are_put_back_when_what_it_sends_cannot_be_saved(self):
+        async def answer(state, message, component):
+            await self.Meter.handle_message(state, message, component)
+            if message["type"] == "bad":
+                component.data["bad"] = {1, 2}
+            return True, state
+
+        meter = type("Meter", (self.Meter,), {"handle_message": answer})
+        component = self.engine.create_component(self.machine(states={"Meter": self.code(meter)}))
+        await self.engine.handle_message("m", "count")
+        if self.stored:
+            with self.assertRaises(PersistenceError):
+                await self.engine.handle_message("m", "bad")
+            state = component.state_machine.current_state
+            self.assertEqual((state.n, component.data), (1, {}))
+            await self.engine.handle_message("m", "count")
+            self.assertEqual(component.state_machine.current_state.log, ["count"] * 2)
+
+    async def test_attributes_are_put_back_when_the_caller_is_cancelled_at_any_point(self):
+        self.engine.create_component(self.machine(states={"Meter": self.code(self.Meter)}))
+        for slow in (False, True):
+            self.patch("SLOW_COMMIT", -1.0 if slow else ff.SLOW_COMMIT)
+            for steps in range(30):
+                component, before = self.engine.get("m"), self.engine.get("m").seq
+                task = asyncio.ensure_future(self.engine.handle_message("m", "count"))
+                await self.passes(steps)
+                task.cancel()
+                await asyncio.wait([task])
+                await self.engine.handle_message("m", "count")
+                state = component.state_machine.current_state
+                with self.subTest(slow=slow, steps=steps):
+                    self.assertIn(component.seq - before, (1, 2))
+                    self.assertEqual((state.n, len(state.log)), (component.seq, component.seq))
+
+    # ---- births
+
+    async def test_a_birth_that_is_cancelled_at_any_point_applies_its_data_once(self):
+        def enter(message, component):
+            component.data["n"] += 1
+            component.data["log"].append("entered")
+
+        states = {"A": {"entry": {"assign": {"n": {"+": ["$data.n", 10]}},
+            "action": self.code(enter)}}}
+        config = self.machine({"on": "go"}, states=states, data={"n": 0, "log": []})
+        for slow in (False, True):
+            self.patch("SLOW_COMMIT", -1.0 if slow else ff.SLOW_COMMIT)
+            for steps in range(25):
+                name = f"m{slow}{steps}"
+                component = self.engine.create_component(config, name=name)
+                task = asyncio.ensure_future(self.engine.handle_message(name, "go", id="x"))
+                await self.passes(steps)
+                task.cancel()
+                await asyncio.wait([task])
+                await self.engine.handle_message(name, "go", id="x")
+                with self.subTest(slow=slow, steps=steps):
+                    self.assertEqual(component.data, {"n": 11, "log": ["entered"]})
+
+    async def test_a_handler_of_what_a_birth_emits_may_send(self):
+        async def greet(data):
+            answers.append((await self.engine.send("lamp", "press", id="to lamp")).outcome)
+            answers.append((await self.engine.handle_message("m", "hello", id="own")).outcome)
+
+        answers = []
+        self.engine.create_component(self.LAMP)
+        await self.engine.event_bus.subscribe("born", "test", greet)
+        states = {"A": {"entry": {"emit": "born", "send": {"to": "lamp", "type": "press"}}}}
+        component = self.engine.create_component(
+            self.machine({"on": "hello", "assign": {"greeted": True}}, {"on": "go"}, states=states))
+        receipt = await self.engine.handle_message("m", "go")
+        await self.engine.run(until_idle=True)
+        self.assertEqual((answers, receipt.outcome, component.seq, component.data),
+            (["queued"] * 2, "stayed", 2, {"greeted": True}))
+        self.assertEqual(self.engine.get("lamp").seq, 2)
+
+    # ---- what is sent
+
+    async def test_a_bad_payload_that_a_handler_sends_is_raised_where_it_is_sent(self):
+        errors = []
+
+        async def tell(data):
+            for call in (self.engine.send("other", "x", what={1}),
+                    self.engine.handle_message("lamp", "press", what=object()),
+                    self.engine.send("other", "x", what=float("nan"))):
+                try:
+                    await call
+                except PersistenceError as error:
+                    errors.append(error.what)
+            await self.engine.send("other", "good")
+
+        self.engine.create_component(self.LAMP)
+        await self.engine.event_bus.subscribe("state.changed", "test", tell)
+        receipt = await self.engine.handle_message("lamp", "press")
+        waiting = [row["message"] for row in self.engine.queue.messages("1")]
+        self.assertEqual((receipt.seq, waiting), (1, ['{"type":"good"}']))
+        self.assertEqual(errors, ["Cannot save message to other", "Cannot save message to lamp",
+            "Cannot save message to other"])
+
+    async def test_an_id_that_two_rules_give_to_two_messages_is_an_error(self):
+        self.engine.create_component(self.machine(
+            {"on": "go", "to": "B", "send": [
+                {"to": "other", "type": "t", "id": "x", "with": {"n": n}} for n in (1, 2)]},
+            {"on": "same", "send": [{"to": "other", "type": "t", "id": "y"}] * 2}))
+        await self.engine.run(until_idle=True)
+        with self.assertRaises(StateError) as caught:
+            await self.engine.handle_message("m", "go")
+        self.assertEqual(str(caught.exception),
+            "The id 'x' was used for another message to 'other'\n"
+            "Why: an id stands for one message, its type and payload included\n"
+            "Fix: send the new message under a new id")
+        receipt = await self.engine.handle_message("m", "same")
+        ids = [row["id"] for row in self.engine.queue.messages("1")]
+        self.assertEqual((receipt.seq, receipt.from_state, ids), (1, "A", ["y"]))
+
+    async def test_a_handler_that_sends_a_taken_id_fails_and_the_message_does_not(self):
+        errors = []
+
+        async def tell(data):
+            for call in (self.engine.send("other", "x", id="taken", n=2),
+                    self.engine.handle_message("m", "own", id="mine", n=2)):
+                try:
+                    await call
+                except StateError as error:
+                    errors.append(error.what)
+
+        component = self.engine.create_component(self.machine(
+            {"on": "go", "to": "B"}, {"on": "own", "assign": {"n": "$message.n"}}))
+        await self.engine.send("other", "x", id="taken", n=1)
+        await self.engine.send("m", "own", id="mine", n=1, delay=60)
+        await self.engine.event_bus.subscribe("state.changed", "test", tell)
+        receipt = await self.engine.handle_message("m", "go")
+        self.assertEqual((receipt.outcome, component.seq, errors), ("moved", 1, [
+            "The id 'taken' was used for another message to 'other'",
+            "The id 'mine' was used for another message to 'm'"]))
+        self.clock.now += 60
+        await self.engine.run(until_idle=True)
+        self.assertEqual(component.data, {"n": 1})
+
+    async def test_what_is_overdue_runs_before_what_is_sent_now(self):
+        def act(message, component):
+            ran.append(message["n"])
+
+        ran = []
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        await self.engine.run(until_idle=True)
+        for n, delay in ((1, 20), (2, 10)):
+            await self.engine.send("m", "go", n=n, delay=delay)
+        self.clock.now += 30
+        await self.engine.send("m", "go", n=3)
+        self.engine.create_component(self.machine(
+            {"on": "tell", "send": {"to": "m", "type": "go", "with": {"n": 4}}}, name="teller"))
+        await self.engine.handle_message("teller", "tell")
+        await self.engine.run(until_idle=True)
+        self.assertEqual(ran, [2, 1, 3, 4])
+
+    async def test_a_correlation_id_given_inside_a_turn_is_kept(self):
+        async def act(message, component):
+            for call, to in ((self.engine.send, "lamp"), (self.engine.handle_message, "m")):
+                await call(to, {"type": "press", "correlation_id": f"given to {to}"})
+                await call(to, {"type": "press"})
+
+        heard = await self.listen(
+            "component.message.received", keys=("component", "correlation_id"))
+        self.engine.create_component(self.LAMP)
+        self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(act)}, {"on": "press"}))
+        await self.engine.handle_message("m", {"type": "go", "correlation_id": "outer"})
+        await self.engine.run(until_idle=True)
+        self.assertEqual(heard.take(), [("m", "outer"), ("m", "given to m"), ("m", "outer"),
+            ("lamp", "given to lamp"), ("lamp", "outer")])
+
+    async def test_what_a_task_sends_while_the_holder_handles_own_messages_is_not_lost(self):
+        drained, sent, ran = asyncio.Event(), asyncio.Event(), []
+
+        async def later():
+            await drained.wait()
+            answers.append((await self.engine.handle_message("m", "late", id="l")).outcome)
+            answers.append((await self.engine.send("lamp", "press", id="p")).outcome)
+            sent.set()
+
+        async def act(message, component):
+            ran.append(message["type"])
+            if message["type"] == "go":
+                tasks.append(asyncio.ensure_future(later()))
+            if message["type"] == "own":
+                drained.set()
+                await sent.wait()
+
+        answers, tasks = [], []
+        self.engine.create_component(self.LAMP)
+        component = self.engine.create_component(self.machine(
+            {"on": "go", "action": self.code(act), "send": {"to": "m", "type": "own"}},
+            {"on": ["own", "late"], "action": "code_of_test:act"}))
+        await asyncio.wait_for(self.engine.handle_message("m", "go"), 20)
+        await self.engine.run(until_idle=True)
+        self.assertEqual((answers, ran, component.seq, self.engine.get("lamp").seq),
+            (["queued", "queued"], ["go", "own", "late"], 3, 1))
+
+    async def test_a_component_of_its_own_sends_to_itself_only(self):
+        rules = [{"on": "start", "send": {"to": "c", "type": "next"}},
+            {"on": "next", "assign": {"got": True}}, {"on": "bad", "send": {"to": "x", "type": "t"}},
+            {"on": "late", "send": {"to": "c", "type": "next", "after": 5}}]
+        component = AsyncComponent("c", rules, StateMachine.from_name("InitialState"))
+        receipt = await component.handle_message({"type": "start"})
+        after = component.seq, component.data
+        for kind in ("bad", "late"):
+            with self.assertRaises(StateError) as caught:
+                await component.handle_message({"type": kind})
+            self.assertEqual(str(caught.exception),
+                "'c' sends or waits without an engine\nFix: engine.register(it)")
+        self.assertEqual((receipt.outcome, receipt.seq, after, component.seq),
+            ("stayed", 1, (2, {"got": True}), 2))
+
+    # ---- delivery
+
+    async def test_a_message_to_what_is_made_later_is_delivered_as_soon_as_it_is_made(self):
+        await self.engine.send("lamp", "press", id="x")
+        await self.engine.run(until_idle=True)
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        self.assertEqual(self.engine.get("lamp").seq, 1)
+
+    async def test_a_worker_delivers_what_waited_as_soon_as_its_component_is_made(self):
+        done, tried = asyncio.Event(), asyncio.Event()
+        await self.engine.event_bus.subscribe("state.changed", "test", lambda data: done.set())
+        failed = self.engine._failed
+
+        async def watched(*args):
+            await failed(*args)
+            tried.set()
+
+        self.engine._failed = watched
+        async with self.engine:
+            await self.engine.send("lamp", "press", id="x")
+            await asyncio.wait_for(tried.wait(), 10)
+            self.engine.create_component(self.LAMP)
+            await asyncio.wait_for(done.wait(), 10)
+
+    async def test_a_slow_component_does_not_delay_others(self):
+        begun, go, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        self.engine.create_component(self.LAMP)
+        await self.engine.event_bus.subscribe("state.changed", "test", lambda data: done.set())
+        for _ in range(ff._BATCH + 10):  # more than is read at a time
+            await self.engine.send("m", "go")
+        await self.engine.send("lamp", "press")
+        worker = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await begun.wait()
+        await asyncio.wait_for(done.wait(), 10)
+        early = self.engine.get("m").seq
+        await self.engine.send("lamp", "press")
+        while self.engine.get("lamp").seq < 2:
+            await asyncio.sleep(0.001)
+        go.set()
+        await worker
+        self.assertEqual((early, self.engine.get("m").seq), (0, ff._BATCH + 10))
+
+    async def test_a_slow_birth_does_not_delay_others(self):
+        begun, go, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def enter(message, component):
+            begun.set()
+            await go.wait()
+
+        await self.engine.event_bus.subscribe("state.changed", "test", lambda data: done.set())
+        self.engine.create_component(self.LAMP)
+        async with self.engine:
+            await self.passes()
+            self.engine.create_component(
+                self.machine({"on": "go"}, states={"A": {"entry": {"action": self.code(enter)}}}))
+            await begun.wait()
+            await self.engine.send("lamp", "press")
+            await asyncio.wait_for(done.wait(), 10)
+            go.set()
+
+    async def test_lone_surrogates_are_refused_as_names_ids_and_targets(self):
+        self.engine.create_component(self.LAMP)
+        component = self.engine.create_component(self.machine(
+            {"on": "to", "send": {"to": "$message.to", "type": "t"}},
+            {"on": "id", "send": {"to": "x", "type": "t", "id": "$message.to"}},
+            {"on": "type", "send": {"to": "x", "type": "$message.to"}}))
+        await self.engine.run(until_idle=True)
+        before, bad = self.picture(), "a\ud800"
+        calls = {
+            "name of a component": lambda: AsyncComponent(bad),
+            "name of a config": lambda: self.engine.create_component({**self.LAMP, "name": bad}),
+            "name given": lambda: self.engine.create_component(self.LAMP, name=bad),
+            "handle to": lambda: self.engine.handle_message(bad, "press"),
+            "handle type": lambda: self.engine.handle_message("lamp", bad),
+            "handle id": lambda: self.engine.handle_message("lamp", "press", id=bad),
+            "handle correlation id": lambda: self.engine.handle_message(
+                "lamp", {"type": "press", "correlation_id": bad}),
+            "send to": lambda: self.engine.send(bad, "press"),
+            "send type": lambda: self.engine.send("lamp", bad),
+            "send id": lambda: self.engine.send("lamp", "press", id=bad),
+            "cancel": lambda: self.engine.cancel("lamp", bad),
+            "wait": lambda: self.engine.wait(bad, "On"),
+            "status": lambda: self.engine.status(bad),
+            "remove": lambda: self.engine.remove(bad),
+            **{f"a rule's {kind}": lambda kind=kind: self.engine.handle_message(
+                "m", {"type": kind, "to": bad}) for kind in ("to", "id", "type")},
+        }  # fmt: skip
+        for name, call in calls.items():
+            with self.subTest(name):
+                try:
+                    answer = call()
+                    if asyncio.iscoroutine(answer):
+                        answer = await answer
+                    self.assertIs(answer, False)  # of cancel
+                except FlexiFlowError:
+                    pass
+                self.assertEqual((self.picture(), component.seq), (before, 0))
+
+
+class OnceKnownStored(OnceKnown):
+    stored = True
+
+    async def test_a_component_by_hand_of_a_class_of_its_own_comes_back(self):
+        class Mine(State):
+            def __init__(self):
+                self.n = 0
+
+            async def handle_message(self, message, component):
+                self.n += 1
+                return True, self
+
+        def by_hand():
+            return AsyncComponent("c", [], StateMachine(Mine()))
+
+        sys.modules[__name__].Mine = Mine
+        self.addCleanup(delattr, sys.modules[__name__], "Mine")
+        Mine.__qualname__ = "Mine"
+        await self.engine.register_async(by_hand())
+        await self.engine.handle_message("c", "count")
+        await self.reopen()
+        component = by_hand()
+        self.engine.register(component)
+        found = component.state, component.state_machine.current_state.n, component.seq
+        await self.engine.handle_message("c", "count")
+        self.assertEqual((found, component.state_machine.current_state.n), (("Mine", 1, 1), 2))
+
+    async def test_a_database_of_something_else_is_refused_with_a_fix(self):
+        self.change("CREATE TABLE theirs(x)")
+        for version in (1, 2):
+            self.change(f"PRAGMA user_version={version}")
+            before = Path(self.path()).read_bytes()
+            for readonly in (False, True):
+                engine = FlexiFlowEngine(SQLiteStore(self.path(), readonly=readonly))
+                error = self.raises(PersistenceError, engine.status)
+                with self.subTest(version=version, readonly=readonly):
+                    self.assertEqual(str(error), f"Not a store: {self.path()!r}\n"
+                        "Why: it is a database of something else\nFix: check the path")
+            self.assertEqual(self.rows("SELECT name FROM sqlite_master"), [("theirs",)])
+            self.assertEqual(len(Path(self.path()).read_bytes()), len(before))
+
+    async def test_a_worker_goes_on_when_a_full_disk_has_room_again(self):
+        full, failed, done = [True], asyncio.Event(), asyncio.Event()
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        await self.engine.send("lamp", "press")
+        lines = self.logged()
+
+        def commit(execute):
+            if full:
+                execute("ROLLBACK")
+                failed.set()
+                raise sqlite3.OperationalError("database or disk is full")
+            return execute("COMMIT")
+
+        await self.engine.event_bus.subscribe("state.changed", "test", lambda data: done.set())
+        store = self.engine.store
+        store._connection = Wrapped(store.db, commit)
+        async with self.engine:
+            await failed.wait()
+            await self.passes(50)
+            full.clear()
+            await asyncio.wait_for(done.wait(), 10)
+        self.assertTrue(any("disk is full" in line for line in lines))
+
+
 class Torture(StoreCase):
     """Tests with child processes that are killed, and with figures."""
 
