@@ -269,7 +269,7 @@ _BRACKETS = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]'  # compiled when needed: s
 
 def _whole(digits: str) -> int:
     # Some builds of Python have no limit of their own, and reading digits takes quadratic time.
-    if len(digits) > 4300:
+    if len(digits) > 4300 and len(digits.lstrip("-")) > 4300:
         raise ValueError(f"a number of {len(digits)} digits; 4300 are allowed")
     return int(digits)
 
@@ -353,8 +353,8 @@ def _exact(parts: Any, path: str, room: list[int], depth: int = 0) -> bool:
         elif isinstance(part, str) or (isinstance(part, (int, float)) and abs(part) < _HUGE):
             exact = False  # a subclass
         else:
-            flaw = {float: part, int: "too long a number"}.get(kind, f"a {kind.__name__}")
-            raise ValueError(f"{where} is {flaw}")
+            flaw = "too long a number" if kind is int else f"a {kind.__name__}"
+            raise ValueError(f"{where} is {part if isinstance(part, float) else flaw}")
     return exact
 
 
@@ -413,12 +413,12 @@ def fresh(value: Any) -> Any:
     return value
 
 
-def new_id() -> str:
-    """Return an id that no other call, process or machine returns.
+_numbers = itertools.count(1)
 
-    It begins with the time: an index of ids grows at its end, where a commit writes few pages.
-    """
-    return f"{time.time_ns():x}{os.urandom(8).hex()}"
+
+def new_id() -> str:
+    """Return an id that no other call, process or machine returns."""
+    return f"{os.urandom(6).hex()}-{next(_numbers):x}"  # a fork goes on with the same numbers
 
 
 class Context:
@@ -867,42 +867,33 @@ def _is_own_failure(error: BaseException) -> bool:
 
 MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "nothing", "__slots__": ()})()
 ROOTS = ("message", "data", "component", "state", "id", "now")
+_STEP = r"(?!__|\d{10,}\Z)[^()\[\]{}]+"  # of a path: no call, no hidden attribute, no huge index
 
 
 class MissingValue(Exception):
     """A value whose path leads nowhere; the argument is the path."""
 
 
-def _reader(root: str, path: str | None) -> Callable[[Scope], Any]:
-    """Compile a path like `items.0.price` within a root; it leads to a value, or to MISSING.
+def _inner(value: Any, step: str) -> Any:
+    """Return what one step of a path leads to, or MISSING."""
+    if isinstance(value, dict):
+        return value.get(step, MISSING)
+    if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+        return value[int(step)]
+    return MISSING
 
-    What looks like code, or hides attributes, is refused.
-    """
-    if path is None:
-        return operator.itemgetter(root)
+
+def _reader(path: str) -> Callable[[Scope], Any]:
+    """Compile a path like `message.items.0.price`; it leads to a value, or to MISSING."""
     steps = path.split(".")
-    for step in steps:
-        if not step or step.startswith("__") or re.search(r"[()\[\]{}]", step):
-            raise ConfigError(f"Not a path: {path!r}",
-                why="a path names keys and list indexes, joined by dots; nothing is called",
-                fix='write it like "message.items.0.price"')
-        if step.isdecimal() and len(step) > 9:
-            raise ConfigError(f"Index too large in path: {path!r}")
-    if len(steps) == 1:
-        return lambda scope: scope[root].get(path, MISSING)
-
-    def read(scope: Scope) -> Any:
-        value = scope[root]
-        for step in steps:
-            if isinstance(value, dict):
-                value = value.get(step, MISSING)
-            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-                value = value[int(step)]
-            else:
-                return MISSING
-        return value
-
-    return read
+    if not all(re.fullmatch(_STEP, step) for step in steps):
+        raise ConfigError(f"Not a path: {path!r}",
+            why="a path names keys and list indexes, joined by dots; nothing is called",
+            fix='write it like "message.items.0.price"')
+    if len(steps) == 2:  # most are like this
+        root, key = steps
+        return lambda scope: scope[root].get(key, MISSING)
+    return lambda scope: functools.reduce(_inner, steps, scope)
 
 
 def _shown(value: Any) -> str:
@@ -921,11 +912,12 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
 
 
-# What the operands must be, and what is made of them.
-OPERATIONS: dict[str, tuple[Any, Any, Any]] = {
-    "+": (_is_number, _is_number, operator.add),
-    "-": (_is_number, _is_number, operator.sub),
-    "append": (lambda left: isinstance(left, list), lambda right: True, lambda a, b: [*a, b])}
+# What the two operands must be, in words and as tests, and what is made of them.
+OPERATIONS: dict[str, tuple[str, Any, Any, Any]] = {
+    "+": ("[number, number]", _is_number, _is_number, operator.add),
+    "-": ("[number, number]", _is_number, _is_number, operator.sub),
+    "append": ("[list, item]", lambda left: isinstance(left, list), lambda right: True,
+        lambda left, right: [*left, right])}
 
 
 def _is_computed(value: Any) -> bool:
@@ -935,33 +927,30 @@ def _is_computed(value: Any) -> bool:
 
 
 def _compile_operation(name: str, operands: Any) -> Callable[[Scope], Any]:
-    if not isinstance(operands, list) or len(operands) != 2:
-        raise ConfigError(f"{name!r} takes a list of two values: {operands!r}")
-    fits_left, fits_right, operate = OPERATIONS[name]
-    for operand, fits in zip(operands, (fits_left, fits_right)):
-        if not fits(operand) and not _is_computed(operand):
-            raise ConfigError(f"{name!r} cannot work on {operand!r}")
+    takes, fits_left, fits_right, operate = OPERATIONS[name]
+    if not (isinstance(operands, list) and len(operands) == 2 and all(_is_computed(one) or fits(one)
+            for one, fits in zip(operands, (fits_left, fits_right)))):
+        raise ConfigError(f"{name!r} takes {takes}: {operands!r}")
     left, right = map(compile_value, operands)
 
     def value(scope: Scope) -> Any:
         a, b = left(scope), right(scope)
-        if not (fits_left(a) and fits_right(b)):
-            raise StateError(f"Cannot compute {{{name!r}: [{_shown(a)}, {_shown(b)}]}}",
-                operands=operands)
-        with contextlib.suppress(OverflowError):
-            result = operate(a, b)
-            if not isinstance(result, float) or math.isfinite(result):
-                return result
-        raise StateError(f"The result of {_shown(a)} {name} {_shown(b)} is not finite")
+        if fits_left(a) and fits_right(b):
+            with contextlib.suppress(OverflowError):
+                result = operate(a, b)
+                if not isinstance(result, float) or math.isfinite(result):
+                    return result
+        raise StateError(f"Cannot compute {{{name!r}: [{_shown(a)}, {_shown(b)}]}}",
+            why=f"it takes {takes}, and the result must be finite", operands=operands)
 
     return value
 
 
 def _compile_reference(text: str) -> Callable[[Scope], Any]:
-    root, dot, rest = text[1:].partition(".")
-    if root not in ROOTS or (dot and root not in ("message", "data")):
+    path = text[1:]
+    if path not in ROOTS and not path.startswith(("message.", "data.")):
         raise ConfigError(f"Unknown value: {text!r}", fix=choose(text, ["$" + r for r in ROOTS]))
-    read = _reader(root, rest if dot else None)
+    read = _reader(path)
 
     def value(scope: Scope) -> Any:
         found = read(scope)
@@ -1040,65 +1029,66 @@ class Guard:
         self.holds, self.seen = holds, seen
 
 
-def _compile_comparison(path: str, op: str, wanted: Any) -> Guard:
+def _comparison(path: str, op: str, wanted: Any) -> Guard:
     if op not in OPERATORS:
         raise ConfigError(f"Unknown operator: {op!r}",
             why=f"what stands under {path!r} is an object, so its keys are operators",
             fix=choose(op, OPERATORS) + '; to compare with an object write {"==": {...}}')
-    compare, kinds = OPERATORS[op]
-    if kinds and not _is_computed(wanted):
-        if not isinstance(wanted, kinds) or (isinstance(wanted, bool) and bool not in kinds):
-            raise ConfigError(f"{op!r} can never hold for {wanted!r}", why="it compares with "
-                + " or ".join(kind.__name__ for kind in kinds))
-    root, _, rest = path.partition(".")
-    read = _reader(root, rest) if root in ("message", "data") and rest else _reader("message", path)
+    (compare, kinds), computed = OPERATORS[op], _is_computed(wanted)
+    if kinds and not computed and not (isinstance(wanted, kinds) and (
+            bool in kinds or not isinstance(wanted, bool))):
+        raise ConfigError(f"{op!r} can never hold for {wanted!r}",
+            why="it compares with " + " or ".join(kind.__name__ for kind in kinds))
+    read = _reader(path if path.startswith(("message.", "data.")) else f"message.{path}")
     operand = compile_value(wanted)
 
-    def holds(scope: Scope) -> Any:
-        found = read(scope)
+    def against(scope: Scope) -> Any:
         try:
-            return (found is not MISSING or op == "exists") and compare(found, operand(scope))
+            return operand(scope)
         except MissingValue:
-            return False
+            return MISSING
+
+    def holds(scope: Scope) -> Any:
+        found, other = read(scope), against(scope)
+        possible = other is not MISSING and (found is not MISSING or op == "exists")
+        return possible and compare(found, other)
 
     def seen(scope: Scope) -> str:
-        against = _shown(wanted)
-        if _is_computed(wanted):
-            with contextlib.suppress(MissingValue):
-                against += f" = {_shown(operand(scope))}"
-        return f"{path} {op} {against} (saw {_shown(read(scope))})"
+        told = f" = {_shown(against(scope))}" if computed else ""
+        return f"{path} {op} {_shown(wanted)}{told} (saw {_shown(read(scope))})"
 
     if op == "==" and isinstance(wanted, str) and not wanted.startswith("$"):
         return Guard(lambda scope: read(scope) == wanted, seen)  # text equals nothing but text
     return Guard(holds, seen)
 
 
-def _all(parts: list[Guard]) -> Guard:
+# Whether guards hold together, and how it is told; a guard is `not` with one guard in it.
+_TOGETHER: dict[str, tuple[Callable[[Iterable[Any]], bool], str, str]] = {
+    "all": (all, "{}", "; "), "any": (any, "none of: {}", " | "),
+    "not": (lambda answers: not any(answers), "not ({})", "")}
+
+
+def _together(word: str, parts: list[Guard]) -> Guard:
+    test, text, glue = _TOGETHER[word]
+
+    def holds(scope: Scope) -> Any:
+        return test(part.holds(scope) for part in parts)
+
     def seen(scope: Scope) -> str:
-        false = [part for part in parts if not part.holds(scope)]
-        return "; ".join(part.seen(scope) for part in false or parts)
+        telling = [part for part in parts if word != "all" or not part.holds(scope)] or parts
+        return text.format(glue.join(part.seen(scope) for part in telling))
 
-    every = Guard(lambda scope: all(part.holds(scope) for part in parts), seen)
-    return every if len(parts) > 1 else parts[0]
-
-
-def _any(parts: list[Guard]) -> Guard:
-    return Guard(lambda scope: any(part.holds(scope) for part in parts), lambda scope: "none of: "
-        + " | ".join(part.seen(scope) for part in parts))
+    return Guard(holds, seen)
 
 
-def _not(part: Guard) -> Guard:
-    return Guard(lambda scope: not part.holds(scope), lambda scope: f"not ({part.seen(scope)})")
-
-
-def _compile_predicate(path: str, predicate: Any) -> Guard:
-    if not callable(predicate) or is_async(predicate):
+def _predicate(path: str, function: Any) -> Guard:
+    if not callable(function) or is_async(function):
         raise ConfigError(f"Not a plain function: {path!r}",
             why="a guard is asked in the middle of a decision, where nothing can be awaited",
             fix="write `def guard(message, component): return ...`")
 
     def holds(scope: Scope) -> Any:
-        answer = predicate(scope["message"], scope["self"])
+        answer = function(scope["message"], scope["self"])
         if inspect.isawaitable(answer):
             raise StateError(f"Guard {path!r} returned an awaitable", fix="return true or false")
         return answer
@@ -1112,26 +1102,24 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
     A missing or incomparable value makes every comparison false, except `exists`.
     """
     if isinstance(guard, str):
-        return _compile_predicate(guard, load(guard))
+        return _predicate(guard, load(guard))
     if not isinstance(guard, dict):
         raise ConfigError(f"Not a guard: {guard!r}", fix='write {"message.total": {">": 0}}')
     parts = []
     for key, wanted in guard.items():
-        if key in ("all", "any"):
-            if not isinstance(wanted, list) or not wanted:
+        if key in _TOGETHER:
+            inner = [wanted] if key == "not" else wanted
+            if not isinstance(inner, list) or not inner:
                 raise ConfigError(f"{key!r} takes a list of guards: {wanted!r}")
-            inner = [compile_guard(one, load) for one in wanted]
-            parts.append(_all(inner) if key == "all" else _any(inner))
-        elif key == "not":
-            parts.append(_not(compile_guard(wanted, load)))
+            parts.append(_together(key, [compile_guard(one, load) for one in inner]))
         elif wanted == {}:
             raise ConfigError(f"No operator under {key!r}", fix=f"one of {list(OPERATORS)}")
         else:
             tests = wanted if isinstance(wanted, dict) else {"==": wanted}
-            parts += [_compile_comparison(key, op, operand) for op, operand in tests.items()]
+            parts += [_comparison(key, op, operand) for op, operand in tests.items()]
     if not parts:
         raise ConfigError("Empty guard", why="it always holds", fix="leave it out")
-    return _all(parts)
+    return _together("all", parts) if len(parts) > 1 else parts[0]
 
 
 # --------------------------------------------------------------------------------------------

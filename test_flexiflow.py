@@ -341,7 +341,8 @@ class ReadingJson(Case):
 class WritingJson(Case):
     def test_what_is_written_reads_back_the_same(self):
         table = [
-            None, True, 0, -7, 1.5, -0.0, 1e-320, 10**400, "", "a\u2028\u0000\U0001f600\"\\",
+            None, True, 0, -7, 1.5, -0.0, 1e-320, 10**400, 10**4300 - 1, 1 - 10**4300, "",
+            "a\u2028\u0000\U0001f600\"\\",
             [], {}, [1, [2, {"b": [], "a": {}}]], {"": None, "\u00e9": [False]},
             json.loads("[" * 100 + "]" * 100),
         ]
@@ -373,6 +374,42 @@ class WritingJson(Case):
             with self.subTest(problem):
                 error = self.raises(ValueError, ff.write_json, value, "data")
                 self.assertEqual(str(error), problem)
+
+    def test_subclasses_of_json_s_types_are_written_if_they_read_back_equal(self):
+        import collections
+        import enum
+
+        class Text(str):
+            pass
+
+        class Apart(str):  # two of them are two keys of a dict, and one of an object
+            __hash__ = object.__hash__
+
+            def __eq__(self, other):
+                return self is other
+
+        class Half(float):
+            def __eq__(self, other):
+                return False
+
+        number = enum.IntEnum("Number", "ONE")
+        good = {Text("b"): number.ONE, "a": collections.OrderedDict(x=[Text("t"), 1.5])}
+        self.assertEqual(ff.write_json(good), '{"a":{"x":["t",1.5]},"b":1}')
+        for value, problem in [
+            ({Apart("a"): 1, Apart("a"): 1}, "data: the key 'a' stands twice in one object"),
+            ({"x": [Half(0.5)]}, "data reads back as another value"),
+            ({"x": [type("Far", (float,), {})("inf")]}, "data.x[0] is inf"),
+        ]:
+            with self.subTest(problem):
+                error = self.raises(ValueError, ff.write_json, value, "data")
+                self.assertEqual(str(error), problem)
+
+    def test_one_list_in_many_places_is_counted_each_time(self):
+        value = []
+        for _ in range(60):
+            value = [value, value]
+        error = self.raises(ValueError, ff.write_json, value, "data")
+        self.assertRegex(str(error), "^data.*or too much$")
 
     def test_what_the_reader_refuses_is_not_written(self):
         circle = []
@@ -705,6 +742,24 @@ class Logging(LogCase):
             """))
         self.assertEqual((child.stdout, child.stderr), ("[] 30 [] 0 True\n", ""))
 
+    def test_logging_is_imported_when_something_is_logged(self):
+        child = self.python("-I", "-S", "-c", textwrap.dedent(f"""\
+            import sys
+            sys.path.append({str(HERE)!r})
+            import flexiflow
+            before = "logging" in sys.modules
+            ours = flexiflow.logger
+            ours.propagate = False
+            import logging
+            log = logging.getLogger("flexiflow")
+            log.addHandler(logging.StreamHandler(sys.stdout))
+            log.handlers[0].setFormatter(logging.Formatter(flexiflow.LOG_FORMAT[12:]))
+            ours.warning("%s", "two\\nlines")
+            print(before, log.propagate, log.filters == [flexiflow._one_line])
+            """))
+        self.assertEqual((child.stdout, child.stderr), (
+            "WARNING flexiflow correlation_id=- two\\nlines\nFalse False True\n", ""))
+
     async def test_a_message_is_logged_at_debug_only(self):
         self.module.act = lambda message, component: None
         lines = self.logged()
@@ -956,6 +1011,29 @@ class Retry(Case):
             settings.jitter, settings.retry_on,
         )
         self.assertEqual(found, (3, 0.1, 2.0, 2.0, 0.0, (Exception,)))
+
+    def test_settings_are_a_record_that_dataclasses_know(self):
+        import copy
+        import dataclasses
+
+        settings = ff.RetryConfig(5, base_delay=1)
+        slower = dataclasses.replace(settings, max_attempts=3)
+        self.assertEqual(slower, ff.RetryConfig(base_delay=1))
+        self.assertEqual(ff.RetryConfig(**dataclasses.asdict(settings)), settings)
+        self.assertEqual(len({settings, copy.copy(settings), ff.RetryConfig()}), 2)
+        self.assertEqual(repr(settings), "RetryConfig(max_attempts=5, base_delay=1, max_delay=2.0, "
+            "backoff=2.0, jitter=0.0, retry_on=(<class 'Exception'>,), timeout=None)")
+        with self.assertRaises(dataclasses.FrozenInstanceError):
+            settings.backoff = 3
+        with self.assertRaisesRegex(TypeError, "__init__.* unexpected keyword argument 'pause'"):
+            ff.RetryConfig(pause=3)
+
+        @dataclasses.dataclass(frozen=True)
+        class Longer(ff.RetryConfig):
+            extra: float = 0.5
+
+        longer = Longer(2, extra=1)
+        self.assertEqual((longer.max_attempts, longer.backoff, longer.extra), (2, 2.0, 1))
 
     def test_something_else_than_settings_is_refused(self):
         error = self.raises(ff.ArgumentError, ff.retry_async, 5)
@@ -11431,6 +11509,90 @@ class OnceKnownStored(OnceKnown):
             full.clear()
             await asyncio.wait_for(done.wait(), 10)
         self.assertTrue(any("disk is full" in line for line in lines))
+
+
+# --------------------------------------------------------------------------------------------
+# Torture
+# --------------------------------------------------------------------------------------------
+# What store and engine promise, under kill -9, failing and full disks, damage, clocks that are
+# set, and crowds of processes. The quick versions run with all other tests;
+# FLEXIFLOW_TORTURE=long runs the long ones. With -v, or with that variable set to anything, each
+# test prints its figures on one line. What is random is repeated by FLEXIFLOW_SEED.
+
+TORTURE = os.environ.get("FLEXIFLOW_TORTURE", "")
+LONG = TORTURE == "long"
+SEED = int(os.environ.get("FLEXIFLOW_SEED") or random.randrange(1_000_000))
+# What the child processes do: python workers.py WHAT WHO ARGUMENTS...
+WORKERS = '''
+import asyncio, json, logging, os, random, sys, time
+from flexiflow import FlexiFlowEngine, SQLiteStore
+
+def note(*what):
+    """Add a line to the worker's notes: a kill comes before or after it."""
+    os.write(NOTES, (json.dumps(what) + "\\n").encode())
+
+async def go_on(engine):
+    while not os.path.exists("stop"):
+        await asyncio.sleep(0.02)
+
+async def add(engine, names, by="1"):
+    """Send numbered messages, and go on with the first that has no answer in the notes."""
+    with open(f"{WHO}.notes") as notes:
+        number = len(notes.readlines())
+    stop = False
+    while not stop:
+        stop = os.path.exists("stop")  # after this one: it may have been handled before
+        name, start = names[number % len(names)], time.time()
+        receipt = await engine.handle_message(name, "add", by=int(by), id=f"{WHO}-{number}")
+        note(number, name, receipt.seq, start, time.time())
+        number += 1
+
+async def repeat(engine, first, count):
+    """Send every third id, and every tenth of all at any time, in any order."""
+    chance, ids = random.Random(int(first)), range(int(count))
+    mine = [*ids[int(first)::3], *chance.choices(ids, k=len(ids) // 10)]
+    for number in chance.sample(mine, len(mine)):
+        receipt = await engine.handle_message("a", "add", by=number + 1, id=f"id-{number}")
+        note(receipt.id, receipt.duplicate, {**receipt.as_dict(), "duplicate": None})
+
+async def deliver(engine):
+    """Deliver until told to stop."""
+    note(time.time())
+    running = asyncio.ensure_future(engine.run())
+    await go_on(engine)
+    running.cancel()
+    await asyncio.wait([running])
+
+async def drain(engine):
+    """Deliver what is there, again and again."""
+    while not os.path.exists("stop"):
+        await engine.run(until_idle=True)
+        await asyncio.sleep(0.02)
+
+async def once(engine):
+    """Deliver what is there."""
+    await engine.run(until_idle=True)
+
+async def prune(engine):
+    """Forget all but the last steps, again and again."""
+    while not os.path.exists("stop"):
+        note((await engine.prune(keep=50))["rows"])
+        await asyncio.sleep(0.01)
+
+async def main(what, *args):
+    ahead = float(os.environ.get("AHEAD", "0"))
+    store = SQLiteStore("flow.db", os.environ.get("SYNCHRONOUS", "FULL"))
+    engine = FlexiFlowEngine(store, clock=lambda: time.time() + ahead)
+    await globals()[what](engine, *args)
+    await engine.close()
+
+if __name__ == "__main__":
+    WHO = sys.argv[2]
+    if os.environ.get("QUIET"):  # messages that fail are expected
+        logging.getLogger("flexiflow").addHandler(logging.NullHandler())
+    NOTES = os.open(f"{WHO}.notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    asyncio.run(main(sys.argv[1], *sys.argv[3:]))
+'''
 
 
 class Torture(StoreCase):
