@@ -54,16 +54,20 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--version"], ["-V"]):
         print("flexiflow", __version__)
         sys.exit(0)
-    import importlib.util
-    import os
+    try:
+        import importlib.util
+        import os
 
-    _spec: Any = globals().get("__spec__")
-    if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
-        _name = os.path.splitext(os.path.basename(__file__))[0]
-        _spec = importlib.util.spec_from_file_location(_name, __file__)
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
-    sys.exit(importlib.import_module(_spec.name).main())
+        _spec: Any = globals().get("__spec__")
+        if getattr(_spec, "loader", None) is None:  # a script, or a profiler's idea of one
+            _name = os.path.splitext(os.path.basename(__file__))[0]
+            _spec = importlib.util.spec_from_file_location(_name, __file__)
+            sys.modules[_name] = importlib.util.module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules[_name])
+        sys.exit(importlib.import_module(_spec.name).main())
+    except KeyboardInterrupt:  # while modules are imported; later `main` sees to it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 import contextlib
 import copy
@@ -72,14 +76,11 @@ import functools
 import importlib
 import itertools
 import json
-import logging
 import math
 import operator
 import os
 import re
-import threading
 import time
-import traceback
 import types
 import zlib
 from collections import deque, namedtuple
@@ -95,32 +96,39 @@ if TYPE_CHECKING:
     import difflib
     import hashlib
     import inspect
+    import logging
     import random
     import signal
     import sqlite3
+    import threading
+    import traceback
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, TypeVar, Union
+    from typing import Any, TypeVar, Union
 
     Function = TypeVar("Function", bound=Callable[..., Any])
     Json = dict[str, Any]  # an object
     Path = Union[str, os.PathLike[str]]
     Scope = dict[str, Any]  # what a guard or value may look at: see `decide`
     Row = tuple[str, tuple[Any, ...]]  # an SQL statement and its parameters
+    _Later: Any
 else:
 
     class _Later:
-        """A module imported at its first use: `status` starts in half the time without asyncio."""
+        """A module, or our logger, made at its first use: `status` starts in half the time."""
 
-        def __init__(self, name):
-            self._name = name
+        def __init__(self, name, make=importlib.import_module):
+            vars(self).update(_name=name, _make=make)
 
         def __getattr__(self, attribute):
-            module = globals()[self._name] = importlib.import_module(self._name)
-            return getattr(module, attribute)
+            made = globals()[self._name] = self._make(self._name)
+            return getattr(made, attribute)
+
+        def __setattr__(self, attribute, value):
+            setattr(self._make(self._name), attribute, value)
 
     for _name in (
-            "argparse asyncio collections datetime difflib hashlib inspect random signal "
-            "sqlite3").split():
+            "argparse asyncio collections datetime difflib hashlib inspect logging "
+            "random signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
 
 __all__ = [
@@ -155,13 +163,14 @@ __all__ = [
 # Everything that FlexiFlow refuses is a FlexiFlowError that says what happened, why, how to
 # mend it, and with which values. Whatever the values hold, it prints no control characters.
 
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def printable(text: object) -> str:
     """Escape what could forge a line or turn the text around: controls, bidi marks, surrogates."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    shown = str(text)
+    return shown if shown.isprintable() else re.sub(
+        _UNSAFE, lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 @dataclass
@@ -258,21 +267,18 @@ MAX_DEPTH = 100  # brackets within brackets
 _BRACKETS = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]'  # compiled when needed: starting is quick
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _whole(digits: str) -> int:
     # Some builds of Python have no limit of their own, and reading digits takes quadratic time.
-    if len(digits) > 4300:
+    if len(digits) > 4300 and len(digits.lstrip("-")) > 4300:
         raise ValueError(f"a number of {len(digits)} digits; 4300 are allowed")
     return int(digits)
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"the number {digits[:40]} is too large")
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large" if digits[-1].isdigit()
+            else f"{digits} is not JSON")
     return number
 
 
@@ -284,73 +290,72 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise ValueError(f"the key {twice!r} stands twice in one object")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite,
+_decode = json.JSONDecoder(parse_constant=_finite, parse_int=_whole, parse_float=_finite,
     object_pairs_hook=_distinct).decode
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-    sort_keys=True).encode
+    sort_keys=True, check_circular=False).encode  # for what `_exact` has seen, or was read
 
 
-def _check_depth(text: str) -> None:
-    """Raise ValueError where brackets stand deeper than MAX_DEPTH; nothing is parsed for it."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
+def _depth(text: str) -> int:
+    """Return how deep brackets stand within brackets; nothing is parsed for it."""
     steps = ((mark in "[{") - (mark in "]}") for mark in re.findall(_BRACKETS, text))
-    if max(itertools.accumulate(steps)) > MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
-
-
-def parse_json(source: str | bytes, limit: int = MAX_JSON) -> Any:
-    """Return the value of a JSON document; raise ValueError for whatever is not strict JSON.
-
-    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
-    that are not UTF-8, more than MAX_DEPTH levels or `limit` bytes.
-    """
-    octets = source.encode("utf-8") if isinstance(source, str) else source
-    if len(octets) > limit:
-        raise ValueError(f"more than {limit} bytes")
-    text = octets.decode("utf-8")
-    _check_depth(text)
-    value = _decode(text)
-    if "\\u" in text:
-        _encode(value).encode("utf-8")  # raises for a lone surrogate
-    return value
+    return max(itertools.accumulate(steps))
 
 
 def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> Any:
-    """Return the value of the JSON document called `name`; raise `error` if it is not good."""
+    """Return the value of the JSON document called `name`; raise `error` if it is not strict.
+
+    Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
+    that are not UTF-8, more than MAX_DEPTH levels or MAX_JSON bytes.
+    """
     try:
-        return parse_json(source)
+        octets = source.encode("utf-8") if isinstance(source, str) else source
+        if len(octets) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        text = octets.decode("utf-8")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
+        value = _decode(text)
+        if "\\u" in text:
+            _encode(value).encode("utf-8")  # raises for a lone surrogate
+        return value
     except (ValueError, RecursionError, MemoryError) as problem:
         raise error(f"Not valid JSON: {name}", why=str(problem)) from problem
 
 
-def _flaws(value: Any, path: str) -> Iterator[str]:
-    """Say what keeps `value` from being JSON, and where."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
+_ATOMS = frozenset({str, bool, type(None)})  # each value of these reads back as it is
+_NUMBERS = frozenset({int, float})  # of these, what is below _HUGE: NaN and Infinity are not
+_HUGE = 10**4300
+
+
+def _exact(parts: Any, path: str, room: list[int], depth: int = 0) -> bool:
+    """Tell whether all types are JSON's own, so that reading is bound to give the same values.
+
+    Raises ValueError for what is no JSON, and where; also for too deep, and for too much: one
+    list may stand in many places.
+    """
+    room[0] -= len(parts)
+    if depth > MAX_DEPTH or room[0] < 0:
+        raise ValueError(
+            f"{path[:60]}: more than {MAX_DEPTH} brackets within brackets, or too much")
+    keyed, exact = isinstance(parts, dict), parts.__class__ is dict or parts.__class__ is list
+    for key, part in parts.items() if keyed else enumerate(parts):
+        if keyed and key.__class__ is not str:
+            exact = False
             if not isinstance(key, str):
-                yield f"the key {key!r} at {path} is not a string"
-            yield from _flaws(inner, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _flaws(inner, f"{path}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path} is {value}"
-    elif value is not None and not isinstance(value, (str, int, float)):
-        yield f"{path} is a {type(value).__name__}"
-
-
-def _check_nesting(value: Any, name: str, limit: int) -> None:
-    """Raise ValueError for what is too deep or too much, without recursion: stacks are small."""
-    outer = [value] if isinstance(value, (dict, list, tuple)) else []
-    for _ in range(MAX_DEPTH):
-        if sum(map(len, outer)) > limit:
-            raise ValueError(f"{name} takes more than {limit} bytes")
-        parts = (one.values() if isinstance(one, dict) else one for one in outer)
-        outer = [one for part in parts for one in part if isinstance(one, (dict, list, tuple))]
-        if not outer:
-            return
-    raise ValueError(f"{name}: more than {MAX_DEPTH} brackets within brackets")
+                raise ValueError(f"the key {key!r} at {path} is not a string")
+        kind = part.__class__
+        if kind in _ATOMS or (kind in _NUMBERS and abs(part) < _HUGE):
+            continue
+        where = f"{path}[{key}]" if not keyed else f"{path}.{key}" if path else str(key)
+        if isinstance(part, (dict, list)):
+            exact = _exact(part, where, room, depth + 1) and exact
+        elif isinstance(part, str) or (isinstance(part, (int, float)) and abs(part) < _HUGE):
+            exact = False  # a subclass
+        else:
+            flaw = "too long a number" if kind is int else f"a {kind.__name__}"
+            raise ValueError(f"{where} is {part if isinstance(part, float) else flaw}")
+    return exact
 
 
 def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
@@ -358,18 +363,18 @@ def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
 
     A tuple, a key that is not a string, NaN, a date: refused by name instead of changed.
     """
-    _check_nesting(value, name, limit)
+    exact = _exact({name: value}, "", [limit + 1])
     try:
         text = _encode(value)
         size = len(text.encode("utf-8"))
-        if _decode(text) == value and size <= limit:
-            return text
-        problem = f"{name} reads back as another value"
-        if size > limit:
-            problem = f"{name} takes {size} bytes; {limit} are allowed"
-    except (TypeError, ValueError, RecursionError, MemoryError) as error:
-        problem = f"{name}: {error}"
-    raise ValueError(next(_flaws(value, name), problem))
+        exact = exact or _decode(text) == value
+    except (TypeError, ValueError, MemoryError) as error:  # a lone surrogate, say
+        raise ValueError(f"{name}: {error}") from error
+    if size > limit:
+        raise ValueError(f"{name} takes {size} bytes; {limit} are allowed")
+    if not exact:
+        raise ValueError(f"{name} reads back as another value")
+    return text
 
 
 def _written(value: Any, name: str) -> str:
@@ -408,22 +413,12 @@ def fresh(value: Any) -> Any:
     return value
 
 
-_ids: Iterator[str]
-
-
-def _renew_ids() -> None:
-    global _ids
-    _ids = map((os.urandom(6).hex() + "-{:x}").format, itertools.count(1))
-
-
-_renew_ids()
-if hasattr(os, "register_at_fork"):  # parent and child would count the same ids
-    os.register_at_fork(after_in_child=_renew_ids)
+_numbers = itertools.count(1)
 
 
 def new_id() -> str:
     """Return an id that no other call, process or machine returns."""
-    return next(_ids)
+    return f"{os.urandom(6).hex()}-{next(_numbers):x}"  # a fork goes on with the same numbers
 
 
 class Context:
@@ -469,13 +464,12 @@ def masked(value: Any) -> Any:
     return type(value)(map(masked, value)) if type(value) in (list, tuple) else value
 
 
-class CorrelationIdFilter(logging.Filter):
+class CorrelationIdFilter:
     """Put `correlation_id` on every record, and fold message and traceback into one safe line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass; one that already has a correlation id keeps it."""
-        if not hasattr(record, "correlation_id"):
-            record.correlation_id = get_correlation_id() or "-"
+        vars(record).setdefault("correlation_id", get_correlation_id() or "-")
         lines = traceback.format_exception(*record.exc_info) if record.exc_info else []
         with contextlib.suppress(Exception):  # arguments that do not fit: the handler will say so
             record.args = masked(record.args)
@@ -485,21 +479,29 @@ class CorrelationIdFilter(logging.Filter):
         return True
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter:
     """Format a record as one line of JSON: time, level, logger, correlation_id, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps({"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname, "logger": record.name,
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        return json.dumps({"time": moment, "level": record.levelname, "logger": record.name,
             "correlation_id": getattr(record, "correlation_id", "-"),
             "message": record.getMessage()})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
 _one_line = CorrelationIdFilter()
-logger = logging.getLogger("flexiflow")
-logger.addFilter(_one_line)
+
+
+def _our_logger(name: str = "flexiflow") -> logging.Logger:
+    log = logging.getLogger(name)
+    log.addFilter(_one_line)  # once, however often it is called
+    return log
+
+
+# An application that has imported logging may use this logger itself, and before we do.
+logger = _our_logger() if "logging" in sys.modules else _Later("logger", lambda _: _our_logger())
 
 
 def get_logger(name: str = "flexiflow", level: int | None = None, *,
@@ -509,11 +511,10 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
     `style` is "text" or "json" (a JSON object a line). Called twice it adds nothing; a level
     is only set when given, or when the logger has none.
     """
-    formats = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
+    formats: Any = {"text": logging.Formatter(LOG_FORMAT), "json": JsonFormatter()}
     if style not in formats:
         raise ArgumentError(f"Unknown log style: {style!r}", fix=choose(style, formats))
-    log = logging.getLogger(name)
-    log.addFilter(_one_line)  # once, however often it is called
+    log = _our_logger(name)
     if level is not None or log.level == logging.NOTSET:
         log.setLevel(logging.INFO if level is None else level)
     if not log.hasHandlers():
@@ -527,8 +528,8 @@ def get_logger(name: str = "flexiflow", level: int | None = None, *,
 # --------------------------------------------------------------------------------------------
 # 3. Retry
 # --------------------------------------------------------------------------------------------
-# One generator of delays serves sync and async functions, and the queue of section 11. Only
-# Exceptions are tried again, never a cancellation; the last one is raised as it was.
+# One rule of pauses serves sync and async functions, and the queue of section 11. Only Exceptions
+# are tried again, never a cancellation; the last one is raised as it was.
 
 
 @dataclass(frozen=True)
@@ -544,16 +545,15 @@ class RetryConfig:
     timeout: float | None = None  # no call is begun later than this after the first
 
     def __post_init__(self) -> None:
-        numbers = {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-                raise ArgumentError(f"{name} is not a number of zero or more: {value!r}")
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
+        for name, value in {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}.items():
+            least = 1 if name in ("max_attempts", "backoff") else 0
+            most, words = sys.float_info.max, f"of at least {least}"
+            if name == "jitter":
+                most, words = 1, "from 0 to 1"
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise ArgumentError(f"{name} is not a number {words}: {value!r}")
+        if type(self.max_attempts) is not int:
             raise ArgumentError(f"max_attempts is not a whole number: {self.max_attempts!r}")
-        if self.backoff < 1:
-            raise ArgumentError(f"backoff is at least 1: {self.backoff!r}")
-        if self.jitter > 1:
-            raise ArgumentError(f"jitter is a fraction, at most 1: {self.jitter!r}")
 
     def delay(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after `failures` failed calls; `chance` is from 0 to 1."""
@@ -564,13 +564,14 @@ class RetryConfig:
         return pause * (1 + self.jitter * chance)
 
 
-def _pauses(config: RetryConfig, start: float) -> Iterator[float]:
-    """Yield the seconds to sleep after each failure; end when no call is to be made any more."""
-    for failures in range(1, config.max_attempts):
-        pause = config.delay(failures, random.random())
-        if config.timeout is not None and time.monotonic() - start + pause > config.timeout:
-            return
-        yield pause
+def _patience(config: RetryConfig, error: BaseException, failures: int, start: float) -> float:
+    """Return the seconds to sleep before the next call; raise `error` where none is to be made."""
+    pause = config.delay(failures, random.random())
+    late = config.timeout is not None and time.monotonic() - start + pause > config.timeout
+    if late or failures >= config.max_attempts or isinstance(error, asyncio.CancelledError):
+        raise error
+    logger.debug("Trying again in %.3f s after %r", pause, error)
+    return pause
 
 
 def is_async(function: Any) -> bool:
@@ -589,31 +590,22 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
     if not isinstance(settings, RetryConfig):
         raise ArgumentError(f"Not a RetryConfig: {config!r}", fix="@retry_async(RetryConfig())")
 
-    def again(error: BaseException, pauses: Iterator[float]) -> float:
-        pause = None if isinstance(error, asyncio.CancelledError) else next(pauses, None)
-        if pause is None:
-            raise error
-        logger.debug("Trying again in %.3f s after %r", pause, error)
-        return pause
-
     def decorate(function: Any) -> Any:
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return await function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                await asyncio.sleep(pause)
+                    await asyncio.sleep(_patience(settings, error, failures, start))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            pauses = _pauses(settings, time.monotonic())
-            while True:
+            start = time.monotonic()
+            for failures in itertools.count(1):
                 try:
                     return function(*args, **kwargs)
                 except settings.retry_on as error:
-                    pause = again(error, pauses)
-                time.sleep(pause)
+                    time.sleep(_patience(settings, error, failures, start))
 
         return functools.wraps(function)(call_async if is_async(function) else call)
 
@@ -629,7 +621,7 @@ def retry_async(config: RetryConfig | None = None) -> Callable[[Function], Funct
 
 MAX_NESTING = 32  # publishes within publishes
 HANDLER_FAILED = "event.handler.failed"
-_CO_COROUTINE = 0x80  # inspect's, without an import of it
+_NESTED: frozenset[type] = frozenset((dict, list))
 
 if sys.version_info >= (3, 11):
     HandlerErrors = ExceptionGroup  # noqa: F821
@@ -643,11 +635,14 @@ else:
 
 
 def _copier(data: Any) -> Callable[[Any], Any] | None:
-    """Return what copies a payload for each handler, if one could change what the next sees."""
-    if data.__class__ is dict:
-        nested = any(value.__class__ in (dict, list) for value in data.values())
-        return fresh if nested else dict.copy
-    return fresh if data.__class__ is list else None
+    """Return what copies a payload for each handler, if one could change what the next sees.
+
+    Nothing that is cheaper is as good: a read-only view is no dict, which json.dumps wants, and
+    one that is shared until it changes still changes for whoever kept it.
+    """
+    if data.__class__ is dict and _NESTED.isdisjoint(map(type, data.values())):
+        return dict.copy
+    return fresh if data.__class__ in _NESTED else None
 
 
 class Subscription:
@@ -664,8 +659,8 @@ class Subscription:
         self.number = number  # counts subscriptions of a bus
         self.active = True  # until unsubscribed
         # The handler again, while it is an `async def` that may be awaited without a look at it.
-        flags = getattr(getattr(handler, "__code__", None), "co_flags", 0) & _CO_COROUTINE
-        self.direct = handler if flags and filter_fn is None and not once else None
+        code = None if once or filter_fn is not None else getattr(handler, "__code__", None)
+        self.direct = handler if code and code.co_flags & inspect.CO_COROUTINE else None
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
@@ -679,14 +674,13 @@ SubscriptionHandle = Subscription
 class AsyncEventManager:
     """Publish events to subscribed functions, within one process and one event loop."""
 
-    __slots__ = ("_events", "_owners", "_ready", "_numbers", "_in_flight", "_logger", "__weakref__")
-
     def __init__(self, logger: Any = None) -> None:
         self._events: dict[str, dict[Subscription, None]] = {}
         # By component: most have one subscription, and a dict for each would double their cost.
         self._owners: dict[str, Any] = {}
         self._ready: dict[str, tuple[Subscription, ...]] = {}  # in order of delivery, until changed
-        self._numbers, self._in_flight, self._logger = itertools.count(1), 0, logger
+        self._numbers, self._in_flight = itertools.count(1), 0
+        self._logger = logger or logging.getLogger("flexiflow")
 
     async def subscribe(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
             priority: int = 3, filter_fn: Callable[[str, Any], Any] | None = None, *,
@@ -757,17 +751,14 @@ class AsyncEventManager:
         self._in_flight += 1
         try:
             if self._in_flight > MAX_NESTING:
-                self._check_nesting(event_name)
-            if delivery == "concurrent":
-                return await self._publish_together(ready, event_name, data, on_error)
+                self._chain()
             copy = _copier(data) if len(ready) > 1 else None
+            if delivery == "concurrent":
+                return await self._publish_together(ready, event_name, data, copy, on_error)
             for sub in ready:
-                direct = sub.direct
+                own, direct = data if copy is None else copy(data), sub.direct
                 try:
-                    if direct is not None:
-                        await direct(data if copy is None else copy(data))
-                    else:
-                        await self._call(sub, event_name, data if copy is None else copy(data))
+                    await (self._call(sub, event_name, own) if direct is None else direct(own))
                 except BaseException as error:
                     if not _is_own_failure(error):
                         raise
@@ -781,52 +772,47 @@ class AsyncEventManager:
         """Tell whether anybody would hear the event: where not, its payload need not be made."""
         return event_name in self._events or "*" in self._events
 
-    async def _publish_together(self, ready: tuple[Subscription, ...], event_name: str, data: Any,
-            on_error: str) -> None:
-        chain = self._nested()
+    async def _publish_together(self, ready: Sequence[Subscription], event: str, data: Any,
+            copy: Callable[[Any], Any] | None, on_error: str) -> None:
+        chain = self._chain() if self._in_flight > 1 else [event]
         # Cancelled here, gather cancels the handlers and waits for them.
-        copy = _copier(data)
         results = await asyncio.gather(*[
-            self._call(sub, event_name, data if copy is None else copy(data), chain)
-            for sub in ready], return_exceptions=True)
+            self._call(sub, event, data if copy is None else copy(data), chain) for sub in ready],
+            return_exceptions=True)
         failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
         for sub, error in failures:
-            await self._failed(sub, event_name, data, error)
+            await self._failed(sub, event, data, error)
         if failures and on_error == "raise":
             if len(failures) == 1:
                 raise failures[0][1]
-            raise HandlerErrors(f"{len(failures)} handlers of {event_name!r} failed",
+            raise HandlerErrors(f"{len(failures)} handlers of {event!r} failed",
                 [error if isinstance(error, Exception) else StateError(
                 f"Handler ended by {error!r}") for _, error in failures])
 
-    async def _call(self, sub: Subscription, event_name: str, data: Any,
-            above: Sequence[str] | None = None) -> BaseException | None:
+    async def _call(self, sub: Subscription, event: str, data: Any, above: Any = None) -> Any:
         """Call a handler whose subscription has not ended, if its filter lets the event pass.
 
         In a task of its own (`above` is given) it returns its failure, with the traceback.
         """
         try:
-            if sub.active and (sub.filter_fn is None or sub.filter_fn(event_name, data)):
-                if not sub.once or self.unsubscribe(sub):  # before the call, which may publish
-                    result = sub.handler(data)
-                    if result is not None and inspect.isawaitable(result):
-                        await result
-            return None
+            heard = sub.active and (sub.filter_fn is None or sub.filter_fn(event, data))
+            if heard and (not sub.once or self.unsubscribe(sub)):  # first, for the call may publish
+                result = sub.handler(data)
+                if type(result) is types.CoroutineType or (
+                        result is not None and inspect.isawaitable(result)):
+                    await result
         except (Exception, asyncio.CancelledError) as error:
             if above is None:
                 raise
             return error
 
-    async def _failed(self, sub: Subscription, event_name: str, data: Any,
-            error: BaseException) -> None:
+    async def _failed(self, sub: Subscription, event: str, data: Any, error: BaseException) -> None:
         """Log a failure with its traceback and publish it, once, and never about itself."""
-        (self._logger or logger).error("Handler of %r for event %r failed", sub.component_name,
-            event_name, exc_info=error)
-        if event_name != HANDLER_FAILED and self.listens(HANDLER_FAILED):
-            await self.publish(HANDLER_FAILED, {"event_name": event_name,
-                "component_name": sub.component_name, "exception": repr(error),
-                "seq": data.get("seq") if isinstance(data, dict) else None,
-                "correlation_id": get_correlation_id()})
+        name, seq = sub.component_name, data.get("seq") if isinstance(data, dict) else None
+        self._logger.error("Handler of %r for event %r failed", name, event, exc_info=error)
+        if event != HANDLER_FAILED:
+            await self.publish(HANDLER_FAILED, {"event_name": event, "component_name": name,
+                "exception": repr(error), "seq": seq, "correlation_id": get_correlation_id()})
 
     def _order(self, event_name: str) -> tuple[Subscription, ...]:
         """Return the subscriptions that hear an event, in order of delivery."""
@@ -842,29 +828,24 @@ class AsyncEventManager:
         else:
             self._ready.pop(event_name, None)
 
-    def _nested(self) -> list[str]:
-        """Return the events whose publishes surround this call, the outermost first.
+    def _chain(self) -> list[str]:
+        """Return the events whose publishes surround this call; raise StateError for too many.
 
         They are read off the stack, so that a publish that is not nested pays nothing. The tasks
         of a concurrent publish have stacks of their own: there `_call` knows what is `above`.
         """
-        events: list[str] = []
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
+        chain: list[str] = []
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             if frame.f_code is _PUBLISH and frame.f_locals["self"] is self:
-                events.append(frame.f_locals["event_name"])
+                chain.insert(0, frame.f_locals["event_name"])
             elif frame.f_code is _CALL and frame.f_locals["self"] is self:
-                events += reversed(frame.f_locals["above"] or ())
-            frame = frame.f_back
-        return events[::-1]
-
-    def _check_nesting(self, event_name: str) -> None:
-        chain = self._nested()
-        if len(chain) > MAX_NESTING + (event_name == HANDLER_FAILED):
-            raise StateError(f"Events published within events, {len(chain)} deep: {event_name!r}",
+                chain[:0] = frame.f_locals["above"] or ()
+        if len(chain) > MAX_NESTING + (chain[-1] == HANDLER_FAILED):
+            raise StateError(f"Events published within events, {len(chain)} deep: {chain[-1]!r}",
                 why="a handler publishes, and what it publishes leads back to it",
                 fix="break the circle, or publish from a task of its own",
                 chain=" -> ".join(chain[-8:]))
+        return chain
 
 
 _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
@@ -872,10 +853,9 @@ _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__
 
 def _is_own_failure(error: BaseException) -> bool:
     """Tell a handler's failure from the cancellation of the task that publishes."""
-    if not isinstance(error, asyncio.CancelledError):
-        return isinstance(error, Exception)
-    cancelling = getattr(asyncio.current_task(), "cancelling", None)  # from Python 3.11
-    return cancelling is not None and not cancelling()
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
+    return isinstance(error, Exception)
 
 
 # --------------------------------------------------------------------------------------------
@@ -887,42 +867,33 @@ def _is_own_failure(error: BaseException) -> bool:
 
 MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "nothing", "__slots__": ()})()
 ROOTS = ("message", "data", "component", "state", "id", "now")
+_STEP = r"(?!__|\d{10,}\Z)[^()\[\]{}]+"  # of a path: no call, no hidden attribute, no huge index
 
 
 class MissingValue(Exception):
     """A value whose path leads nowhere; the argument is the path."""
 
 
-def _reader(root: str, path: str | None) -> Callable[[Scope], Any]:
-    """Compile a path like `items.0.price` within a root; it leads to a value, or to MISSING.
+def _inner(value: Any, step: str) -> Any:
+    """Return what one step of a path leads to, or MISSING."""
+    if isinstance(value, dict):
+        return value.get(step, MISSING)
+    if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+        return value[int(step)]
+    return MISSING
 
-    What looks like code, or hides attributes, is refused.
-    """
-    if path is None:
-        return operator.itemgetter(root)
+
+def _reader(path: str) -> Callable[[Scope], Any]:
+    """Compile a path like `message.items.0.price`; it leads to a value, or to MISSING."""
     steps = path.split(".")
-    for step in steps:
-        if not step or step.startswith("__") or re.search(r"[()\[\]{}]", step):
-            raise ConfigError(f"Not a path: {path!r}",
-                why="a path names keys and list indexes, joined by dots; nothing is called",
-                fix='write it like "message.items.0.price"')
-        if step.isdecimal() and len(step) > 9:
-            raise ConfigError(f"Index too large in path: {path!r}")
-    if len(steps) == 1:
-        return lambda scope: scope[root].get(path, MISSING)
-
-    def read(scope: Scope) -> Any:
-        value = scope[root]
-        for step in steps:
-            if isinstance(value, dict):
-                value = value.get(step, MISSING)
-            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-                value = value[int(step)]
-            else:
-                return MISSING
-        return value
-
-    return read
+    if not all(re.fullmatch(_STEP, step) for step in steps):
+        raise ConfigError(f"Not a path: {path!r}",
+            why="a path names keys and list indexes, joined by dots; nothing is called",
+            fix='write it like "message.items.0.price"')
+    if len(steps) == 2:  # most are like this
+        root, key = steps
+        return lambda scope: scope[root].get(key, MISSING)
+    return lambda scope: functools.reduce(_inner, steps, scope)
 
 
 def _shown(value: Any) -> str:
@@ -941,11 +912,12 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
 
 
-# What the operands must be, and what is made of them.
-OPERATIONS: dict[str, tuple[Any, Any, Any]] = {
-    "+": (_is_number, _is_number, operator.add),
-    "-": (_is_number, _is_number, operator.sub),
-    "append": (lambda left: isinstance(left, list), lambda right: True, lambda a, b: [*a, b])}
+# What the two operands must be, in words and as tests, and what is made of them.
+OPERATIONS: dict[str, tuple[str, Any, Any, Any]] = {
+    "+": ("[number, number]", _is_number, _is_number, operator.add),
+    "-": ("[number, number]", _is_number, _is_number, operator.sub),
+    "append": ("[list, item]", lambda left: isinstance(left, list), lambda right: True,
+        lambda left, right: [*left, right])}
 
 
 def _is_computed(value: Any) -> bool:
@@ -955,33 +927,30 @@ def _is_computed(value: Any) -> bool:
 
 
 def _compile_operation(name: str, operands: Any) -> Callable[[Scope], Any]:
-    if not isinstance(operands, list) or len(operands) != 2:
-        raise ConfigError(f"{name!r} takes a list of two values: {operands!r}")
-    fits_left, fits_right, operate = OPERATIONS[name]
-    for operand, fits in zip(operands, (fits_left, fits_right)):
-        if not fits(operand) and not _is_computed(operand):
-            raise ConfigError(f"{name!r} cannot work on {operand!r}")
+    takes, fits_left, fits_right, operate = OPERATIONS[name]
+    if not (isinstance(operands, list) and len(operands) == 2 and all(_is_computed(one) or fits(one)
+            for one, fits in zip(operands, (fits_left, fits_right)))):
+        raise ConfigError(f"{name!r} takes {takes}: {operands!r}")
     left, right = map(compile_value, operands)
 
     def value(scope: Scope) -> Any:
         a, b = left(scope), right(scope)
-        if not (fits_left(a) and fits_right(b)):
-            raise StateError(f"Cannot compute {{{name!r}: [{_shown(a)}, {_shown(b)}]}}",
-                operands=operands)
-        with contextlib.suppress(OverflowError):
-            result = operate(a, b)
-            if not isinstance(result, float) or math.isfinite(result):
-                return result
-        raise StateError(f"The result of {_shown(a)} {name} {_shown(b)} is not finite")
+        if fits_left(a) and fits_right(b):
+            with contextlib.suppress(OverflowError):
+                result = operate(a, b)
+                if not isinstance(result, float) or math.isfinite(result):
+                    return result
+        raise StateError(f"Cannot compute {{{name!r}: [{_shown(a)}, {_shown(b)}]}}",
+            why=f"it takes {takes}, and the result must be finite", operands=operands)
 
     return value
 
 
 def _compile_reference(text: str) -> Callable[[Scope], Any]:
-    root, dot, rest = text[1:].partition(".")
-    if root not in ROOTS or (dot and root not in ("message", "data")):
+    path = text[1:]
+    if path not in ROOTS and not path.startswith(("message.", "data.")):
         raise ConfigError(f"Unknown value: {text!r}", fix=choose(text, ["$" + r for r in ROOTS]))
-    read = _reader(root, rest if dot else None)
+    read = _reader(path)
 
     def value(scope: Scope) -> Any:
         found = read(scope)
@@ -1060,65 +1029,66 @@ class Guard:
         self.holds, self.seen = holds, seen
 
 
-def _compile_comparison(path: str, op: str, wanted: Any) -> Guard:
+def _comparison(path: str, op: str, wanted: Any) -> Guard:
     if op not in OPERATORS:
         raise ConfigError(f"Unknown operator: {op!r}",
             why=f"what stands under {path!r} is an object, so its keys are operators",
             fix=choose(op, OPERATORS) + '; to compare with an object write {"==": {...}}')
-    compare, kinds = OPERATORS[op]
-    if kinds and not _is_computed(wanted):
-        if not isinstance(wanted, kinds) or (isinstance(wanted, bool) and bool not in kinds):
-            raise ConfigError(f"{op!r} can never hold for {wanted!r}", why="it compares with "
-                + " or ".join(kind.__name__ for kind in kinds))
-    root, _, rest = path.partition(".")
-    read = _reader(root, rest) if root in ("message", "data") and rest else _reader("message", path)
+    (compare, kinds), computed = OPERATORS[op], _is_computed(wanted)
+    if kinds and not computed and not (isinstance(wanted, kinds) and (
+            bool in kinds or not isinstance(wanted, bool))):
+        raise ConfigError(f"{op!r} can never hold for {wanted!r}",
+            why="it compares with " + " or ".join(kind.__name__ for kind in kinds))
+    read = _reader(path if path.startswith(("message.", "data.")) else f"message.{path}")
     operand = compile_value(wanted)
 
-    def holds(scope: Scope) -> Any:
-        found = read(scope)
+    def against(scope: Scope) -> Any:
         try:
-            return (found is not MISSING or op == "exists") and compare(found, operand(scope))
+            return operand(scope)
         except MissingValue:
-            return False
+            return MISSING
+
+    def holds(scope: Scope) -> Any:
+        found, other = read(scope), against(scope)
+        possible = other is not MISSING and (found is not MISSING or op == "exists")
+        return possible and compare(found, other)
 
     def seen(scope: Scope) -> str:
-        against = _shown(wanted)
-        if _is_computed(wanted):
-            with contextlib.suppress(MissingValue):
-                against += f" = {_shown(operand(scope))}"
-        return f"{path} {op} {against} (saw {_shown(read(scope))})"
+        told = f" = {_shown(against(scope))}" if computed else ""
+        return f"{path} {op} {_shown(wanted)}{told} (saw {_shown(read(scope))})"
 
     if op == "==" and isinstance(wanted, str) and not wanted.startswith("$"):
         return Guard(lambda scope: read(scope) == wanted, seen)  # text equals nothing but text
     return Guard(holds, seen)
 
 
-def _all(parts: list[Guard]) -> Guard:
+# Whether guards hold together, and how it is told; a guard is `not` with one guard in it.
+_TOGETHER: dict[str, tuple[Callable[[Iterable[Any]], bool], str, str]] = {
+    "all": (all, "{}", "; "), "any": (any, "none of: {}", " | "),
+    "not": (lambda answers: not any(answers), "not ({})", "")}
+
+
+def _together(word: str, parts: list[Guard]) -> Guard:
+    test, text, glue = _TOGETHER[word]
+
+    def holds(scope: Scope) -> Any:
+        return test(part.holds(scope) for part in parts)
+
     def seen(scope: Scope) -> str:
-        false = [part for part in parts if not part.holds(scope)]
-        return "; ".join(part.seen(scope) for part in false or parts)
+        telling = [part for part in parts if word != "all" or not part.holds(scope)] or parts
+        return text.format(glue.join(part.seen(scope) for part in telling))
 
-    every = Guard(lambda scope: all(part.holds(scope) for part in parts), seen)
-    return every if len(parts) > 1 else parts[0]
-
-
-def _any(parts: list[Guard]) -> Guard:
-    return Guard(lambda scope: any(part.holds(scope) for part in parts), lambda scope: "none of: "
-        + " | ".join(part.seen(scope) for part in parts))
+    return Guard(holds, seen)
 
 
-def _not(part: Guard) -> Guard:
-    return Guard(lambda scope: not part.holds(scope), lambda scope: f"not ({part.seen(scope)})")
-
-
-def _compile_predicate(path: str, predicate: Any) -> Guard:
-    if not callable(predicate) or is_async(predicate):
+def _predicate(path: str, function: Any) -> Guard:
+    if not callable(function) or is_async(function):
         raise ConfigError(f"Not a plain function: {path!r}",
             why="a guard is asked in the middle of a decision, where nothing can be awaited",
             fix="write `def guard(message, component): return ...`")
 
     def holds(scope: Scope) -> Any:
-        answer = predicate(scope["message"], scope["self"])
+        answer = function(scope["message"], scope["self"])
         if inspect.isawaitable(answer):
             raise StateError(f"Guard {path!r} returned an awaitable", fix="return true or false")
         return answer
@@ -1132,26 +1102,24 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
     A missing or incomparable value makes every comparison false, except `exists`.
     """
     if isinstance(guard, str):
-        return _compile_predicate(guard, load(guard))
+        return _predicate(guard, load(guard))
     if not isinstance(guard, dict):
         raise ConfigError(f"Not a guard: {guard!r}", fix='write {"message.total": {">": 0}}')
     parts = []
     for key, wanted in guard.items():
-        if key in ("all", "any"):
-            if not isinstance(wanted, list) or not wanted:
+        if key in _TOGETHER:
+            inner = [wanted] if key == "not" else wanted
+            if not isinstance(inner, list) or not inner:
                 raise ConfigError(f"{key!r} takes a list of guards: {wanted!r}")
-            inner = [compile_guard(one, load) for one in wanted]
-            parts.append(_all(inner) if key == "all" else _any(inner))
-        elif key == "not":
-            parts.append(_not(compile_guard(wanted, load)))
+            parts.append(_together(key, [compile_guard(one, load) for one in inner]))
         elif wanted == {}:
             raise ConfigError(f"No operator under {key!r}", fix=f"one of {list(OPERATORS)}")
         else:
             tests = wanted if isinstance(wanted, dict) else {"==": wanted}
-            parts += [_compile_comparison(key, op, operand) for op, operand in tests.items()]
+            parts += [_comparison(key, op, operand) for op, operand in tests.items()]
     if not parts:
         raise ConfigError("Empty guard", why="it always holds", fix="leave it out")
-    return _all(parts)
+    return _together("all", parts) if len(parts) > 1 else parts[0]
 
 
 # --------------------------------------------------------------------------------------------
@@ -1329,8 +1297,8 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
                 why=f"the code of {module!r} may not be run here",
                 fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
 
-    module_name, colon, symbol = (part.strip() for part in dotted_path.partition(":"))
-    if not colon or not module_name or not symbol:
+    module_name, _, symbol = (part.strip() for part in dotted_path.partition(":"))
+    if not all(map(str.isidentifier, f"{module_name}.{symbol}".split("."))):
         raise ImportError_(f"Not a dotted path: {dotted_path!r}",
             fix="write it like 'package.module:name'")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here
@@ -1487,37 +1455,34 @@ class Outgoing:
         self.id, self.correlation_id = id, correlation_id
 
 
-@dataclass(frozen=True)
-class Effects:
-    """What happens beside the change of state, in a rule or at a state's entry or exit."""
+class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
+    """What happens beside the change of state, in a rule or at a state's entry or exit.
 
-    assign: tuple[tuple[str, Callable[[Scope], Any]], ...] = ()
-    send: tuple[Callable[[Scope], Outgoing], ...] = ()
-    emit: tuple[tuple[str, Callable[[Scope], Any] | None], ...] = ()
-    action: tuple[Callable[..., Any], ...] = ()
+    Four tuples: of (key, value), of Outgoings, of (event, payload or None), all of them functions
+    of a scope; and of the actions.
+    """
 
-    def __bool__(self) -> bool:
-        return bool(self.assign or self.send or self.emit or self.action)
+    __slots__ = ()
 
 
-@dataclass(eq=False)
+NOTHING = Effects()
+
+
 class Node:
     """A state of a definition."""
 
-    name: str
-    parent: Node | None = None
-    initial: str | None = None  # the child that is entered with it
-    final: bool = False
-    entry: Effects = Effects()
-    exit: Effects = Effects()
-    cls: type[State] = DeclaredState
-    description: str = ""
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, cls: type[State] = DeclaredState, *, initial: str | None = None,
+            final: bool = False, entry: Effects = NOTHING, exit: Effects = NOTHING,
+            description: str = "") -> None:
+        self.name, self.cls, self.description = name, cls, description
+        # `initial` names the child that is entered with it.
+        self.initial, self.final, self.entry, self.exit = initial, final, entry, exit
+        self.parent: Node | None = None
+        self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
         # class is asked last.
-        self.declared = issubclass(self.cls, DeclaredState)
-        self.instance = self.cls() if self.declared else None
+        self.declared = issubclass(cls, DeclaredState)
+        self.instance = cls() if self.declared else None
 
     def create(self, attributes: Json | None = None) -> State:
         """Return a state object, new or with the attributes that one had."""
@@ -1535,36 +1500,33 @@ class Node:
             node = node.parent
 
 
-@dataclass(eq=False)
 class Rule:
     """A rule that executes."""
 
-    number: int  # its place in the config's list
-    sources: tuple[str, ...]  # states, or "*"
-    on: tuple[str, ...] = ()  # message types; empty for a timer
-    after: Any = None  # a function of a scope: the delay
-    guard: Guard | None = None
-    to: str | None = None
-    reenter: bool = False
-    description: str = ""
-    effects: Effects = Effects()
-    text: Json = field(default_factory=dict)  # as written
+    def __init__(self, number: int, text: Json, sources: Iterable[str], effects: Effects, *,
+            on: Iterable[str] = (), after: Any = None, guard: Guard | None = None,
+            to: str | None = None, reenter: bool = False, description: str = "") -> None:
+        # Its place in the config's list, and how it is written there.
+        self.number, self.text, self.description = number, text, description
+        self.sources = tuple(dict.fromkeys(sources))  # states, or "*"
+        # What fires it: message types, or a timer's delay, which is a function of a scope.
+        self.on, self.after = tuple(dict.fromkeys(on)), after
+        self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
 
 
-@dataclass(eq=False)
 class Passage:
     """A way from one state to another: what is left and entered in which order, and effects."""
 
-    node: Node  # the state at the end
-    exits: tuple[str, ...] = ()
-    enters: tuple[str, ...] = ()
-    steps: tuple[tuple[str, Effects], ...] = ()  # (value of $state, effects), if there are any
-    timers: tuple[tuple[Rule, str], ...] = ()  # (rule, owning state) that start here
-    completes: bool = False
-    busy: bool = False  # whether timers start or end with it
-
-    def __post_init__(self) -> None:
-        self.active = tuple(node.name for node in self.node.lineage())[::-1]
+    def __init__(self, node: Node, exits: Sequence[Node] = (), enters: Sequence[Node] = (),
+            steps: Iterable[tuple[str, Effects]] = (), timers: Sequence[tuple[Rule, str]] = (),
+            ends_timers: bool = False) -> None:
+        self.node = node  # the state at the end
+        self.active, self.exits, self.enters = (
+            tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
+        self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
+        self.timers = timers  # (rule, owning state) that start here
+        self.completes = node.final and node.parent is None
+        self.busy = bool(timers or ends_timers or self.completes)  # the queue changes with it
 
 
 class Plan:
@@ -1618,11 +1580,12 @@ class Definition:
         The leaf's first, then its ancestors', then those from "*"; in each, the exact type
         before "*", and file order.
         """
-        key = (leaf, kind if kind in self.types else "*")
-        found = self._candidates.get(key)
+        found = self._candidates.get((leaf, kind))
+        if found is None and kind not in self.types and kind != "*":
+            return self.candidates(leaf, "*")  # whatever no rule names is kept but once
         if found is None:
-            found = self._candidates[key] = tuple(self.candidate(leaf, rule, source)
-                for source in self.sources(leaf) for wanted in dict.fromkeys((key[1], "*"))
+            found = self._candidates[leaf, kind] = tuple(self.candidate(leaf, rule, source)
+                for source in self.sources(leaf) for wanted in dict.fromkeys((kind, "*"))
                 for rule in self.rules_of(source) if wanted in rule.on)
         return found
 
@@ -1630,8 +1593,7 @@ class Definition:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
         if rule.to is not None:
             return rule, self.passage(leaf, source, rule.to, rule)
-        steps = ((leaf, rule.effects),) if rule.effects else ()
-        return rule, Passage(self.nodes[leaf], steps=steps)
+        return rule, Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
 
     def passage(self, leaf: str | None, source: str, target: str,
             rule: Rule | None = None) -> Passage:
@@ -1653,12 +1615,10 @@ class Definition:
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
-        left, entered = (tuple(node.name for node in nodes) for nodes in (exits, enters))
-        owners = entered if leaf else (*entered, "*")
+        owners = [node.name for node in enters] + ["*"] * (leaf is None)
         timers = tuple((timer, name) for name in owners for timer in self.timers(name))
-        completes = end.final and end.parent is None
-        return Passage(end, left, entered, tuple(step for step in steps if step[1]), timers,
-            completes, busy=bool(timers or completes or any(map(self.timers, left))))
+        return Passage(end, exits, enters, steps, timers,
+            ends_timers=any(self.timers(node.name) for node in exits))
 
     def timers(self, owner: str) -> list[Rule]:
         """Return the timer rules of a state, or of "*"."""
@@ -1711,17 +1671,20 @@ def follow(plan: Plan, scope: Scope) -> None:
     passage: Any = plan.passage
     sends, emits, actions = [], [], []
     try:
-        for state, effects in passage.steps:
+        for state, (assign, send, emit, action) in passage.steps:
             scope["state"] = state
-            if effects.assign:
-                values = {key: value(scope) for key, value in effects.assign}
+            if assign:
+                values = {key: value(scope) for key, value in assign}
                 scope["data"] = {**scope["data"], **values}
-            sends += [send(scope) for send in effects.send]
-            emits += [(name, value and value(scope)) for name, value in effects.emit]
-            actions += effects.action
+            for outgoing in send:
+                sends.append(outgoing(scope))
+            for name, value in emit:
+                emits.append((name, value and value(scope)))
+            actions += action
         scope["state"] = passage.node.name
-        plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
-            for rule, owner in passage.timers]
+        if passage.timers:
+            plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
+                for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}",
             why=f"an effect needs it, on the way to {passage.node.name!r}",
@@ -1732,11 +1695,11 @@ def follow(plan: Plan, scope: Scope) -> None:
 
 
 # --------------------------------------------------------------------------------------------
-# 8. Config: one walk of problems; load and explain
+# 8. Config: one walk of problems; load
 # --------------------------------------------------------------------------------------------
 # One walk over a config finds everything that is wrong with it and compiles what is right. Each
 # check is a function that raises; the walk knows the place, reports it there and goes on.
-# Loading raises the first error found, `explain` lists them all: they cannot disagree.
+# Loading raises the first error found, `explain` (section 12) lists them all: they cannot disagree.
 
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
     float: "a number"}
@@ -1758,7 +1721,8 @@ KEYS = {
         "with": "an object"}, "emit": {"name": "text", "with": ""},
     "retry": dict.fromkeys("max_attempts base_delay max_delay backoff jitter".split(), "a number")}
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
-_DEFAULTS: Json = {"states": {}, "initial_state": "InitialState", "rules": [], "from": "*"}
+_DEFAULTS: Json = {"rule": {"from": "*"}, "send": {"after": 0, "with": {}},
+    "config": {"states": {}, "initial_state": "InitialState", "rules": []}}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
     "rule": ("error", ""), "note": ("warning", "")}
@@ -1785,85 +1749,6 @@ class Diagnostic:
         """Return it in the shape of an error, its level in front."""
         return f"[{self.level.upper()}] " + str(FlexiFlowError(self.what, why=self.why,
             fix=self.fix, context=ErrorContext(self.context)))
-
-
-@dataclass
-class StateResolution:
-    """How a state of a config was found."""
-
-    key: str
-    dotted_path: str | None  # None for a declared state
-    resolved: bool
-    is_state_subclass: bool
-    error: str | None = None
-
-
-@dataclass
-class PackInfo:
-    """A pack of a config."""
-
-    name: str
-    provided_keys: list[str]
-    transitions: list[TransitionSpec]
-    depends_on: list[str]
-
-
-def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
-    """Return lines: each head, and below it those of its facts that there are."""
-    return [line for head, facts in pairs for line in (f"  {head}",
-        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
-
-
-@dataclass
-class ConfigExplanation:
-    """What a config means, and what is wrong with it."""
-
-    config_path: str
-    name: str | None = None
-    initial_state: str | None = None
-    rules_count: int = 0
-    states: list[StateResolution] = field(default_factory=list)
-    builtin_states: list[str] = field(default_factory=list)
-    packs: list[PackInfo] = field(default_factory=list)
-    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
-    pack_order: list[str] = field(default_factory=list)
-    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
-    warnings: list[Diagnostic] = field(default_factory=list)
-    errors: list[Diagnostic] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
-    definition: Definition | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the config will load."""
-        return not self.errors
-
-    def format(self) -> str:
-        """Return the explanation as text."""
-        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
-            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
-            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
-        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
-            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
-            for one in sorted(self.states, key=operator.attrgetter("key")))
-        states += [f"  OK {key} (from {self.state_providers[key]})"
-            for key in sorted(self.state_providers)]
-        unchecked = [f"  {path}" for path in self.unchecked]
-        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
-            for one in found) for word, found in (("WARN", self.warnings), ("ERROR", self.errors)))
-        blocks = [
-            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
-            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
-            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
-            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
-                *(states or ["  (no custom states)"]),
-                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
-            unchecked and ["Not checked (imports are off):", *unchecked],
-            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
-            ["Status: OK - config will load" if self.is_valid
-                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
-        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
 
 
 @dataclass(frozen=True)
@@ -1926,25 +1811,21 @@ def one_edit(word: str, other: str) -> bool:
     return b[1:] in (a, a[1:]) or a[1:] == b or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
-def _need(good: Any, what: str, **details: Any) -> None:
-    """Raise ConfigError unless something is as it must be."""
+def _need(good: Any, what: str, *values: Any, **details: Any) -> None:
+    """Raise ConfigError unless something is as it must be; `values` go into the text."""
     if not good:
-        raise ConfigError(what, **details)
+        raise ConfigError(what % values if values else what, **details)
 
 
 def _require(value: Any, kinds: str) -> None:
     """Raise ConfigError unless a value is of one of these kinds."""
-    kind = next((name for kind, name in _KINDS.items() if isinstance(value, kind)), "nothing")
-    if kinds and kind not in kinds:
-        raise ConfigError(f"Not {kinds}: {value!r}")
+    _need(not kinds or _KINDS.get(type(value), "nothing") in kinds, "Not %s: %r", kinds, value)
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """Return one name or a list of them as a tuple."""
-    names = [value] if isinstance(value, str) else value
-    _need(names and all(isinstance(name, str) and name for name in names),
-        f"Not a name or a list of names: {value!r}")
-    return tuple(dict.fromkeys(names))
+def _not_empty(value: Any) -> Any:
+    """Return a text that is not empty; else raise ConfigError."""
+    _need(isinstance(value, str) and value, "Not a name: %r", value)
+    return value
 
 
 class _Walk:
@@ -1952,229 +1833,223 @@ class _Walk:
 
     def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
-        path = os.fsdecode(config) if isinstance(config, (str, os.PathLike)) else "(dict)"
-        self.found = ConfigExplanation(path, builtin_states=list(BUILT_IN_NAMES))
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
+        is_path = isinstance(config, (str, os.PathLike))
+        # What `explain` tells. A pack is a PackInfo's values; a state leads to its dotted path.
+        self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
+            errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
+            policy=["packs", "builtin"], definition=None)
         self.registry = StateRegistry(registry)
         self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
-        self.place, self.has_code = "", False  # each step to the place has its dot or brackets
+        self.place: list[Any] = []  # the keys and indexes that lead to what is looked at
+        self.has_code = False
         self.good: Json = {}  # the top-level values, compiled
         self.nodes: dict[str, Node] = {}
         self.rules: list[Rule] = []
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
-        self.compilers: Json = {
+        self.compilers: dict[str, Callable[[Any], Any]] = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
             "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules,
-            "from": self._sources, "to": self._find, "on": _names,
-            "entry": self._effects, "exit": self._effects,
-            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "to": self._find, "on": _not_empty,
+            "from": lambda name: name if name == "*" else self._find(_not_empty(name)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
-            "assign": self._values, "with": self._values, "send": self._parts(self._send),
-            "emit": self._parts(self._emit), "action": self._parts(self._action)}
+            "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
+            "entry": self._effects, "exit": self._effects, "assign": self._values,
+            "send": self._send, "emit": self._emit, "action": self._action,
+            "with": self._values, "type": compile_value, "id": compile_value}
 
-    def problems(self) -> ConfigExplanation:
-        """Return everything wrong with the config, compiling as far as that is possible."""
-        found = self.found
-        with self._at(""):
+    def problems(self) -> Any:
+        """Look at everything; return what was found, `errors` and `warnings` and the rest."""
+        try:
             self._read()
             self.good = self._clean("config", self.config)
-            found.name, found.initial_state = map(self.good.get, ("name", "initial_state"))
-            found.rules_count = len(self.good.get("rules", ()))
-            found.pack_order = [pack.name for pack in found.packs]
-            if not found.errors:
-                found.definition = self.definition()
-        return found
+            for pack, _, _, wanted in self.found.packs:
+                for lack in sorted({*wanted} - {*self.nodes, *BUILT_IN_NAMES}):
+                    error = ConfigError(f"Pack {pack!r} needs a state {lack!r}")
+                    self._report(error, "warning", "packs")
+            if not self.found.errors:
+                self.found.definition = self.definition()
+        except FlexiFlowError as error:
+            self._report(error)
+        return self.found
 
     def definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
         source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
+        classes = {node.cls for node in self.nodes.values() if not node.declared}
         return Definition(source, self.nodes, self.rules, self.good["initial_state"], self.registry,
-            self.good.get("retry", QUEUE_RETRY), self.has_code)
+            self.good.get("retry", QUEUE_RETRY), self.has_code or not classes <= {*BUILT_IN})
 
-    @contextlib.contextmanager
-    def _at(self, step: str) -> Iterator[None]:
-        """Take a step into the config; what is raised there is reported, and the walk goes on."""
-        outer, self.place = self.place, self.place + step
-        try:
-            yield
-        except FlexiFlowError as error:
-            self._report(error)
-        finally:
-            self.place = outer
-
-    def _report(self, error: FlexiFlowError, level: str = "error", step: str = "") -> None:
+    def _report(self, error: FlexiFlowError, level: str = "error", *step: str) -> None:
+        """Note a problem of what the walk looks at, or of what is a step further."""
         if not isinstance(error, (ConfigError, ImportError_)):  # a delay, the numbers of a retry
             error = ConfigError(error.what, why=error.why, fix=error.fix)
-        place, context = (self.place + step)[1:], dict(error.context.items)
+        steps = (f"[{key}]" if isinstance(key, int) else f".{key}"
+            for key in (*self.place, *step) if key is not None)
+        place, context = "".join(steps)[1:], dict(error.context.items)
         if place:
             error.what, context["at"] = f"{place}: {error.what}", place
-        found = {"error": self.found.errors, "warning": self.found.warnings}.get(level, [])
+        found = self.found.errors if level == "error" else self.found.warnings
         found.append(Diagnostic(level, error.what, error.why, error.fix, context, error))
 
-    def _clean(self, kind: str, value: Any, **compilers: Any) -> Json:
+    def _each(self, parts: Iterable[tuple[Any, Any]], compiled: Callable[[Any, Any], Any]) -> Json:
+        """Compile parts, each at its place, from its key and value; return the good ones by key.
+
+        What is raised for one is reported, and the walk goes on with the next.
+        """
+        good: Json = {}
+        for key, value in parts:
+            self.place.append(key)
+            try:
+                good[key] = compiled(key, value)
+            except FlexiFlowError as error:
+                self._report(error)
+            self.place.pop()
+        return good
+
+    def _clean(self, kind: str, value: Any, **compilers: Callable[[Any], Any]) -> Json:
         """Return the known keys of an object, their values compiled; report the rest.
 
-        null is as good as nothing.
+        null is as good as nothing. Where a list may stand for one, the value is a tuple.
         """
         _require(value, "an object")
-        known, good = KEYS[kind], {}
+        known, given = KEYS[kind], {**_DEFAULTS.get(kind, {})}
+        given.update((key, inner) for key, inner in value.items() if inner is not None)
         for key in value:
             if key not in known and not key.startswith("x-"):
                 near = [one for one in known if one_edit(key.lower(), one)]
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
-                fix = f"did you mean {near[0]!r}?" if near else level and choose(key, known)
-                error = ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind), fix=fix)
-                self._report(error, level, f".{key}")
-        for key, kinds in known.items():
-            inner = _DEFAULTS.get(key) if value.get(key) is None else value[key]
-            compiled = compilers.get(key) or self.compilers.get(key)
-            if key in _REQUIRED.get(kind, ()) and not inner:
+                if level:
+                    fix = f"did you mean {near[0]!r}?" if near else choose(key, known)
+                    self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
+                        fix=fix), level, key)
+        for key in _REQUIRED.get(kind, ()):
+            if given.get(key) in (None, ""):
                 self._report(ConfigError("No 'name'", fix='add "name": "order" to the config')
                     if kind == "config" else ConfigError(f"No {key!r} in {value!r}"))
-            elif inner is not None:
-                with self._at(f".{key}"):
-                    _require(inner, kinds)
-                    good[key] = compiled(inner) if compiled else inner
-        return good
 
-    def _each(self, values: Any, compiled: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-        """Compile the items of a list or object, each at its place, from its key and value."""
-        found, listed = [], isinstance(values, list)
-        for key, value in enumerate(values) if listed else values.items():
-            with self._at(f"[{key}]" if listed else f".{key}"):
-                found.append(compiled(key, value))
-        return tuple(found)
+        def compiled(key: str, inner: Any) -> Any:
+            _require(inner, known[key])
+            compiler = compilers.get(key) or self.compilers.get(key) or (lambda value: value)
+            if not known[key].endswith(" or a list"):
+                return compiler(inner)
+            _need(inner or key in _EFFECTS, "Not a name or a list of names: %r", inner)
+            parts = enumerate(inner) if isinstance(inner, list) else [(None, inner)]
+            return tuple(self._each(parts, lambda _, part: compiler(part)).values())
 
-    def _parts(self, compiled: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-        """Return what compiles one part, or a list of them."""
-        return lambda value: (self._each(value, lambda _, part: compiled(part))
-            if isinstance(value, list) else (compiled(value),))
+        return self._each(((key, given[key]) for key in known if key in given), compiled)
 
     def _values(self, value: Json) -> tuple[Any, ...]:
-        return self._each(value, lambda key, inner: (key, compile_value(inner)))
+        return tuple(self._each(value.items(), lambda _, inner: compile_value(inner)).items())
 
-    def _load(self, path: Any, stand_in: Any = lambda message, component: None) -> Any:
-        """Import a dotted path; where imports are off, note it and return `stand_in`."""
-        _need(isinstance(path, str), f"Not a dotted path: {path!r}")
+    def _load(self, path: Any) -> Any:
+        """Import a dotted path; where imports are off, note it and let State stand for it."""
+        _need(isinstance(path, str), "Not a dotted path: %r", path)
         self.has_code = True
         if self.imports or ":" not in path:
             return load_symbol(path, self.allow_imports)
         self.found.unchecked.append(path)
-        return stand_in
+        return State  # which is callable, as functions are
 
     def _read(self) -> None:
         """Read the config and copy it, once it is known to be an object of JSON."""
         if isinstance(self.config, (str, os.PathLike)):
             self.config = read_config(self.config)
-        got = _KINDS.get(type(self.config), type(self.config).__name__)
-        _need(isinstance(self.config, dict), "A config is an object", why=f"this is {got}")
+        _need(isinstance(self.config, dict), "A config is an object",
+            why=f"this is a {type(self.config).__name__}")
         try:
             write_json(self.config, "config")
         except ValueError as error:
             hint = 'in YAML, put "on" in quotes' if "the key True" in str(error) else None
             raise ConfigError("The config is not JSON", why=str(error), fix=hint) from error
-        self.config = fresh(self.config)
+        # Dicts and lists of our own. A message's keys are interned where code names them, so that
+        # ours are found there by identity.
+        self.config = json.loads(json.dumps(self.config), object_pairs_hook=lambda pairs: {
+            sys.intern(key): value for key, value in pairs})
 
     def _policy(self, order: list[Any]) -> None:
         _need(order in (["packs", "builtin"], ["builtin", "packs"]), "Not an order of resolution: "
-            f"{order!r}", fix='["packs", "builtin"] or ["builtin", "packs"]')
-        self.found.initial_state_resolution = order
+            "%r", order, fix='["packs", "builtin"] or ["builtin", "packs"]')
+        self.found.policy = order
 
     def _packs(self, paths: list[Any]) -> None:
-        loaded = filter(None, self._each(paths, self._pack))
-        for collision in pack_collisions([*loaded], set()):
+        if not self.imports:
+            self.found.unchecked += map(str, paths)
+            return
+        loaded = self._each(enumerate(paths), self._pack)
+        for collision in pack_collisions([*loaded.values()], set()):
             self._report(collision)
-        declared = self.config.get("states")
-        known = {*self.nodes, *BUILT_IN_NAMES, *(declared if isinstance(declared, dict) else ())}
-        for info in self.found.packs:
-            for lack in sorted({*info.depends_on} - known):
-                self._report(ConfigError(f"Pack {info.name!r} needs a state {lack!r}"), "warning")
 
-    def _pack(self, index: int, path: Any) -> StatePack | None:
+    def _pack(self, index: int, path: Any) -> StatePack:
         """Add the states of a pack."""
-        self.has_code = True
-        if isinstance(path, str) and not self.imports:
-            self.found.unchecked.append(path)
-            return None
         pack, found = load_pack(path, self.allow_imports), self.found
         try:
             classes = {str(key): spec.state_class for key, spec in pack.provides().items()}
-            found.packs.append(PackInfo(pack.name, sorted(classes), list(pack.transitions()),
+            found.packs.append((pack.name, sorted(classes), list(pack.transitions()),
                 sorted(map(str, pack.depends_on()))))
         except Exception as error:  # it is anybody's code
             raise ConfigError(
                 "A pack does not work", why=f"{type(error).__name__}: {error}") from error
-        hidden = BUILT_IN_NAMES if found.initial_state_resolution[0] == "builtin" else ()
-        for key, cls in classes.items():
-            with self._at(f".{key}"):
-                if key not in hidden and key not in found.state_providers:
-                    self._add(key, cls)
-            found.state_providers.setdefault(key, pack.name)
+        taken = {*found.providers, *(BUILT_IN_NAMES if found.policy[0] == "builtin" else ())}
+        self._each([(key, cls) for key, cls in classes.items() if key not in taken], self._add)
+        found.providers = {**dict.fromkeys(classes, pack.name), **found.providers}
         return pack
 
-    def _add(self, name: str, cls: Any, **body: Any) -> None:
-        """Add a state that is a class; of DeclaredState it gets a subclass of its own."""
-        _need(name not in ("", "*") and "\0" not in name, f"Not a name for a state: {name!r}")
-        if cls is DeclaredState:
-            cls = type(name, (DeclaredState,), {"__module__": __name__, "__slots__": ()})
+    def _add(self, name: str, cls: Any, **declared: Any) -> None:
+        """Add a state that is a class; of DeclaredState and State it gets a subclass of its own."""
+        _need(name not in ("", "*") and "\0" not in name, "Not a name for a state: %r", name)
+        if cls is DeclaredState or cls is State:
+            cls = type(name, (cls,), {})
         if not (isinstance(cls, type) and issubclass(cls, State)):
             raise ConfigError(
                 "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
         owner = self.registry._names.get(cls)  # of its own, not of those around it
-        _need(owner is None, f"One class for two states: {owner!r} and {name!r}", why="a saved "
+        _need(owner is None, "One class for two states: %r and %r", owner, name, why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
-        _need(name not in self.nodes, f"State {name!r} is provided by a pack too")
-        self.nodes[name] = Node(name, cls=cls, **body)
+        _need(name not in self.nodes, "State %r is provided by a pack too", name)
+        self.nodes[name] = Node(name, cls, **declared)
         self.registry.register(name, cls)
 
     def _states(self, states: Json) -> None:
-        self._each(states, self._state)
-        children: dict[str, list[str]] = {name: [] for name in self.nodes}
-        above: list[Node] = []
+        self._each(states.items(), self._state)
+        above: list[Node] = []  # what surrounds the next one, outermost first
         for name in sorted(self.nodes, key=lambda name: name.split(".")):
             while above and not name.startswith(above[-1].name + "."):
                 above.pop()
-            if above:
-                self.nodes[name].parent = above[-1]
-                children[above[-1].name].append(name)
+            self.nodes[name].parent = above[-1] if above else None
             above.append(self.nodes[name])
-        self._each(children, self._family)
+        for node in self.nodes.values():
+            if node.parent is not None:
+                node.parent.children.append(node)
+        self._each([(name, node) for name, node in self.nodes.items()
+            if node.children or node.initial is not None], self._family)
 
     def _state(self, key: str, value: Any) -> str:
         """Add a state: an object declares one, text is the dotted path of a class."""
         _require(value, "an object or text")
-        declared = isinstance(value, dict)
-        one = StateResolution(key, None if declared else value, declared, False)
-        self.found.states.append(one)
-        try:
-            body = self._clean("state", value) if declared else {}
-            unchecked = type("Unchecked", (State,), {})
-            cls = DeclaredState if declared else self._load(value, unchecked)
-            one.resolved = declared or self.imports
-            self._add(key, cls, **body)
-            one.is_state_subclass = one.resolved
-        except FlexiFlowError as error:
-            one.error = error.what
-            raise
+        self.found.states[key] = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            self._add(key, DeclaredState, **self._clean("state", value))
+        else:
+            self._add(key, self._load(value))
         return key
 
-    def _family(self, name: str, children: list[str]) -> None:
+    def _family(self, name: str, node: Node) -> None:
         """Raise unless what a state says of its children is so."""
-        node = self.nodes[name]
-        _need(node.declared or not children, f"{name!r} is a class, so it has no children")
+        children = [child.name for child in node.children]
+        _need(node.declared or not children, "%r is a class, so it has no children", name)
         _need(not (children and node.final), "A final state has no children")
-        with self._at(".initial"):
-            _need(children or node.initial is None, f"{name!r} has no children")
-            if children and node.initial not in children:
-                what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
-                raise ConfigError(what, fix=choose(node.initial or "", children))
+        if node.initial not in children:
+            what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
+            self._report(ConfigError(what if children else f"{name!r} has no children",
+                fix=choose(node.initial or "", children) if children else None), "error", "initial")
 
     def _initial(self, name: str) -> str:
         """Return the name of the initial state; a dotted path to a class adds it."""
         if ":" in name and name not in self.nodes:
-            named = {one.dotted_path: one.key for one in self.found.states}
-            name = named.get(name) or self._state(re.split("[:.]", name)[-1].strip(), name)
+            named = [key for key, path in self.found.states.items() if path == name]
+            name = named[0] if named else self._state(re.split("[:.]", name)[-1].strip(), name)
         return self._find(name)
 
     def _find(self, name: str) -> str:
@@ -2183,12 +2058,11 @@ class _Walk:
             return name
         cls = self.registry.get(name)
         if cls is None and self.config.get("packs") and not self.imports:
-            cls = type("Unchecked", (State,), {})  # a pack may provide it
+            cls = State  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
             close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
                 self.found.errors) < 20 else None  # to look for a thousand would take a minute
             raise ConfigError(f"Unknown state: {name!r}", fix=close)
-        self.has_code = self.has_code or cls not in BUILT_IN
         self._add(name, cls)
         for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
             if other not in self.registry._names and other.__name__ not in self.nodes:
@@ -2202,31 +2076,26 @@ class _Walk:
             _need(old not in self.nodes, f"{old!r} is a state still")
             return old, self._find(new)
 
-        return dict(self._each(value, check))
-
-    def _sources(self, value: Any) -> tuple[str, ...]:
-        for name in _names(value):
-            with self._at(""):
-                if name != "*":
-                    self._find(name)
-        return _names(value)
+        return dict(self._each(value.items(), check))
 
     def _rules(self, rules: list[Any]) -> list[Any]:
         if not rules:
             self._report(ConfigError("No rules defined"), "warning")
-        self._each(rules, self._rule)
+        self._each(enumerate(rules), self._rule)
         return rules
 
     def _rule(self, number: int, text: Any) -> None:
-        """Compile a rule; it is kept only if nothing is wrong with it. One is a note."""
+        """Compile a rule. One without a key of the engine is a note, and only looked at."""
         _require(text, "an object")
-        kind = "rule" if _EXECUTING.keys() & text.keys() else "note"
+        if _EXECUTING.keys().isdisjoint(text):
+            self._clean("note", text)
+            return
         errors_before = len(self.found.errors)
-        rule = self._clean(kind, text)
-        on, after = text.get("on") is not None, text.get("after") is not None
-        _need(kind == "note" or on != after, "A rule with both 'on' and 'after'" if on else
+        rule = self._clean("rule", text)
+        on, after = (text.get(key) is not None for key in ("on", "after"))
+        _need(on != after, "A rule with both 'on' and 'after'" if on else
             "A rule with neither 'on' nor 'after'", fix="one rule for a message, one for a timer")
-        if kind == "note" or len(self.found.errors) > errors_before:
+        if len(self.found.errors) > errors_before:
             return
         pairs = [*itertools.product(rule["from"], rule.get("on", ()))]
         if pairs and all(pair in self.taken for pair in pairs):
@@ -2236,37 +2105,35 @@ class _Walk:
         if "guard" not in rule:
             self.taken.update({pair: number for pair in pairs if pair not in self.taken})
         effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
-        self.rules.append(Rule(number, rule.pop("from"), effects=effects, text=text, **rule))
+        self.rules.append(Rule(number, text, rule.pop("from"), effects, **rule))
 
     def _effects(self, value: Json) -> Effects:
         return Effects(**self._clean("effects", value))
 
     def _action(self, path: Any) -> Any:
         action = self._load(path)
-        _need(callable(action), f"Not a function: {path!r}", why=f"it is {action!r}")
+        _need(callable(action), "Not a function: %r", path, why=f"it is {action!r}")
         return action
 
     def _emit(self, part: Any) -> tuple[str, Callable[[Scope], Any] | None]:
         event = self._clean("emit", {"name": part} if isinstance(part, str) else part,
             **{"with": compile_value})
         name = event.get("name", "")
-        _need(name not in ENGINE_EVENTS, f"An event of the engine's own: {name!r}",
+        _need(name not in ENGINE_EVENTS, "An event of the engine's own: %r", name,
             fix="emit under another name")
         return name, event.get("with")
 
     def _send(self, part: Any) -> Callable[[Scope], Outgoing]:
-        found = self._clean("send", part, to=compile_value, type=compile_value, id=compile_value)
-        to, kind, id = (found.get(key, lambda scope: None) for key in ("to", "type", "id"))
-        delay, payload = found.get("after", lambda scope: 0), found.get("with", ())
-        ours = {"type", "id", "correlation_id", "component"}
-        for key, _ in payload:
-            _need(key not in ours and (len(payload) > 1 or key not in OPERATIONS),
-                f"{key!r} cannot stand in 'with'")
+        found: Any = self._clean("send", part, to=compile_value)
+        to, kind, id, delay, payload = map(found.get, ("to", "type", "id", "after", "with"))
+        for key, _ in payload or ():
+            _need(key not in ("type", "id", "correlation_id", "component")
+                and (len(payload) > 1 or key not in OPERATIONS), "%r cannot stand in 'with'", key)
 
         def send(scope: Scope) -> Outgoing:
             message = {"type": kind(scope), **{key: value(scope) for key, value in payload}}
-            out = Outgoing(to(scope), message, seconds(delay(scope)), id(scope))
-            texts = [out.to, message["type"], "-" if out.id is None else out.id]
+            out = Outgoing(to(scope), message, seconds(delay(scope)), id and id(scope))
+            texts = [out.to, message["type"], out.id if id else "-"]
             if not all(isinstance(text, str) and text for text in texts):
                 raise StateError(f"Cannot send {message!r} to {out.to!r} with id {out.id!r}",
                     why="'to', 'type' and 'id' are text", component=scope["component"])
@@ -2292,12 +2159,11 @@ class ConfigLoader:
         walk = _Walk(config, allow_imports=allow_imports)
         found, good = walk.problems(), walk.good
         if found.errors:
-            unread = walk.config is config or found.config_path == "(dict)"
-            raise _as_error(found.errors, None if unread else found.config_path)
-        registered = {*map(DEFAULT_REGISTRY.get, DEFAULT_REGISTRY.names())}
+            raise _as_error(found.errors, None if walk.config is config else found.path)
+        known = DEFAULT_REGISTRY
         for name, node in walk.nodes.items():
-            if not (node.declared or node.cls in registered or DEFAULT_REGISTRY.get(name)):
-                DEFAULT_REGISTRY.register(name, node.cls)
+            if not (node.declared or node.cls in known._names or known.get(name)):
+                known.register(name, node.cls)
                 _FROM_CONFIGS[name] = node.cls
         return ComponentConfig(good["name"], fresh(good["rules"]), good["initial_state"],
             good.get("data", {}), found.definition)
@@ -2306,7 +2172,7 @@ class ConfigLoader:
     def load_yaml(path: Path) -> Json:
         """Return the object in a config file, JSON or YAML, unchecked."""
         content = read_config(path)
-        _need(isinstance(content, dict), f"A config is an object: {os.fspath(path)!r}")
+        _need(isinstance(content, dict), "A config is an object: %r", os.fspath(path))
         return content  # type: ignore[no-any-return]
 
     @staticmethod
@@ -2314,7 +2180,7 @@ class ConfigLoader:
         """Return the rules in a file: a list, or an object with `rules`."""
         content = read_config(path)
         rules = content.get("rules") or [] if isinstance(content, dict) else content
-        _need(isinstance(rules, list), f"No list of rules in {os.fspath(path)!r}",
+        _need(isinstance(rules, list), "No list of rules in %r", os.fspath(path),
             fix='{"rules": [...]}')
         return rules
 
@@ -2327,15 +2193,6 @@ def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
     return error
 
 
-def explain(config: Path | Json, *, imports: bool = True,
-        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
-    """Say what a config means and whether it will load; never raises for what is wrong with it.
-
-    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
-    and lists what was therefore not checked.
-    """
-    return _Walk(config, imports, allow_imports).problems()
-
 # --------------------------------------------------------------------------------------------
 # 9. Snapshots: JSON file, SQLite history
 # --------------------------------------------------------------------------------------------
@@ -2347,7 +2204,8 @@ _SNAPSHOT_SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_snapshots(id INTEGER PRIMARY KEY AUTOINCREMENT,
     component_name TEXT NOT NULL, created_at TEXT NOT NULL, current_state TEXT,
     snapshot_json TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name)
+CREATE INDEX IF NOT EXISTS flexiflow_snapshots_component ON flexiflow_snapshots(component_name);
+ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT
 """
 
 
@@ -2357,34 +2215,42 @@ class ComponentSnapshot:
 
     name: str
     current_state: str
-    rules: list[dict[str, Any]]
-    metadata: dict[str, Any]  # the caller's own, carried along
-    data: dict[str, Any] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)  # of a class-based state's object
+    rules: list[Json]
+    metadata: Json  # the caller's own, carried along
+    data: Json = field(default_factory=dict)
+    attributes: Json = field(default_factory=dict)  # of a class-based state's object
+    states: Json = field(default_factory=dict)  # as they are declared; classes stay in the code
     id: int | None = field(default=None, compare=False)  # of the row it was loaded from
 
 
 _SNAPSHOT_FIELDS: dict[str, type] = {"name": str, "current_state": str, "rules": list,
-    "metadata": dict, "data": dict, "attributes": dict}
+    "metadata": dict, "data": dict, "attributes": dict, "states": dict}
 
 
-def take_snapshot(component: Any, metadata: dict[str, Any] | None = None) -> ComponentSnapshot:
+def take_snapshot(component: Any, metadata: Json | None = None) -> ComponentSnapshot:
     """Return a component as a snapshot; `metadata` defaults to what it was restored with."""
     state = component.state_machine.current_state
+    states = component.definition.source.get("states") if component.definition else None
     return ComponentSnapshot(component.name, component.state_machine.registry.name_of(state),
         fresh(component.rules), dict(component.metadata or {} if metadata is None else metadata),
-        component.data, dict(getattr(state, "__dict__", {})))
+        component.data, dict(getattr(state, "__dict__", {})),
+        {name: fresh(body) for name, body in (states or {}).items() if isinstance(body, dict)})
 
 
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
-    """Return a snapshot as JSON, with a checksum over the rest."""
-    content: dict[str, Any] = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    content["checksum"] = checksum(_written(content, f"snapshot of {snapshot.name}"))
-    return _written(content, f"snapshot of {snapshot.name}")
+    """Return a snapshot as JSON that begins with the checksum of the rest."""
+    content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+    _written({"checksum": 1 << 32, **content}, f"snapshot of {snapshot.name}")  # and its size
+    text = _encode(content)
+    return f'{{"checksum":{checksum(text)},{text[1:]}'
 
 
 def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> ComponentSnapshot:
-    content = read_json(text, source, PersistenceError)
+    octets = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    head, _, rest = octets.partition(b",")
+    # As `_snapshot_text` made it, it need not be looked at closely; one edited by hand is.
+    whole = head == b'{"checksum":%d' % zlib.crc32(b"{" + rest)
+    content = json.loads(b"{" + rest) if whole else read_json(text, source, PersistenceError)
     if not isinstance(content, dict):
         raise PersistenceError(f"Not an object: {source}")
     crc = content.pop("checksum", None)
@@ -2399,13 +2265,12 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: str | os.PathLike[str],
-        metadata: dict[str, Any] | None = None) -> None:
+def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
     """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
     write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
 
 
-def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
+def load_snapshot(path: Path) -> ComponentSnapshot:
     """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
     text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
     return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
@@ -2413,16 +2278,21 @@ def load_snapshot(path: str | os.PathLike[str]) -> ComponentSnapshot:
 
 def restore_component(snapshot: ComponentSnapshot, engine: Any,
         registry: StateRegistry | None = None) -> Any:
-    """Make a component from a snapshot and register it; raise StateError for an unknown state."""
-    known = DEFAULT_REGISTRY if registry is None else registry
+    """Make a component from a snapshot and register it; raise StateError for an unknown state.
+
+    Declared states come with the snapshot; classes are looked up in `registry`.
+    """
+    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
+    for name in snapshot.states:
+        known.register(name, type(name, (DeclaredState,), {}))
     state = known.create(snapshot.current_state)
-    for name, value in snapshot.attributes.items():
-        setattr(state, name, fresh(value))
+    vars(state).update(fresh(snapshot.attributes))
     return engine.restore(snapshot, StateMachine(state, known))
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
+    fix = "the old file is untouched"
     try:
         target = os.path.realpath(path)
         folder, name = os.path.split(target)
@@ -2431,16 +2301,17 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
         try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            with open(aside, "w", encoding="utf-8", newline="\n",
+                    opener=functools.partial(os.open, mode=mode)) as file:
                 file.write(text)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             os.replace(aside, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
             raise
+        fix = "the new file is there, but might not survive a power cut"
         if os.name != "nt":  # there, a folder cannot be opened
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -2448,8 +2319,8 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
             finally:
                 os.close(descriptor)
     except (OSError, ValueError) as error:
-        raise PersistenceError(f"Cannot write {os.fspath(path)!r}", why=str(error),
-            fix="the old file is untouched") from error
+        raise PersistenceError(
+            f"Cannot write {os.fspath(path)!r}", why=str(error), fix=fix) from error
 
 
 @functools.cache
@@ -2465,8 +2336,8 @@ def _sweep(folder: str) -> None:
 def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
     """Execute a statement in the caller's database; return its `rows`, `count` and `id`.
 
-    A change is committed, unless the caller has a transaction open: then that decides. A table
-    that is not there counts as empty; reading creates nothing.
+    A change is committed, unless the caller has a transaction open: then that decides. Without
+    the table, or without the column that 1.0.1's has not, there are no rows and a count of None.
     """
     try:
         with contextlib.nullcontext() if conn.in_transaction else conn:
@@ -2474,15 +2345,9 @@ def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
             return types.SimpleNamespace(rows=cursor.fetchall(), count=cursor.rowcount,
                 id=cursor.lastrowid)
     except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return types.SimpleNamespace(rows=[], count=0, id=0)
+        if re.search("no such table|current_state", str(error)):
+            return types.SimpleNamespace(rows=[], count=None, id=None)
         raise PersistenceError("The database failed", why=str(error)) from error
-
-
-def _has_state_column(conn: sqlite3.Connection) -> bool:
-    """Tell whether the table is ours; 1.0.1's has no `current_state`."""
-    columns = _execute(conn, "PRAGMA table_info(flexiflow_snapshots)").rows
-    return any(column[1] == "current_state" for column in columns)
 
 
 def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, *,
@@ -2493,15 +2358,16 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
     at = created_at or datetime.datetime.now(datetime.timezone.utc)
-    values = (snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot))
-    for statement in _SNAPSHOT_SCHEMA.split(";\n"):
-        _execute(conn, statement)
-    if not _has_state_column(conn):
-        _execute(conn, "ALTER TABLE flexiflow_snapshots ADD COLUMN current_state TEXT")
-    saved = _execute(conn, "INSERT INTO flexiflow_snapshots"
+    insert = functools.partial(_execute, conn, "INSERT INTO flexiflow_snapshots"
         "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
         " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
-        *values, expect, expect, snapshot.name)
+        snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot),
+        expect, expect, snapshot.name)
+    saved = insert()
+    if saved.count is None:
+        for statement in _SNAPSHOT_SCHEMA.split(";\n"):
+            _execute(conn, statement)
+        saved = insert()
     if not saved.count:
         raise PersistenceError(f"A newer snapshot of {snapshot.name!r} exists than {expect}",
             why="somebody else has saved meanwhile", fix="load it, and apply your change to that")
@@ -2518,20 +2384,21 @@ def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
 
 
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
-        limit: int = 10) -> list[dict[str, Any]]:
+        limit: int = 10) -> list[Json]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
-    column = "current_state" if _has_state_column(conn) else "NULL"
-    found = _execute(conn, f"SELECT id, created_at, {column} FROM flexiflow_snapshots"
-        " WHERE component_name=? ORDER BY id DESC LIMIT ?", component_name, limit)
-    return [{"id": id, "created_at": at, "current_state": state or _state_in(conn, id)}
-        for id, at, state in found.rows]
+    sql = ("SELECT id, created_at, {0}, CASE WHEN {0} IS NULL THEN snapshot_json END"
+        " FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC LIMIT ?")
+    found = _execute(conn, sql.format("current_state"), component_name, limit)
+    if found.count is None:
+        found = _execute(conn, sql.format("NULL"), component_name, limit)
+    return [{"id": id, "created_at": at, "current_state": state or _state_in(text)}
+        for id, at, state, text in found.rows]
 
 
-def _state_in(conn: sqlite3.Connection, id: int) -> str:
-    """Read the state out of a row of 1.0.1."""
-    sql = "SELECT snapshot_json FROM flexiflow_snapshots WHERE id=?"
+def _state_in(text: str) -> str:
+    """Read the state out of a snapshot of 1.0.1."""
     try:
-        return _snapshot_from(_execute(conn, sql, id).rows[0][0], f"snapshot {id}").current_state
+        return _snapshot_from(text, "snapshot").current_state
     except PersistenceError:
         return "invalid"
 
@@ -2541,9 +2408,9 @@ def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
     if keep_last.__class__ is not int or keep_last < 1:
         raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
-    return int(_execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
+    return _execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
         "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
-        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count)
+        " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count or 0
 
 
 # The names that these have in 1.0.1's module extras.persist_sqlite.
@@ -2620,6 +2487,10 @@ def id_taken(component: Any, id: Any, **values: Any) -> StateError:
 def _pause() -> float:
     """Return how long to wait for other processes: SQLite's own way of waiting starves writers."""
     return random.uniform(0.0005, 0.02)
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2792,7 +2663,8 @@ class SQLiteStore:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            if options == "?mode=ro" and re.search("unable to open|readonly", str(error)):
+            frozen = options == "?mode=ro" and not _size(self.path + "-wal")  # else it says less
+            if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
             raise
         return db
@@ -2877,7 +2749,7 @@ class SQLiteStore:
         return names
 
     def head(self, name: str) -> Json | None:
-        """Return a component's row as a dict, with `chain`, the crc of its last journal row.
+        """Return a component's row as a dict, with `crc` and that of its last journal row, `chain`.
 
         What is JSON comes decoded; `data_text` is the data as it is stored.
         """
@@ -2888,7 +2760,7 @@ class SQLiteStore:
             " FROM (SELECT ? AS asked) LEFT JOIN flexiflow_components ON name=asked", (name,))
         if found is None and chain is None:
             return None
-        head = dict(zip(_HEAD, values), name=name, chain=chain)
+        head = dict(zip(_HEAD, values), name=name, chain=chain, crc=crc)
         if found is None:
             raise self.damaged(f"component {name!r} has only a history", component=name)
         if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
@@ -2978,10 +2850,11 @@ DRAIN_LIMIT = 1000  # messages of its own that a component handles before the ne
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
-_SEQ = "SELECT seq FROM flexiflow_components WHERE name=?"
+# By its crc, a component that was removed and made anew is told from what it was.
+_STAMP = "SELECT seq, crc FROM flexiflow_components WHERE name=?"
 _UPDATE_HEAD = (
     f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
-    " WHERE name=? AND seq=? AND owner IS ?")
+    " WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (
@@ -2989,9 +2862,12 @@ _NEW_ENTRY = (
     " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
-_QUEUED = "SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=? AND dead IS NULL"
+# A message without a place is dead, or put off: by another worker, where this one had read it.
+_QUEUED = ("SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
+    " AND place IS NOT NULL")
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
-_COUNT = "UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
+_COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
+    " AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
 _RENEW = "UPDATE flexiflow_components SET lease=? WHERE name=? AND owner=?"
 _RELEASE = "UPDATE flexiflow_components SET owner=NULL, lease=NULL WHERE name=? AND owner=?"
@@ -3030,9 +2906,9 @@ class Receipt(namedtuple("Receipt",
 
 
 # What is committed of a component, beside its state object: replaced as a whole. `text` is the
-# data as it is stored, `chain` the crc of the last journal row.
-Head = namedtuple("Head", "definition data seq since completed text chain")
-_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0)
+# data as it is stored, `chain` the crc of the last journal row, `crc` that of the component.
+Head = namedtuple("Head", "definition data seq since completed text chain crc")
+_NO_HEAD = Head(None, _EMPTY, 0, _EMPTY, None, None, 0, 0)
 
 
 def _is_name(value: Any) -> bool:
@@ -3161,7 +3037,14 @@ class Turn(Context):
         if not self.over:
             self.over = True
             self.undo()
-        if self.claimed and not (failed and self.row is not None):
+        if not failed or self.row is None:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of the claim; what was counted as an attempt at a queued message was none."""
+        if self.claimed and self.row is not None:
+            self.engine._give_back(self.row)
+        elif self.claimed:
             self.late = [*self.late, self.engine.store.write(
                 None, self.engine._release(self.component.name))]
         self.claimed = False
@@ -3206,7 +3089,7 @@ class Turn(Context):
                 if commit is None or await commit is None:
                     break
                 self.undo()
-                self.claimed = False
+                self.let_go()
                 await self.refresh()
         except BaseException as error:
             self.end(failed=True)
@@ -3228,8 +3111,8 @@ class Turn(Context):
         component, store = self.component, self.engine.store
         if store is not None:
             await store.settled()
-        changed = store is not None and store.rows(_SEQ, (component.name,)) != [
-            (component.head.seq,)]
+        changed = store is not None and store.rows(_STAMP, (component.name,)) != [
+            (component.head.seq, component.head.crc)]
         if changed:
             component._load(self.engine._head(component.name))
         self.begin()
@@ -3282,14 +3165,14 @@ class Turn(Context):
             if self.row is not None:
                 self.row["claimed"] = True
             if self.over:  # cancelled meanwhile
-                self.end()
+                self.let_go()
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
         while True:
             claim = (_CLAIM, (engine.id, engine.clock() + LEASE, name))
             if await engine.store.write(held, [claim, *rows], done) is None:
                 return
-            if time.monotonic() - start > TURN_LIMIT + 1:  # a lease that ends in 30 s has ended
+            if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
             await asyncio.sleep(_pause())
 
@@ -3388,7 +3271,7 @@ class Turn(Context):
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
-            changed or definition, plan.data, seq, since, completed, None, 0))
+            changed or definition, plan.data, seq, since, completed, None, 0, 0))
         if engine.store is not None:
             return self._write(plan, head, rows)
         if not rows:
@@ -3408,13 +3291,14 @@ class Turn(Context):
             text if text != old.text or not seq else None, self.now)
         chain = checksum(*entry, start=old.chain)
         values: Any = (definition.hash, name, kept, text, seq, _encode(since), completed)
-        values += (checksum(component.name, *values, start=chain), component.name)
-        owner = self.engine.id if self.claimed else None
+        crc = checksum(component.name, *values, start=chain)
+        values += (crc, component.name)
+        owner = self.engine.id if self.claimed else ""  # rules alone mind no claim
 
         def check(execute: Callable[..., Any]) -> str | None:
             if not self._queued():
                 return "moved on"
-            done = (execute(_UPDATE_HEAD, (*values, seq - 1, owner)) if seq
+            done = (execute(_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq
                 else execute(_NEW_HEAD, values))
             return None if done.rowcount == 1 else "moved on"
 
@@ -3422,7 +3306,7 @@ class Turn(Context):
         if not seq or definition is not old.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
         return self.engine.store.write(check, [*journal, *rows], functools.partial(
-            component._adopt, head._replace(text=text, chain=chain), plan.state, self))
+            component._adopt, head._replace(text=text, chain=chain, crc=crc), plan.state, self))
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
@@ -3606,12 +3490,14 @@ class AsyncComponent:
         """
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
-        async with self._own_turn("rules.updated") as turn:
-            await turn.refresh()
+        def changed() -> Definition:
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
                 rules += [] if rule in rules else [rule]
-            await self._swap(turn, self._compiled(rules, replace))
+            return self._compiled(rules, replace)
+
+        async with self._own_turn("rules.updated") as turn:
+            await self._swap(turn, changed)
             return self.rules
 
     async def handle_message(self, message: Json, *, _row: Json | None = None,
@@ -3670,7 +3556,8 @@ class AsyncComponent:
         self._waiters = self._waiters or deque()
         self._waiters.append((future, turn))
         try:
-            await asyncio.wait([future], timeout=TURN_LIMIT)
+            # Who comes from the queue holds up nobody, and has not been tried yet.
+            await asyncio.wait([future], timeout=TURN_LIMIT if turn.row is None else None)
             if not future.done():
                 raise _no_turn(self.name, "the message before this one is not done; perhaps two"
                     " components wait for each other")
@@ -3756,7 +3643,7 @@ class AsyncComponent:
     async def _adapt(self, turn: Turn) -> None:
         """Go over to the config that `create_component(update=True)` brought, if that can be."""
         try:
-            await self._swap(turn, self._update)
+            await self._swap(turn, lambda: self._update)
         except ConfigError as error:  # meanwhile it went where the new config has no state
             self._engine.logger.error("%r keeps its definition", self.name, exc_info=error)
         self._update = None
@@ -3766,15 +3653,19 @@ class AsyncComponent:
         self.head = self.head._replace(definition=definition)
         self.state_machine.registry = definition.registry
 
-    def _compiled(self, rules: list[Json], replace: bool = True) -> Definition:
-        """Return a definition with these rules instead; raise ConfigError if it is not good."""
+    def _compiled(self, rules: list[Json], replace: bool = True,
+            states: Json = _EMPTY) -> Definition:
+        """Return a definition with these rules instead; raise ConfigError if it is not good.
+
+        `states` are those that a component made by hand is to have.
+        """
         machine, old = self.state_machine, self.definition
         registry = machine.registry._parent if old else StateRegistry(machine.registry)
         if registry is None or registry is DEFAULT_REGISTRY:
             registry = StateRegistry(DEFAULT_REGISTRY)
         if old is None and registry.get(self.state) is None:
             registry.register(self.state, type(machine._state))
-        source = old.source if old else {"initial_state": self.state}
+        source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
             definition = _compile(config, registry, self._engine.allow_imports)
@@ -3816,27 +3707,29 @@ class AsyncComponent:
         if head["state"] not in definition.nodes:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
         self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
-            head["data_text"], head["chain"]),
+            head["data_text"], head["chain"], head["crc"]),
             definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
-    async def _swap(self, holder: Turn, changed: Definition) -> None:
+    async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
-        node = self._counterpart(changed)
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
-            if self._engine.store is not None and self.definition.has_code:
-                await turn.claim()
-            plan = Plan("updated", self.head.data)
-            plan.state = node.create(vars(turn.state) or None)
-            turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
             try:
-                commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
-                lost = commit is not None and await commit is not None
+                while True:
+                    await turn.refresh()
+                    if self._engine.store and self.definition.has_code and not turn.claimed:
+                        await turn.claim()
+                        continue
+                    changed, plan = change(), Plan("updated", self.head.data)
+                    node = self._counterpart(changed)
+                    plan.state = node.create(vars(turn.state) or None)
+                    turn.id, turn.text = new_id(), _encode({"definition": changed.hash})
+                    commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
+                    if commit is None or await commit is None:
+                        break
+                    turn.let_go()  # another process was quicker
             finally:
                 turn.end()
-            if lost:
-                self._unready = True
-                raise StateError(f"{self.name!r} was changed meanwhile", fix="update it again")
             await turn.publish("rules.updated", rules=len(self.rules))
             await turn.settled()
 
@@ -3967,6 +3860,7 @@ class FlexiFlowEngine:
         self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
+        self._newcomers = False  # for `run` to see to
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
         self._configs: dict[str, ComponentConfig] = {}  # by what they say
         self._definitions: dict[str, Definition] = {}  # of the store, by hash
@@ -3995,6 +3889,7 @@ class FlexiFlowEngine:
         finally:
             if self._renewal is not None:
                 self._renewal.cancel()
+                self._renewal = None
             self.queue.close()
 
     # ---- components
@@ -4023,6 +3918,8 @@ class FlexiFlowEngine:
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
+            self._newcomers = True
+            self._wake()
         elif known.name not in self._warned:
             self._warned.add(known.name)
             self.logger.warning("Component %r goes on with its own definition, which differs from"
@@ -4034,15 +3931,23 @@ class FlexiFlowEngine:
 
         Raises StateError where another object has the name.
         """
+        self._register(component)
+
+    def _register(self, component: AsyncComponent, states: Json = _EMPTY) -> None:
         other = self.components.get(component.name)
         if other is component:
             return
         if other is not None or component._engine is not _ALONE:
             raise StateError(f"Component {component.name!r} is registered already",
                 why="two of one name would overwrite each other", fix="use another name")
-        if component.definition is None and (self.store is not None or component._rules):
-            component._define(component._compiled(component.rules))
-        self._add(component, self.store and self.store.head(component.name))
+        component._engine = self  # which says what may be imported
+        try:
+            if component.definition is None and (self.store or component._rules or states):
+                component._define(component._compiled(component.rules, states=states))
+            self._add(component, self.store and self.store.head(component.name))
+        except BaseException:
+            component._engine = _ALONE
+            raise
 
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
@@ -4054,7 +3959,7 @@ class FlexiFlowEngine:
         component = AsyncComponent(snapshot.name, fresh(snapshot.rules) or None, machine)
         component.head = _NO_HEAD._replace(data=fresh(snapshot.data))
         component.metadata = fresh(snapshot.metadata)
-        self.register(component)
+        self._register(component, snapshot.states)
         return component
 
     def get(self, name: str) -> AsyncComponent | None:
@@ -4089,19 +3994,17 @@ class FlexiFlowEngine:
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
         component._engine = self
-        try:
-            if head is not None:
-                component._load(head)
-            elif component.definition is not None:
-                self._conceive(component, component.definition)
-        except BaseException:
-            component._engine = _ALONE
-            raise
+        if head is not None:
+            component._load(head)
+        elif component.definition is not None:
+            self._conceive(component, component.definition)
         component.logger = component.logger or self.logger
         component.event_bus = component.event_bus or self.event_bus
         self.components[component.name] = component
         self.logger.debug("Registered component: %s", component.name)
         self._unannounced.append(component)
+        self._newcomers = True
+        self._wake()
         if self.event_bus.listens("engine.component.registered"):
             with contextlib.suppress(RuntimeError):  # no loop: a call that awaits publishes it
                 self._spawn(self._announce)
@@ -4113,6 +4016,9 @@ class FlexiFlowEngine:
         birth = definition.birth
         if birth.node.name != component.state:  # made by hand, and not in its initial state
             birth = definition.passage(None, "*", component.state)
+        if component.metadata is not None:  # restored: its entry is over, its timers begin again
+            birth = copy.copy(birth)
+            birth.steps = ()
         plan = Plan("created", component.head.data, birth)
         turn = Turn(component, None, {"type": "created"})
         follow(plan, turn.scope(birth.node.name))
@@ -4242,22 +4148,29 @@ class FlexiFlowEngine:
         that there is not, and when the component completes in another one.
         """
         component, start = self._find(name), time.monotonic()
+        if not states:
+            raise ArgumentError(
+                f"No state to wait for: {name!r}", fix='name one or more: wait(name, "Done")')
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            (facts,), definition = self.status(name), component.definition
+            (facts,) = self.status(name)
+            if facts["seq"] != component.seq and component._turn is None:
+                component._load(self._head(name))  # another process has changed it
+            definition, state = component.definition, facts["state"]
             known = definition.nodes if definition else component.state_machine.registry.names()
-            for state in states:
-                if state not in known:
-                    raise StateError(f"Unknown state: {state!r}", fix=choose(state, known))
-            if {facts["state"], *(definition.sources(facts["state"]) if definition else ())} & {
-                    *states}:
+            for wanted in states:
+                if wanted not in known:
+                    raise StateError(f"Unknown state: {wanted!r}", fix=choose(wanted, known))
+            around = definition.sources(state) if definition and state in known else ()
+            if {state, *around} & {*states}:
                 return component
-            late = timeout is not None and time.monotonic() - start >= timeout
-            if late or facts["completed"] is not None:
-                raise StateError(f"{name!r} is in {facts['state']!r}, not in {' or '.join(states)}",
-                    why=f"waited {timeout:g} s" if late else "it has completed", component=name)
-            await self._sleep(0.05 if self.store is not None else 1.0)
+            left = math.inf if timeout is None else timeout - (time.monotonic() - start)
+            if left <= 0 or facts["completed"] is not None:
+                raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
+                    why=f"waited {timeout:g} s" if left <= 0 else "it has completed",
+                    component=name)
+            await self._sleep(min(left, 0.05 if self.store is not None else 1.0))
 
     async def run(self, *, until_idle: bool = False, concurrency: int = 100,
             component: str | None = None) -> int:
@@ -4270,7 +4183,8 @@ class FlexiFlowEngine:
             raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
-        await self._settle()
+        self._newcomers = False
+        await self._settle()  # what has come due by now runs in due order
         return await _Delivery(self, component, concurrency).run(until_idle)
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
@@ -4287,7 +4201,8 @@ class FlexiFlowEngine:
             await self.queue.write(None, rows)
             return
         (row,), now = found, self.clock()
-        attempts, component = row["attempts"] + (not begun), self.components.get(row["component"])
+        attempts, component = row["attempts"], self.components.get(row["component"])
+        attempts += not (begun or dead)  # what is given up at once has not been tried
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
             attempts = row["attempts"]  # it has not been tried
@@ -4300,7 +4215,7 @@ class FlexiFlowEngine:
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
-            "state": component and component.state}
+            "state": component and component.state, "attempts": attempts}
         await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
@@ -4453,7 +4368,7 @@ class FlexiFlowEngine:
         gone = [one for one in names if completed and (head := store.head(one))
             and head["completed"] is not None and head["completed"] < before]
         found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
-        writes: list[asyncio.Future[Any]] = []
+        forget: list[Row] = []
         for one in names:
             history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
                 " WHERE component=? ORDER BY seq", (one,))
@@ -4462,18 +4377,18 @@ class FlexiFlowEngine:
             rows = history if one in gone else [*old]
             found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
             found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
-            forget: list[Row] = [(sql, (one,)) for sql in _REMOVE] if one in gone else [
+            forget += [(sql, (one,)) for sql in _REMOVE] if one in gone else [
                 (_FORGET, (one, seq)) for seq, *_ in rows[-1:]]
-            if forget and not dry_run:
-                writes.append(store.write(None, forget))
-        await asyncio.gather(*writes)
-        for one in () if dry_run else gone:
-            self.components.pop(one, None)
+        if not dry_run:
+            await store.write(None, forget)
+            for one in gone:
+                self.components.pop(one, None)
         return found
 
     async def backup(self, path: Path) -> None:
         """Copy the store, as it is at one moment, into a file that is a store by itself."""
-        with self._stored()._translated():
+        await self._stored().settled()  # a commit under way may fail
+        with self.store._translated():
             self.store.backup(os.fspath(path))
 
     def replay(self, name: str | None = None, config: Any = None) -> list[Json]:
@@ -4533,13 +4448,18 @@ class FlexiFlowEngine:
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
 
 
+def _failures(row: Json) -> int:
+    """Return how many of the attempts at a message of the queue have failed, and not died."""
+    return json.loads(row["error"] or "{}").get("attempts", 0)  # type: ignore[no-any-return]
+
+
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
     def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
-        self.concurrency, self.called_off = concurrency, False
-        self.streams: dict[str, asyncio.Task[int]] = {}
+        self.concurrency, self.called_off, self.alone = concurrency, False, False
+        self.streams: dict[str, asyncio.Task[Any]] = {}
 
     async def run(self, until_idle: bool) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
@@ -4547,6 +4467,9 @@ class _Delivery:
         try:
             while True:
                 more = False
+                if engine._newcomers and "" not in self.streams:  # which names no component
+                    engine._newcomers = False
+                    self.streams[""] = asyncio.ensure_future(engine._settle())
                 if until_idle or not engine._stopping:
                     ready, more = await self._ready()
                     for name, rows in ready.items():
@@ -4555,7 +4478,7 @@ class _Delivery:
                     return delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
-                    delivered += self.streams.pop(name).result()
+                    delivered += self.streams.pop(name).result() or 0
         finally:
             self.called_off = True
             for task in self.streams.values():
@@ -4572,13 +4495,18 @@ class _Delivery:
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
         claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
-        room = self.concurrency - len(self.streams)
+        self.alone = self.alone and bool(self.streams)
+        room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
+        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
+        if deadly:  # its process died of it twice: it would take down what runs beside it
+            self.alone = not self.streams
+            rows = deadly[:1] if self.alone else []
         for row in rows:
             if row["component"] in found or len(found) < room:
                 found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not rows and self._placed([*self.streams]))
+        return found, bool(claimed and not found and self._placed([*self.streams]))
 
     def _placed(self, besides: list[str]) -> list[Json]:
         """Return the first rows that may run, besides those of some components."""
@@ -4594,32 +4522,39 @@ class _Delivery:
         """Deliver rows of one component; what fails is tried again later, if it can be read."""
         for count, row in enumerate(rows):
             try:
-                if not await self._deliver_one(row):
-                    return count
+                await self._deliver_one(row)
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
                     self.engine._give_back(row)
                     raise
+                if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
+                    self.engine._give_back(row)
+                    return count
                 await self.engine._failed(row, error)
         return len(rows)
 
-    async def _deliver_one(self, row: Json) -> bool:
-        """Deliver a row; return False where its component's code is not to be had here."""
+    def _is_foreign(self, name: str, error: ImportError_) -> bool:
+        """Tell whether a component's own code is not to be had here; say so once."""
+        engine = self.engine
+        known, head = engine.components.get(name), engine.store and engine.store.head(name)
+        if not head or (known and known.definition.hash == head["definition"]):
+            return False
+        if head["definition"] not in engine._foreign:
+            engine._foreign.add(head["definition"])
+            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
+        return True
+
+    async def _deliver_one(self, row: Json) -> None:
+        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
         engine, name = self.engine, row["component"]
         try:
             message = message_of(self.queue.sealed(row))
         except (PersistenceError, ValueError) as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         try:
             component = engine._find(name)
-        except ImportError_ as error:
-            engine._foreign.add(engine._head(name)["definition"])
-            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
-            return False
         except ConfigError as error:
-            await engine._failed(row, error, dead=True)
-            return True
+            return await engine._failed(row, error, dead=True)
         await engine._announce()
         if row["attempts"] >= engine._retry(name).max_attempts:
             died = StateError(f"Its process died of it {row['attempts']} times",
@@ -4627,20 +4562,123 @@ class _Delivery:
             await engine._failed(row, died, dead=True)
         else:
             await component.handle_message(message, _row=row)
-        return True
 
 
 # --------------------------------------------------------------------------------------------
-# 12. Views: Mermaid
+# 12. Views: explain, Mermaid
 # --------------------------------------------------------------------------------------------
-# A picture is made from the config alone, so it shows what will be executed. Whatever a name
-# holds, it stays a label.
+# What a config means, as values, text and a picture. All is made from what the walk has found, so
+# it shows what will be executed. Whatever a name holds, it stays a label.
 
-_MERMAID_WORDS = frozenset(
-    "end graph flowchart subgraph class classdef click style linkstyle default direction call "
-    "href interpolate".split())
-# A name that may be an id; the ids that we make up ourselves are none.
-_PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+
+def _entries(pairs: Iterable[tuple[str, Json]]) -> list[str]:
+    """Return lines: each head, and below it those of its facts that there are."""
+    return [line for head, facts in pairs for line in (f"  {head}",
+        *(f"    {label}: {fact}" for label, fact in facts.items() if fact))]
+
+
+@dataclass
+class StateResolution:
+    """How a state of a config was found."""
+
+    key: str
+    dotted_path: str | None  # None for a declared state
+    resolved: bool
+    is_state_subclass: bool
+    error: str | None = None
+
+
+@dataclass
+class PackInfo:
+    """A pack of a config."""
+
+    name: str
+    provided_keys: list[str]
+    transitions: list[TransitionSpec]
+    depends_on: list[str]
+
+
+@dataclass
+class ConfigExplanation:
+    """What a config means, and what is wrong with it."""
+
+    config_path: str
+    name: str | None = None
+    initial_state: str | None = None
+    rules_count: int = 0
+    states: list[StateResolution] = field(default_factory=list)
+    builtin_states: list[str] = field(default_factory=list)
+    packs: list[PackInfo] = field(default_factory=list)
+    state_providers: dict[str, str] = field(default_factory=dict)  # state -> pack
+    pack_order: list[str] = field(default_factory=list)
+    initial_state_resolution: list[str] = field(default_factory=lambda: ["packs", "builtin"])
+    warnings: list[Diagnostic] = field(default_factory=list)
+    errors: list[Diagnostic] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)  # dotted paths that were not imported
+    definition: Definition | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the config will load."""
+        return not self.errors
+
+    def format(self) -> str:
+        """Return the explanation as text, in blocks of lines; what is empty is left out."""
+        packs = _entries((f"{pack.name}:", {"provides": ", ".join(pack.provided_keys) or "(none)",
+            "transitions": pack.transitions and f"{len(pack.transitions)} defined",
+            "depends_on": ", ".join(pack.depends_on)}) for pack in self.packs)
+        states = _entries((f"{'OK' if one.resolved and one.is_state_subclass else '??'} {one.key}"
+            + (f": {one.dotted_path}" if one.dotted_path else ""), {"  Error": one.error})
+            for one in sorted(self.states, key=operator.attrgetter("key")))
+        states += [f"  OK {key} (from {self.state_providers[key]})"
+            for key in sorted(self.state_providers)]
+        unchecked = [f"  {path}" for path in self.unchecked]
+        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
+            for one in problems) for word, problems in (("WARN", self.warnings),
+            ("ERROR", self.errors)))
+        blocks = [
+            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
+            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
+            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
+            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
+                *(states or ["  (no custom states)"]),
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
+            unchecked and ["Not checked (imports are off):", *unchecked],
+            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
+            ["Status: OK - config will load" if self.is_valid
+                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
+        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
+
+
+def explain(config: Path | Json, *, imports: bool = True,
+        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
+    """Say what a config means and whether it will load; never raises for what is wrong with it.
+
+    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
+    and lists what was therefore not checked.
+    """
+    walk = _Walk(config, imports, allow_imports)
+    found, good = walk.problems(), walk.good
+    return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
+        rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
+        builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
+        state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
+        initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
+        unchecked=found.unchecked, definition=found.definition)
+
+
+def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
+    """Yield how each state was found: by what is wrong at the place that names it."""
+    wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
+    for key, path in walk.found.states.items():
+        place = f"states.{key}"
+        if place not in wrong and path is not None and path == walk.config.get("initial_state"):
+            place = "initial_state"
+        problem, checked = wrong.get(place), path is None or walk.imports
+        yield StateResolution(key, path, is_state_subclass=checked and not problem,
+            resolved=checked and not isinstance(problem and problem.error, ImportError_),
+            error=problem and problem.what[len(place) + 2:])
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -4655,22 +4693,27 @@ def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanatio
 class _Mermaid:
     """One flowchart being drawn."""
 
+    WORDS = frozenset("end graph flowchart subgraph class classdef click style linkstyle default "
+        "direction call href interpolate".split())
+    # A name that may be an id; the ids that we make up ourselves are none.
+    PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
+    UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
+
     def __init__(self, found: ConfigExplanation) -> None:
-        self.found = found
+        self.found, definition = found, found.definition
         self.ids: dict[str, str] = {}
-        self.nodes = found.definition.nodes if found.definition else {}
-        self.rules = found.definition.rules if found.definition else []
+        self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
+        self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
     def lines(self, active: str | None) -> Iterator[str]:
         found = self.found
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
-            yield "%% pack_order: " + ", ".join(map(_mermaid_label, found.pack_order))
-        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]"
-        yield ""
+            yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
+        yield f"%% initial_state_resolution: [{', '.join(found.initial_state_resolution)}]\n"
         for number, pack in enumerate(found.packs):
-            yield f'subgraph pack_{number}["pack: {_mermaid_label(pack.name)}"]'
+            yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
             yield from ("end", "")
         for node in self.nodes.values():
@@ -4688,27 +4731,32 @@ class _Mermaid:
             if source == "*" and "*" not in self.ids:
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
-            yield f'{self.id_of(source)} -->|"{_mermaid_label(label)}"| {self.id_of(target)}'
+            yield f'{self.id_of(source)} -->|"{self.label(label)}"| {self.id_of(target)}'
         if active in self.nodes:
             yield f"style {self.id_of(active)} stroke-width:4px"
 
     def id_of(self, name: str) -> str:
         """Return an id that Mermaid takes, the name itself where that is one."""
-        plain = re.fullmatch(_PLAIN_ID, name) and name.lower() not in _MERMAID_WORDS
-        return self.ids.setdefault(name, name if plain else f"state_{len(self.ids)}")
+        if name not in self.ids:
+            plain = self.is_plain.fullmatch(name) and name.lower() not in self.WORDS
+            self.ids[name] = name if plain else f"state_{len(self.ids)}"
+        return self.ids[name]
 
-    def box(self, name: str, ends: tuple[str, str] = ("[", "]")) -> str:
-        return f'{self.id_of(name)}{ends[0]}"{_mermaid_label(name)}"{ends[1]}'
+    def label(self, text: str) -> str:
+        """Escape a label: every unsafe character becomes its number."""
+        return self.unsafe.sub(lambda found: f"#{ord(found[0])};", text)
+
+    def box(self, name: str, shape: str = '{}["{}"]') -> str:
+        return shape.format(self.id_of(name), self.label(name))
 
     def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        children = [one for one in self.nodes.values() if one.parent is node]
-        if not children:
-            yield indent + self.box(node.name, ("([", "])") if node.final else ("[", "]"))
-            return
-        yield f"{indent}subgraph {self.box(node.name)}"
-        for child in children:
-            yield from self.state(child, indent + "  ")
-        yield f"{indent}end"
+        if node.children:
+            yield f"{indent}subgraph {self.box(node.name)}"
+            for child in node.children:
+                yield from self.state(child, indent + "  ")
+            yield f"{indent}end"
+        else:
+            yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
 
     def edges(self) -> Iterator[tuple[str, str, str]]:
         """Yield source, label and target of what packs, rules and classes tell."""
@@ -4723,12 +4771,6 @@ class _Mermaid:
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, target
-
-
-def _mermaid_label(text: str) -> str:
-    """Escape a label: every character that Mermaid or HTML might read becomes its number."""
-    return "".join(char if char.isalnum() or char in " _-.,:/+*=()[]>" and char.isprintable()
-        else f"#{ord(char)};" for char in text)
 
 
 def _guard_text(guard: Any) -> str:
@@ -4754,13 +4796,16 @@ def _guard_text(guard: Any) -> str:
 # interrupted, 141 the reader went away. State lives in a store between two commands.
 
 CHUNK = 1 << 18  # bytes of NDJSON that are taken in at a time
-COMMANDS: dict[str, dict[str, Any]] = {}  # name -> run, opens, text, example, options
+COMMANDS: dict[str, Any] = {}  # name -> namespace of run, example, text, options, opens
 OPTIONS: dict[str, dict[str, Any]] = {
     "TYPE": {"help": "the message's type, or - to read messages from stdin"},
     "RULES": {"help": 'a file with a list of rules, or an object with "rules"'},
+    "NAME": {"help": "the component's name"},
+    "ID": {"nargs": "*", "type": int, "help": "the numbers of dead letters"},
+    "FILE": {"help": "the copy"},
     "component": {"nargs": "?", "help": "a component's name; without it, all of them"},
     "file": {"nargs": "?", "help": "the config (or --config)"},
-    "--config": {"metavar": "FILE", "help": "the component's config (or FLEXIFLOW_CONFIG)"},
+    "--config": {"metavar": "FILE", "help": "a config (where one is needed: or FLEXIFLOW_CONFIG)"},
     "--name": {"help": "the component's name, where it is not the config's"},
     "--db": {"metavar": "FILE", "help": "the store (or FLEXIFLOW_DB; default flexiflow.db)"},
     "--json": {"action": "store_true", "help": "print JSON, one value a line"},
@@ -4768,29 +4813,45 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "import code from this module only (again for more; '' for none)"},
     "--no-imports": {"action": "store_true", "help": "run none of the config's code"},
     "--start": {"action": "store_true", "help": 'send "start", if it has not begun yet'},
+    "--update": {"action": "store_true", "help": "take over a config that has changed"},
     "--content": {"metavar": "TEXT", "help": "the message's content"},
-    "--data": {"metavar": "JSON", "help": "the message's other fields, as an object"},
+    "--data": {"metavar": "JSON", "default": "{}", "help": "its other fields, as an object"},
     "--id": {"help": "an id: the same one again repeats the answer, not the work"},
     "--replace": {"action": "store_true", "help": "put the rules in place of the old ones"},
     "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
+    "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
+    "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
+    "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
+    "--keep": {"type": int, "metavar": "N", "help": "keep each component's last N rows"},
+    "--older-than": {"metavar": "AGE", "help": "only what is older: 90s, 15m, 2h, 30d"},
+    "--completed": {"action": "store_true", "help": "remove completed components, too"},
+    "--dry-run": {"action": "store_true", "help": "only say what would be done"},
+    "--yes": {"action": "store_true", "help": "do not ask"},
     "--format": {"default": "mermaid", "help": "mermaid"},
-    "-o --output": {"metavar": "FILE", "help": "write to a file"},
+    "-o/--output": {"metavar": "FILE", "help": "write to a file"},
 }
 
 
-def command(example: str, text: str, *options: str,
-        opens: str = "") -> Callable[[Function], Function]:
+def command(example: str, text: str, opens: str, options: str) -> Callable[[Function], Function]:
     """Make a function a command: of its arguments and, if it `opens` a store, of an engine.
 
-    To "read" it is an ordinary function, to "write" a coroutine function.
+    To "read" it is an ordinary function; to "write", or to "make" the store, a coroutine function.
     """
 
     def add(run: Any) -> Any:
-        COMMANDS[example.split()[0]] = {"run": run, "opens": opens, "text": text,
-            "example": example, "options": (*options, "--json", *["--db"] * bool(opens))}
+        COMMANDS[example.split()[0]] = types.SimpleNamespace(run=run, example=example, text=text,
+            opens=opens, options=f"{options} --json{' --db' * bool(opens)}".split())
         return run
 
     return add
+
+
+class UsageError(ArgumentError):
+    """Arguments that do not go together: exit code 2."""
+
+
+class ReaderGone(BaseException):
+    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False) -> None:
@@ -4802,10 +4863,6 @@ def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False
         if isinstance(error, BrokenPipeError):
             raise ReaderGone from None
         raise PersistenceError("The output cannot be written", why=str(error)) from error
-
-
-class ReaderGone(BaseException):
-    """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
 
 def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -> int:
@@ -4822,10 +4879,11 @@ def _plain(value: Any) -> Any:
     return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
 
 
-def _error_text(error: BaseException) -> str:
-    """Return an error's lines, FlexiFlow's own or any other's."""
+def _error_text(error: BaseException, joint: str = "\n") -> str:
+    """Return an error's lines, FlexiFlow's own or any other's, joined."""
     known = isinstance(error, FlexiFlowError)
-    return str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    text = str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    return joint.join(text.splitlines())
 
 
 def hint(text: str, end: str = "\n") -> None:
@@ -4835,8 +4893,10 @@ def hint(text: str, end: str = "\n") -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield a header and rows in columns."""
-    lines = [header, *([printable(cell) for cell in row] for row in rows)]
+    """Yield a header and rows in columns, as wide as the output shows them."""
+    code = getattr(sys.stdout, "encoding", None) or "utf-8"
+    lines = [[printable(cell).encode(code, "backslashreplace").decode(code) for cell in row]
+        for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield "  ".join(map(str.ljust, line, widths)).rstrip()
@@ -4857,27 +4917,37 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _store(args: Any, readonly: bool) -> SQLiteStore:
-    path = args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
-    return SQLiteStore(path, readonly=readonly)
+def _store_path(args: Any) -> Any:
+    return args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
 
 
-def _config_path(args: Any) -> str | None:
+def _config_path(args: Any, needed: bool = True) -> Any:
     """Return the config's path, and let it import the code that lies beside it."""
-    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG")
-    if path and os.path.dirname(os.path.abspath(path)) not in sys.path:
-        sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: it hides no module
-    return path or None
+    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
+    if path is None and needed:
+        raise ConfigError("No config given",
+            fix=f"flexiflow {args.command.example}, or set FLEXIFLOW_CONFIG")
+    folder = os.path.dirname(os.path.abspath(path or ""))
+    if path is not None and folder not in sys.path:
+        sys.path.append(folder)  # last: it hides no module
+    return path
 
 
-def _component(engine: FlexiFlowEngine, config: Any, name: str | None) -> AsyncComponent:
-    """Return the component of this name, made from the config if it is new."""
-    if config is not None:
-        return engine.create_component(config, name=name)
-    if name is None:
-        raise ConfigError("No config and no name given",
-            fix="use --config FILE, --name, or set FLEXIFLOW_CONFIG")
-    return engine._find(name)
+def _component(args: Any, engine: FlexiFlowEngine) -> AsyncComponent:
+    """Return the component that the arguments name, made from the config if it is new."""
+    config = _config_path(args, needed=not args.name)
+    if config is None:
+        return engine._find(args.name)
+    return engine.create_component(config, name=args.name, update=getattr(args, "update", False))
+
+
+async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
+        message: Json) -> int:
+    """Handle a message and what it causes, and print the receipt; return the exit code."""
+    receipt = await component.handle_message(message, _strict=False)
+    await _deliver_caused(engine)
+    line = f"{message['type']}: {_outcome(engine, receipt, message['type'])}"
+    return tell(args, [receipt.as_dict()], [line], 0 if receipt else 3)
 
 
 async def _deliver_caused(engine: FlexiFlowEngine) -> None:
@@ -4886,66 +4956,60 @@ async def _deliver_caused(engine: FlexiFlowEngine) -> None:
         await engine.run(until_idle=True, component=engine.posted.pop())
 
 
-async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
-        message: dict[str, Any]) -> int:
-    """Handle a message and what it causes, and print the receipt; return the exit code."""
-    receipt = await component.handle_message(message, _strict=False)
-    await _deliver_caused(engine)
-    lines = _receipt_lines(engine, receipt, message["type"])
-    return tell(args, [receipt.as_dict()], lines, 0 if receipt else 3)
-
-
-def _receipt_lines(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> Iterator[str]:
+def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
+    """Return what became of a message, for people."""
+    before, after, reason = receipt.from_state, receipt.to_state, receipt.reason
+    text = {"moved": f"{before} -> {after}", "stayed": f"stays in {after}",
+        "blocked": f"blocked in {before}: {reason}"}.get(receipt.outcome, "")
     if receipt.outcome == "moved":
-        timers = [f"   timer in {age(timer['due'] - engine.clock())}"
-            for timer in engine.status(receipt.component)[0]["timers"]]
-        text = f"{receipt.from_state} -> {receipt.to_state}{''.join(timers)}"
-    elif receipt.outcome == "stayed":
-        text = f"stays in {receipt.to_state}"
-    elif receipt.outcome == "blocked":
-        text = f"blocked in {receipt.from_state}: {receipt.reason}"
-    else:
+        for timer in engine.status(receipt.component)[0]["timers"]:
+            text += f"   timer in {age(timer['due'] - engine.clock())}"
+    if not text:
         accepted = engine.accepts(receipt.component)
-        text = f"not accepted in {receipt.from_state} (accepts: {', '.join(accepted) or 'nothing'})"
+        ended = str(reason).startswith("completed")
+        why = reason if ended else f"accepts: {', '.join(accepted) or 'nothing'}"
+        text = f"not accepted in {before} ({why})"
         for close in difflib.get_close_matches(kind, accepted, 1):
             text += f'; did you mean "{close}"?'
-    yield f"{kind}: {text}" + "   (handled before)" * receipt.duplicate
+    return f"{text}{'   (handled before)' * receipt.duplicate}"
 
 
-@command("register --config order.json --start", "create a component from a config and remember it",
-    "--config", "--name", "--allow-import", "--start", opens="write")
+@command("register --config order.json", "create a component from a config, once", "make",
+    "--config --name --allow-import --start --update")
 async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
-    new, definition = component.name in engine._unborn, component.definition
+    component = _component(args, engine)
+    known, before = component.name not in engine._unborn, component.definition.text
     await engine.register_async(component)
     await engine.run(until_idle=True, component=component.name)
-    counts = {"state": len(definition.nodes), "rule": len(component.rules),
-        "timer": sum(rule.after is not None for rule in definition.rules)}
-    text = f"{component.name} is registered already, in {component.state}"
-    if new:
-        parts = ", ".join(_counted(number, noun) for noun, number in counts.items())
-        text = f"{component.name} registered in {engine.queue.path}: {parts}"
-    tell(args, [{"component": component.name, "new": new, "state": component.state,
-        **{f"{noun}s": number for noun, number in counts.items()}}], [text])
+    name, state, definition = component.name, component.state, component.definition
+    updated = definition.text != before
+    new = not known and not updated
+    counts = {"states": len(definition.nodes), "rules": len(component.rules),
+        "timers": sum(rule.after is not None for rule in definition.rules)}
+    text = f"{name} is registered already, in {state}"
+    if new or updated:
+        parts = ", ".join(_counted(number, noun[:-1]) for noun, number in counts.items())
+        text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
+    facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
+    tell(args, [facts], [text])
     hint("next: flexiflow status")
-    if args.start and (new or component.state == definition.birth.node.name):
+    if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0
 
 
-@command('handle --config order.json pay --data \'{"amount": 120}\'',
-    "send a message, or NDJSON messages from stdin (-)", "TYPE", "--config", "--name",
-    "--allow-import", "--content", "--data", "--id", opens="write")
+@command("handle --name order-17 pay --data '{\"amount\": 12}'",
+    "send a message, or NDJSON messages from stdin (-)", "make",
+    "TYPE --config --name --allow-import --content --data --id")
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
         return await _Intake(args, engine).run()
-    message = {} if args.data is None else read_json(args.data, "--data", ArgumentError)
-    if not isinstance(message, dict):
+    data = read_json(args.data, "--data", ArgumentError)
+    if not isinstance(data, dict):
         raise ArgumentError(f"--data is not an object: {args.data}")
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
-    message.update((key, value) for key, value in given.items() if value is not None)
-    check_message(message)
-    component = _component(engine, _config_path(args), args.name)
+    data.update((key, value) for key, value in given.items() if value is not None)
+    message, component = check_message(data), _component(args, engine)
     await engine.run(until_idle=True, component=component.name)
     return await _handled(args, engine, component, message)
 
@@ -4954,10 +5018,11 @@ class _Intake:
     """NDJSON from stdin: lines that are ready together share transactions."""
 
     def __init__(self, args: Any, engine: FlexiFlowEngine) -> None:
-        path = _config_path(args)
+        path = _config_path(args, needed=False)
         self.args, self.engine, self.config = args, engine, path and engine._config(path)
         self.name = args.name or (self.config and self.config.name)
         self.lines = self.again = self.failed = 0
+        self.answers: dict[int, Json] = {}  # line -> its receipt or error, until they are shown
         self.counts: collections.Counter[str] = collections.Counter()  # outcome -> messages
         self.seen: dict[str, AsyncComponent] = {}  # in the order of their first message
 
@@ -4985,8 +5050,7 @@ class _Intake:
 
     async def take(self, lines: list[bytes]) -> None:
         """Handle some lines: components side by side, the messages of each in order."""
-        streams: dict[AsyncComponent, list[tuple[int, dict[str, Any]]]] = {}
-        answers: dict[int, Receipt] = {}
+        streams: dict[AsyncComponent, list[tuple[int, Json]]] = {}
         for line in lines:
             self.lines += 1
             try:
@@ -4996,11 +5060,13 @@ class _Intake:
                     streams.setdefault(component, []).append((self.lines, message))
             except Exception as error:
                 self.fail(self.lines, error)
-        await asyncio.gather(*[self.stream(*one, answers) for one in streams.items()])
-        receipts = [receipt for _, receipt in sorted(answers.items())]
-        self.counts.update(receipt.outcome for receipt in receipts)
-        self.again += sum(receipt.duplicate for receipt in receipts)
-        tell(self.args, [receipt.as_dict() for receipt in receipts], ())
+        await asyncio.gather(*[self.stream(*one) for one in streams.items()])
+        answers = [answer for _, answer in sorted(self.answers.items())]
+        self.answers.clear()
+        self.counts.update(answer["outcome"] for answer in answers if "outcome" in answer)
+        self.failed += sum("error" in answer for answer in answers)
+        self.again += sum(answer.get("duplicate", False) for answer in answers)
+        tell(self.args, answers, ())
         put(end="", flush=True)
 
     async def meet(self, name: Any) -> AsyncComponent:
@@ -5009,22 +5075,26 @@ class _Intake:
             raise ArgumentError(f"Not a component's name: {name!r}",
                 fix='give the line a "component", or use --name')
         if name not in self.seen:
-            if self.engine.get(name) is not None:
+            known = self.engine.get(name)
+            if known is not None:
                 await self.engine.run(until_idle=True, component=name)
-            self.seen[name] = self.engine.get(name) or _component(self.engine, self.config, name)
+            elif self.config is not None:
+                known = self.engine.create_component(self.config, name=name)
+            self.seen[name] = known or self.engine._find(name)
         return self.seen[name]
 
-    async def stream(self, component: AsyncComponent, given: list[tuple[int, dict[str, Any]]],
-            answers: dict[int, Receipt]) -> None:
+    async def stream(self, component: AsyncComponent, given: list[tuple[int, Json]]) -> None:
         for number, message in given:
             try:
-                answers[number] = await component.handle_message(message, _strict=False)
+                receipt = await component.handle_message(message, _strict=False)
+                self.answers[number] = receipt.as_dict()
             except (Exception, SystemExit) as error:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
-        self.failed += 1
-        put(f"line {number}: " + "; ".join(_error_text(error).splitlines()), sys.stderr)
+        text = _error_text(error, "; ")
+        self.answers[number] = {"line": number, "error": text}
+        put(f"line {number}: {text}", sys.stderr)
 
     def summary(self) -> Iterator[str]:
         late = [("handled before", self.again), ("failed", self.failed)]
@@ -5037,11 +5107,10 @@ class _Intake:
             yield from table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
 
 
-@command("update_rules --config order.json new_rules.json",
-    "add rules to a component, or replace them, without losing its state",
-    "RULES", "--config", "--name", "--allow-import", "--replace", opens="write")
+@command("update_rules --name order-17 new_rules.json", "add rules, or replace them", "make",
+    "RULES --config --name --allow-import --replace")
 async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
-    component = _component(engine, _config_path(args), args.name)
+    component = _component(args, engine)
     before, rules = fresh(component.rules), ConfigLoader.load_rules(args.RULES)
     after = await component.update_rules(rules, replace=args.replace)
     return tell(args, [{"component": component.name, "before": len(before), "after": len(after)}],
@@ -5050,7 +5119,7 @@ async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
         *(f"  - {_rule_text(rule)}" for rule in before if rule not in after)])
 
 
-def _rule_text(rule: dict[str, Any]) -> str:
+def _rule_text(rule: Json) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
     if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
@@ -5060,14 +5129,14 @@ def _rule_text(rule: dict[str, Any]) -> str:
         *(one if isinstance(one, str) else ", ".join(one) for one in words))
 
 
-@command("diagnose", "check this Python, this file and this store", "--db")
+@command("diagnose", "check this Python, this file and this store", "", "--db")
 def cmd_diagnose(args: Any) -> int:
-    checks = list(_checks(args))
-    good = all(ok for _, _, ok in checks)
-    facts = [{"check": check, "value": value, "ok": ok} for check, value, ok in checks]
-    lines = (f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in checks)
+    found = list(_checks(args))
+    checks = [{"check": check, "value": value, "ok": ok} for check, value, ok in found]
+    good = all(ok for _, _, ok in found)
+    lines = [f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in found]
     title = f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}"
-    return tell(args, [{"ok": good, "checks": facts}], (title, *lines), 0 if good else 1)
+    return tell(args, [{"ok": good, "checks": checks}], [title, *lines], 0 if good else 1)
 
 
 def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
@@ -5077,7 +5146,7 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
     yield "platform", sys.platform, True
     try:
         yield "sqlite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 34)
-        with contextlib.closing(_store(args, readonly=True)) as store:
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
             if not os.path.exists(store.path):
                 yield "store", f"{store.path}: not made yet", True
                 return
@@ -5086,17 +5155,17 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
             yield "journal", store.rows("PRAGMA journal_mode")[0][0], True
             yield "components", f"{len(store.names()):,}", True
     except (ImportError, FlexiFlowError) as error:
-        yield "store", "; ".join(str(error).splitlines()), False
+        yield "store", _error_text(error, "; "), False
 
 
-@command("status order-17", "list the components, or show all about one", "component", opens="read")
+@command("status order-17", "list the components, or show all about one", "read", "component")
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
     found, now = engine.status(args.component), engine.clock()
     every = args.component is None
     return tell(args, found, _overview(found, now) if every else _details(engine, found[0], now))
 
 
-def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
+def _overview(found: list[Json], now: float) -> Iterator[str]:
     rows = ((one["name"], one["state"], age(now - (one["since"] or now)), one["seq"],
         one["waiting"], _timer_text(one["timers"][0], now) if one["timers"] else "-",
         one["dead"] or "-") for one in found)
@@ -5106,12 +5175,12 @@ def _overview(found: list[dict[str, Any]], now: float) -> Iterator[str]:
         + _counted(dead, "dead letter"))
 
 
-def _timer_text(timer: dict[str, Any], now: float) -> str:
+def _timer_text(timer: Json, now: float) -> str:
     due = timer["due"] - now
     return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
-def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iterator[str]:
+def _details(engine: FlexiFlowEngine, facts: Json, now: float) -> Iterator[str]:
     since = facts["since"] or now
     yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
         f" ({age(now - since)})" + ", completed" * (facts["completed"] is not None))
@@ -5124,37 +5193,152 @@ def _details(engine: FlexiFlowEngine, facts: dict[str, Any], now: float) -> Iter
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
 
 
-@command("history order-17 --limit 20", "show what happened to a component, the newest last",
-    "component", "--limit", opens="read")
+@command("history order-17", "show the steps, the newest last", "read", "component --limit")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     if args.component is not None:
         engine.status(args.component)  # raises if there is none
     steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
-    header = ("V", "WHEN", "COMPONENT", "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
-    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]), step["component"],
-        step["message"].get("type", "-"), step["from_state"], step["to_state"], step["outcome"],
-        step["id"]) for step in steps)))
+    every = args.component is None
+    header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
+    return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),
+        *[step["component"]] * every, step["message"].get("type", "-"), step["from_state"],
+        step["to_state"], step["outcome"], step["id"]) for step in steps)))
 
 
-def _explained(args: Any) -> ConfigExplanation:
-    path = _config_path(args)
-    if path is None:
-        raise ConfigError("No config given", fix="name a file, or set FLEXIFLOW_CONFIG")
-    return explain(path, imports=not args.no_imports, allow_imports=args.allow_import)
+@command("run --until-idle", "deliver messages and timers when they are due, until Ctrl-C", "write",
+    "--until-idle --concurrency --allow-import")
+async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
+    dead: list[Any] = []
+    start, seen, loop = time.monotonic(), itertools.count(1), asyncio.get_running_loop()
+
+    def finish() -> None:
+        engine._stopping = True
+        engine._wake()
+
+    await engine.event_bus.subscribe("message.dead", "run", dead.append)
+    if sys.stderr is not None and sys.stderr.isatty():
+        await engine.event_bus.subscribe("component.message.received", "run",
+            lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; another thread
+        loop.add_signal_handler(signal.SIGTERM, finish)
+    work = asyncio.ensure_future(
+        engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
+    try:
+        await asyncio.wait([work])
+    finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
+        finish()
+        delivered, spent = await work, time.monotonic() - start
+        hint("\r", end="")
+        tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
+            [f"{delivered:,} delivered, {len(dead):,} dead, {spent:.2f} s"])
+    return 0
 
 
-@command("explain order.json", "check a config and say what it means",
-    "file", "--config", "--allow-import", "--no-imports")
+@command("dead-letters", "list the messages that were given up", "read", "component")
+def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
+    letters, now = engine.dead_letters(args.component), engine.clock()
+    if args.component is not None and not letters:
+        engine.status(args.component)  # raises if there is none
+    header = ("ID", "COMPONENT", "MESSAGE", "TRIES", "AGE", "ERROR")
+    return tell(args, letters, table(header, ((one["number"], one["component"],
+        one["message"]["type"] if isinstance(one["message"], dict) else "-", one["attempts"],
+        age(now - one["dead"]), one["error"].partition("\n")[0]) for one in letters)))
+
+
+@command("redrive 17", "give dead letters back to the queue", "write", "ID --all --name")
+async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.all == bool(args.ID):
+        raise UsageError("Either numbers of dead letters or --all is needed",
+            fix="flexiflow redrive 17, or flexiflow redrive --all"
+            "\nflexiflow dead-letters shows the numbers")
+    letters = await engine.redrive(*args.ID, name=args.name)
+    counts = collections.Counter(letter["component"] for letter in letters)
+    lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
+    hint("next: flexiflow run --until-idle")
+    return tell(args, letters, lines or ["no dead letters"])
+
+
+@command("replay --config new.json", "decide again: what differs?", "read", "component --config")
+def cmd_replay(args: Any, engine: FlexiFlowEngine) -> int:
+    found = engine.replay(args.component, args.config)
+    lines = itertools.chain.from_iterable(map(_replay_lines, found))
+    return tell(args, found, lines, int(any(one["differences"] for one in found)))
+
+
+def _replay_lines(found: Json) -> Iterator[str]:
+    """Yield how a component's history comes out now, and each step that differs."""
+    text = f"{found['same']:,} of {_counted(found['steps'], 'step')} same"
+    if found["differences"]:
+        text += f"; it would be in {found['would_be']}, and is in {found['state']}"
+    if found["skipped"]:
+        text = f"skipped: {found['skipped']}"
+    yield f"{found['component']}: {text}"
+    for one in found["differences"]:
+        now, was = _step_text(*one["now"]), _step_text(*one["was"])
+        yield f"  step {one['seq']}: {one['message']} gave {now}, history says {was}"
+
+
+def _step_text(outcome: str, before: str, after: str, *data: Json) -> str:
+    text = f"{before} -> {after}" if outcome == "moved" else f"{outcome} in {before}"
+    return text + "".join(f" with {json.dumps(one, ensure_ascii=False)}" for one in data)
+
+
+@command("prune --keep 100 --dry-run", "delete history, and forget its messages' ids", "write",
+    "component --keep --older-than --completed --dry-run")
+async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.keep is None and args.older_than is None and not args.completed:
+        raise UsageError("Nothing says what to prune",
+            fix="--keep 100, --older-than 30d, or both (what neither keeps), or --completed")
+    if args.component is not None:
+        engine.status(args.component)  # raises if there is none
+    found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
+        completed=args.completed, dry_run=args.dry_run)
+    did = "would delete" if args.dry_run else "deleted"
+    gone = [_counted(len(found["ids"]), "message id"),
+        *(f"component {name}" for name in found["components"])]
+    return tell(args, [{**found, "dry_run": args.dry_run}], [
+        f"{did} {found['rows']:,} of {_counted(found['of'], 'history row')}",
+        f"with them: {', '.join(gone)}"])
+
+
+@command("remove order-17", "remove a component with all that is its own", "write", "NAME --yes")
+async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
+    agreed = args.yes
+    if not agreed:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError("Nobody to ask: stdin is no terminal", fix="add --yes")
+        put(f"Remove {printable(args.NAME)}, history and all? [y/N] ", sys.stderr, "", flush=True)
+        before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
+        agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
+        _on_interrupt(before)
+    if agreed:
+        await engine.remove(args.NAME)
+    text = f"{args.NAME} removed" if agreed else f"{args.NAME} stays"
+    return tell(args, [{"component": args.NAME, "removed": agreed}], [text], 0 if agreed else 1)
+
+
+@command("backup copy.db", "copy the store, as it is at one moment", "read", "FILE")
+def cmd_backup(args: Any, engine: FlexiFlowEngine) -> int:
+    asyncio.run(engine.backup(args.FILE))
+    facts = {"store": engine.queue.path, "backup": args.FILE}
+    return tell(args, [facts], ["{store} copied to {backup}".format(**facts)])
+
+
+_CHECKED = "file --config --allow-import --no-imports"
+
+
+@command("explain order.json", "check a config and say what it means", "", _CHECKED)
 def cmd_explain(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
         0 if found.is_valid else 1)
 
 
-@command("visualize order.json", "draw a config as a Mermaid flowchart",
-    "file", "--config", "--allow-import", "--no-imports", "--format", "-o --output")
+@command("visualize order.json", "draw a config", "", f"{_CHECKED} --format -o/--output")
 def cmd_visualize(args: Any) -> int:
-    found = _explained(args)
+    found = explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
     if found.errors:
         raise _as_error(found.errors, found.config_path)
     text = visualize(found, format=args.format)
@@ -5167,20 +5351,22 @@ def cmd_visualize(args: Any) -> int:
 def _parse(argv: list[str]) -> Any:
     # Without a width and a prog, argparse would import shutil and look at the terminal.
     shape = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
-    common: Any = {"formatter_class": shape, "allow_abbrev": False}
-    examples = "\n".join(f"  flexiflow {one['example']}" for one in COMMANDS.values())
-    parser = argparse.ArgumentParser(prog="flexiflow", **common,
+    make: Any = functools.partial(
+        argparse.ArgumentParser, allow_abbrev=False, formatter_class=shape)
+    examples = "\n".join(f"  flexiflow {one.example}" for one in COMMANDS.values())
+    parser = make(prog="flexiflow",
         description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
     parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
-    commands = parser.add_subparsers(prog="flexiflow", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog="flexiflow", metavar="COMMAND", required=True, parser_class=make)
     for name, one in COMMANDS.items():
         aliases = [name.replace("_", "-")] if "_" in name else []
-        added = commands.add_parser(name, help=one["text"], aliases=aliases, **common,
-            description=f"example: flexiflow {one['example']}\n\n{one['text']}")
-        for option in one["options"] if argv[:1] in ([name], aliases) else ():
-            added.add_argument(*option.split(), **OPTIONS[option])
-        added.set_defaults(run=one["run"], opens=one["opens"])
+        added = commands.add_parser(name, help=one.text, aliases=aliases,
+            description=f"example: flexiflow {one.example}\n\n{one.text}")
+        for option in one.options if argv[:1] in ([name], aliases) else ():
+            added.add_argument(*option.split("/"), **OPTIONS[option])
+        added.set_defaults(command=one)
     if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
@@ -5191,28 +5377,29 @@ def _parse(argv: list[str]) -> Any:
 
 def _run(args: Any) -> Any:
     """Call the command with what it opens, and close that; return the exit code."""
-    if not args.opens:
-        return args.run(args)
-    store = _store(args, readonly=args.opens == "read")
-    if args.opens == "write":
-        return asyncio.run(_session(args, store))
-    with contextlib.closing(store):
-        return args.run(args, FlexiFlowEngine(store))
+    opens, call = args.command.opens, args.command.run
+    if not opens:
+        return call(args)
+    if opens != "make":
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
+            if opens == "read":
+                return call(args, FlexiFlowEngine(store))
+            store.rows("PRAGMA user_version")  # raises if there is no store
+    try:
+        return asyncio.run(_session(args, SQLiteStore(_store_path(args))))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _session(args: Any, store: SQLiteStore) -> Any:
     """Run a command that writes; Ctrl-C cancels it, because a cancelled turn undoes itself."""
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
-    log.addFilter(_one_line)
-    engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    before = _on_interrupt(lambda *_: loop.call_soon_threadsafe(task.cancel))
+    engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
+    task: Any = asyncio.current_task()
+    before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
     try:
-        return await args.run(args, engine)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        return await args.command.run(args, engine)
     finally:
         await engine.close()
         _on_interrupt(before)
@@ -5221,10 +5408,9 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
 def _brief(record: logging.LogRecord) -> bool:
     """Say of an exception what it is; FLEXIFLOW_DEBUG=1 keeps the traceback."""
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
-        lines = _error_text(record.exc_info[1]).splitlines()
-        record.msg, record.args = f"{record.getMessage()}: {'; '.join(lines)}", None
-        record.exc_info = None
-    return True
+        why = _error_text(record.exc_info[1], "; ")
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
+    return _one_line.filter(record)
 
 
 def _on_interrupt(action: Any) -> Any:
@@ -5258,7 +5444,7 @@ def main(argv: list[str] | None = None) -> int:
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import
