@@ -8,6 +8,7 @@ say so, where that folder is missing.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import itertools
@@ -26,6 +27,7 @@ import textwrap
 import time
 import types
 import unittest
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -11996,8 +11998,9 @@ class Fault:
 
     WAYS = {"once": {}, "once, having worked": {"late": True}, "from then on": {"ever": True}}
 
-    def __init__(self, at=0, *, late=False, ever=False, kill=False, look=None):
+    def __init__(self, at=0, *, late=False, ever=False, kill=False, look=None, error=None):
         self.at, self.late, self.ever, self.kill, self.look = at, late, ever, kill, look
+        self.error = error  # instead of the disk's
         self.calls, self.commits = 0, []
 
     def call(self, error, function, *args, **settings):
@@ -12010,7 +12013,7 @@ class Fault:
         if hit and sql != "ROLLBACK":
             if self.late and sql.endswith("COMMIT"):
                 function(*args, **settings)
-            raise error
+            raise self.error or error
         result = function(*args, **settings)
         if self.look and sql.endswith("COMMIT"):
             calls, look, self.look = self.calls, self.look, None
@@ -12074,7 +12077,7 @@ class Faults(Torture):
         "deliver": lambda self, engine: engine.run(until_idle=True, component="a"),
         "fire": lambda self, engine: engine.run(until_idle=True, component="b"),
         "redrive": lambda self, engine: engine.redrive(),
-        "prune": lambda self, engine: engine.prune(keep=1),
+        "prune": lambda self, engine: engine.prune("a", keep=1),
         "cancel": lambda self, engine: engine.cancel("a", "q"),
         "remove": lambda self, engine: self.removed(engine),
     }
@@ -12197,7 +12200,9 @@ class Faults(Torture):
 
     async def fails(self, name, pictures, fault):
         """Carry out an operation that fails; then again, in the same engine."""
-        engine, error = self.engine_here(), None
+        engine, error, unheard = self.engine_here(), None, []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: unheard.append(context["message"]))
         try:
             try:
                 with fault.watching():
@@ -12219,6 +12224,48 @@ class Faults(Torture):
         finally:
             self.clock.now -= 100
             await engine.close()
+        self.assertEqual(unheard, [])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_ctrl_c_at_any_call_ends_the_program_and_harms_nothing(self):
+        asyncio.run(self.base())
+
+        def interrupted(name, at):
+            async def run():
+                async with self.engine_here() as engine:
+                    with fault.watching():
+                        await self.OPERATIONS[name](self, engine)
+
+            signal.alarm(3)  # kills, if it does not end
+            logging.getLogger("asyncio").disabled = True  # which speaks of interrupted tasks
+            fault = Fault(at, error=KeyboardInterrupt())
+            try:
+                asyncio.run(run())
+            except KeyboardInterrupt:
+                os._exit(2)
+
+        def finished(name):
+            for one in (name, "deliver", "fire"):  # which `async with` may have begun
+                self.carried_out(one)
+            heads, steps, queue = self.picture()
+            return heads, sorted(map(str, steps)), queue
+
+        interrupts = 0
+        for name in ("handle", "act", "send", "deliver"):
+            self.begin()
+            expected = finished(name)
+            for at in itertools.count(1):
+                self.begin()
+                code = self.forked(interrupted, name, at)
+                self.clock.now += 100
+                with self.subTest(name, at=at):
+                    self.assertIn(code, (0, 2))
+                    self.assertEqual(finished(name), expected)
+                self.clock.now -= 100
+                interrupts += 1
+                if code == 0:
+                    break
+        self.figures("{} interrupts", interrupts)
 
 
 class SnapshotFaults(Torture):
@@ -12490,6 +12537,778 @@ class ReadOnly(Torture):
         asyncio.run(self.store())
         subprocess.run(["mount", "-o", "remount,ro", self.path("disk")], check=True)
         self.assertEqual(self.forked(self.read), 0)
+
+
+class Damage(Torture):
+    """A damaged file gives the same answer or an error, never another answer."""
+
+    diskless = True
+    CONFIG = {
+        "name": "m", "initial_state": "A", "data": {"n": 0}, "states": {"A": {}, "B": {}, "W": {}},
+        "rules": [
+            {"from": "A", "on": "add", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "B", "on": "add", "to": "A"}, {"on": "wait", "to": "W"},
+            {"from": "W", "after": 60, "to": "A"},
+        ],
+    }  # fmt: skip
+
+    async def make(self):
+        """Make a store with histories, waiting messages, timers and a dead letter; return it.
+
+        Its pages are small, so that there are more of them, and some that go on in others.
+        """
+        with contextlib.closing(sqlite3.connect(self.path())) as db:
+            db.executescript("PRAGMA page_size=1024; CREATE TABLE theirs(x); DROP TABLE theirs")
+        engine = self.open()
+        for name in "abc":
+            engine.create_component(self.CONFIG, name=name)
+            await engine.handle_message(name, "add", id="1")
+        await engine.handle_message("b", "wait", id="w")
+        await engine.send("a", "what", id="dead")
+        await engine.run(until_idle=True)
+        for number, kind in enumerate(("add", "wait", "add")):  # in this order, or it ends elsewhere
+            await engine.send("a", kind, id=f"q{number}", delay=(0, 30)[number % 2])
+        await engine.close()
+        with contextlib.closing(sqlite3.connect(self.path())) as db:
+            self.indexes = {page for (page,) in db.execute(
+                "SELECT rootpage FROM sqlite_master WHERE type='index'")}
+        return Path(self.path()).read_bytes()
+
+    async def said(self, engine):
+        """Return what an engine says of its components and their histories.
+
+        Which dead letters there are, but not what they say: nothing is done with it any more.
+        """
+        return [engine.status(), *([{**step, "number": None} for step in engine.history(name)]
+            for name in "abc"), [letter["component"] for letter in engine.dead_letters()]]
+
+    async def answered(self, engine):
+        """Return that, and what is answered to messages that have been handled."""
+        said = [(await engine.handle_message(name, "add", id="1")).as_dict() for name in "abc"]
+        return [said, *(engine.accepts(name) for name in "abc"), *await self.said(engine)]
+
+    async def delivered(self, engine):
+        """Return what is said after everything that waits has been delivered."""
+        engine.clock = lambda: self.clock.now + 100
+        await engine.run(until_idle=True)
+        facts, *histories, _ = await self.said(engine)
+        made_up = {"id": None, "timers": None}
+        return [{**one, **made_up} for rows in (facts, *histories) for one in rows]
+
+    async def tried(self, call, **content):
+        """Return what a call answers to files of this content, or None for an error."""
+        for name, part in content.items():
+            Path(self.path(f"bad.{name.replace('_', '-')}")).write_bytes(part)
+        failures = []
+        logger = types.SimpleNamespace(debug=lambda *args: None, warning=lambda *args: None,
+            error=lambda *args, **facts: failures.append(args))
+        engine = FlexiFlowEngine(SQLiteStore(self.path("bad.db"), "NORMAL"), clock=self.clock,
+            logger=logger)
+        try:
+            answer = await asyncio.wait_for(call(engine), 3)
+            return None if failures else answer  # what is delivered fails in the log
+        except FlexiFlowError:
+            return None
+        except Exception as error:
+            return repr(error)
+        finally:
+            engine.store.close()
+            for end in ("db-wal", "db-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path(f"bad.{end}"))
+
+    async def compare(self, what, contents):
+        """Try contents, each a place and files; no answer may be another than the right one."""
+        counts, wrong = Counter(), []
+        good = {"db": Path(self.path()).read_bytes()}
+        right = {call: await self.tried(call, **good)
+            for call in (self.said, self.answered, self.delivered)}
+        self.assertNotIn(None, right.values())
+        chance = random.Random(SEED)
+        for place, content in contents:
+            calls = list(right) if LONG else [self.said, *chance.choices(
+                list(right)[1:], k=chance.random() < 0.1)]
+            for call in calls:
+                found = await self.tried(call, **content)
+                kind = {str(right[call]): "the same answer", "None": "an error"}.get(str(found))
+                counts[kind or "another answer"] += 1
+                if kind is None and len(wrong) < 20:
+                    wrong.append((place, call.__name__, found if isinstance(found, str) else [
+                        one for one, other in zip(found, right[call]) if one != other][:1]))
+        self.figures("{}: {}", what, ", ".join(f"{n} x {kind}" for kind, n in counts.items()))
+        self.assertEqual(wrong, [], f"seed {SEED}")
+
+    def changed(self, good, places):
+        """Yield the file with each byte changed."""
+        chance = random.Random(SEED)
+        for place in places:
+            bad = bytearray(good)
+            bad[place] ^= chance.randrange(1, 256)
+            yield place, {"db": bad}
+
+    async def test_every_byte_of_header_schema_and_rows(self):
+        good = await self.make()
+        schema = good.index(b"CREATE TABLE"), good.rindex(b"CREATE TABLE")
+        places = [place for place in range(len(good)) if place // 1024 + 1 not in self.indexes]
+        if not LONG:  # all of headers and rows, and a third of the schema's text
+            places = [place for place in places if (good[place] or place % 1024 < 16)
+                and (place % 3 == SEED % 3 or not schema[0] < place < schema[1])]
+        await self.compare("changed bytes", self.changed(good, places))
+
+    async def test_a_damaged_index_is_found_by_sqlite_and_stops_nobody(self):
+        good, chance = await self.make(), random.Random(SEED)
+        places = [place for place in range(len(good)) if place // 1024 + 1 in self.indexes
+            and (good[place] or place % 1024 < 16)]
+        right = {call: await self.tried(call, db=good) for call in (self.answered, self.delivered)}
+        counts, wrong = Counter(), []
+        for place, content in self.changed(good, places if LONG else chance.sample(places, 60)):
+            for call, answer in right.items():
+                found = await self.tried(call, **content)
+                if found in (None, answer):
+                    counts["right or an error"] += 1
+                elif isinstance(found, str):
+                    wrong.append((place, call.__name__, found))
+                else:
+                    counts["found"] += 1
+                    Path(self.path("bad.db")).write_bytes(content["db"])
+                    with contextlib.closing(sqlite3.connect(self.path("bad.db"))) as db:
+                        ((said,),) = db.execute("PRAGMA integrity_check(1)").fetchall()
+                    wrong += [(place, call.__name__)] if said == "ok" else []
+        self.figures("bytes of indexes: {}", counts)
+        self.assertEqual(wrong, [], f"seed {SEED}")
+
+    async def test_every_truncation(self):
+        good = await self.make()
+        lengths = range(1, len(good)) if LONG else sorted({*range(512, len(good), 512),
+            *random.Random(SEED).sample(range(1, len(good)), 100)})
+        await self.compare("truncations", ((length, {"db": good[:length]}) for length in lengths))
+
+    async def test_a_damaged_log_gives_an_earlier_moment_or_an_error(self):
+        await self.make()
+        engine, moments, content = self.open(), [], {}
+        for number in range(5):
+            moments.append(await self.tried(self.said, **content) if content else await self.tried(
+                self.said, db=Path(self.path()).read_bytes()))
+            await engine.handle_message("abc"[number % 3], "add", id=f"more{number}")
+            content = {end: Path(self.path(f"flow.{end.replace('_', '-')}")).read_bytes()
+                for end in ("db", "db_wal")}
+        moments.append(await self.tried(self.said, **content))
+        log, chance, counts, wrong = content["db_wal"], random.Random(SEED), Counter(), []
+        heads = [place for place in range(32, len(log)) if (place - 32) % (24 + 1024) < 24]
+        places = range(len(log)) if LONG else [
+            *range(32), *chance.sample(heads, 200), *chance.sample(range(len(log)), 50)]
+        damaged = [bad["db"] for _, bad in self.changed(log, places)]
+        damaged += [log[:length] for length in places]
+        for number, bad in enumerate(damaged):
+            found = await self.tried(self.said, db=content["db"], db_wal=bad)
+            if found is not None and found not in moments:
+                wrong.append((number, found))
+            else:
+                counts["error" if found is None else moments.index(found)] += 1
+        self.figures("{} damaged logs give each of {} moments: {}", len(damaged), len(moments),
+            counts)
+        self.assertEqual((wrong[:5], {*range(6)} - {*counts}), ([], set()), f"seed {SEED}")
+
+
+class SnapshotDamage(Torture):
+    """A damaged JSON file gives the same snapshot or an error."""
+
+    diskless = True
+
+    def test_every_byte_and_every_truncation(self):
+        path = Path(self.path("c.json"))
+        wanted = ff.ComponentSnapshot("c", "InitialState", [{"on": "x"}], {"n": 1.5, "t": "\u00fc"})
+        ff.save_component(ff.restore_component(wanted, FlexiFlowEngine()), path)
+        good, chance, same = path.read_bytes(), random.Random(SEED), 0
+        damaged = [good[:length] for length in range(len(good) - 1)]  # the last one ends the line
+        for place, byte in enumerate(good):
+            for flip in range(1, 256) if LONG else chance.sample(range(1, 256), 3):
+                damaged.append(good[:place] + bytes([byte ^ flip]) + good[place + 1:])
+        for bad in damaged:
+            path.write_bytes(bad)
+            with contextlib.suppress(PersistenceError):
+                self.assertEqual(ff.load_snapshot(path), wanted, f"seed {SEED}: {bad}")
+                same += 1
+        self.figures("{} damaged files, {} read as they were, the others are errors",
+            len(damaged), same)
+
+
+class Clocks(Torture):
+    """Whatever a clock does, the order is that of numbers, and timers fire once and not early."""
+
+    diskless = True
+    CONFIG = {
+        "name": "m", "initial_state": "A", "data": {"n": 0}, "states": {"A": {}, "B": {}},
+        "rules": [
+            {"from": "A", "on": "go", "to": "B"}, {"on": "note"},
+            {"from": "B", "after": 60, "to": "A", "assign": {"n": {"+": ["$data.n", 1]}}},
+        ],
+    }  # fmt: skip
+    # The time at a step, from the time at the step before.
+    CLOCKS = {
+        "back an hour": lambda now, step, chance: now + (30 if step % 20 else -3600),
+        "forward ten years": lambda now, step, chance: now + (30 if step % 20 else 315_576_000),
+        "frozen": lambda now, step, chance: now,
+        "zigzag": lambda now, step, chance: now + chance.uniform(-300, 330),
+        "equal ticks": lambda now, step, chance: now + 60 * (step % 2),
+        "whole numbers": lambda now, step, chance: int(now) + 30,
+    }
+
+    async def test_order_and_timers_hold_whatever_the_clock_does(self):
+        for name, tick in self.CLOCKS.items():
+            with self.subTest(name, seed=SEED):
+                chance, self.clock.now = random.Random(SEED), 1_000_000.0
+                due, expected, fired = None, [], 0
+                for step in range(300 if LONG else 60):
+                    if step % 10 == 0:  # started again
+                        engine = FlexiFlowEngine(self.path(f"{name}.db"), clock=self.clock)
+                        self.addAsyncCleanup(engine.close)
+                        engine.create_component(self.CONFIG)
+                    self.clock.now = now = tick(self.clock.now, step, chance)
+                    if due is None:
+                        await engine.handle_message("m", "go")
+                        due = now + 60
+                        expected.append("go")
+                    for number in range(3):
+                        await engine.send("m", "note", number=3 * step + number)
+                    await engine.run(until_idle=True)
+                    if due <= now:
+                        fired, due = fired + 1, None
+                        expected.append("after 60")
+                    expected += [3 * step + number for number in range(3)]
+                    if step % 10 == 9:
+                        await engine.close()
+                rows = engine.history("m")[::-1]
+                found = [row["message"].get("number", row["message"]["type"]) for row in rows[1:]]
+                self.assertEqual(found, expected)
+                self.assertEqual([row["seq"] for row in rows], [*range(len(rows))])
+                self.assertEqual(engine.get("m").data, {"n": fired})
+                self.figures("{}: {} steps in order, {} timers fired once", name, len(rows), fired)
+
+
+class Model:
+    """What an engine is to do, in dicts and lists: no file, no loop, no other process."""
+
+    NEXT = {"a": "b", "b": "c", "c": "a"}
+    CONFIG = {
+        "name": "m", "initial_state": "A", "data": {"n": 0, "next": ""},
+        "states": {"A": {}, "B": {}, "W": {}, "Done": {"final": True}},
+        "retry": {"max_attempts": 2, "base_delay": 0},
+        "rules": [
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"from": "B", "on": "go", "to": "A", "assign": {"n": {"+": ["$data.n", 1]}}},
+            {"on": "pass", "guard": {"data.n": {"<": 3}}},
+            {"on": "tell", "send": {"to": "$data.next", "type": "go", "after": 5}},
+            {"on": "wait", "to": "W"}, {"from": "W", "after": 10, "to": "A"},
+            {"on": "end", "to": "Done"}, {"on": "boom", "assign": {"x": "$data.gone"}},
+        ],
+    }  # fmt: skip
+
+    def __init__(self):
+        self.now, self.numbers, self.places = 1_000_000.0, itertools.count(), itertools.count()
+        self.parts, self.queue = {}, []  # the dead letters included
+
+    def create(self, name):
+        self.parts[name] = types.SimpleNamespace(state="A", n=0, seq=0, ids={}, known={"go", "pass",
+            "tell", "wait", "end"}, steps=[(0, None, "created", "A")])
+
+    def put(self, name, kind, delay=0.0, id=None, timer=False):
+        """Queue a message; return whether it was there before, or None if that was another."""
+        before = [row.kind for row in self.queue if id and (row.name, row.id) == (name, id)]
+        before += [self.parts[name].ids[id][0]] if id in self.parts[name].ids else []
+        if before:
+            return True if before[-1] == kind else None
+        self.queue.append(types.SimpleNamespace(name=name, kind=kind, id=id, timer=timer,
+            dead=False, due=self.now + delay, number=next(self.numbers), place=None))
+        self.place() if not delay else None
+        return False
+
+    def place(self):
+        for row in sorted(self.queue, key=lambda row: (row.due, row.number)):
+            if row.place is None and not row.dead and row.due <= self.now:
+                row.place = next(self.places)
+
+    def handle(self, name, kind, id=None):
+        """Return outcome, state, n, seq and whether it is a duplicate; None if it fails."""
+        part = self.parts[name]
+        if id in part.ids:
+            return (*part.ids[id][1], True) if part.ids[id][0] == kind else None
+        outcome, to, timer = "moved", part.state, kind == "after 10"
+        if part.state == "Done" or (kind == "go" and part.state == "W"):
+            outcome = "ignored"
+        elif kind not in part.known and not timer:
+            return None if kind == "boom" else ("unknown", part.state, part.n, None, False)
+        elif kind == "go":
+            to, part.n = "BA"[part.state == "B"], part.n + 1
+        elif kind in ("wait", "end") or timer:
+            to = {"wait": "W", "end": "Done"}.get(kind, "A")
+        else:
+            outcome = "blocked" if kind == "pass" and part.n >= 3 else "stayed"
+            if kind == "tell":
+                self.put(self.NEXT[name], "go", 5.0)
+        if outcome == "moved":
+            self.queue = [row for row in self.queue if not (row.timer and row.name == name)]
+        if to == "W" and outcome == "moved":
+            self.put(name, "after 10", 10.0, timer=True)
+        part.state, part.seq = to, part.seq + 1
+        if id:
+            part.ids[id] = kind, (outcome, to, part.n, part.seq)
+        part.steps.append((part.seq, id, outcome, to))
+        return outcome, to, part.n, part.seq, False
+
+    def deliver(self):
+        self.place()
+        for row in sorted((row for row in self.queue if row.place is not None),
+                key=lambda row: row.place):
+            if row in self.queue:  # else its timer was over
+                self.queue.remove(row)
+                answer = self.handle(row.name, row.kind, row.id)
+                if answer is None or answer[0] == "unknown":
+                    row.dead, row.place = True, None
+                    self.queue.append(row)
+
+    def redrive(self):
+        for row in self.queue:
+            if row.dead:
+                row.dead, row.due = False, self.now
+        self.place()
+
+    def cancel(self, name, id):
+        found = [row for row in self.queue if (row.name, row.id, row.dead) == (name, id, False)]
+        self.queue = [row for row in self.queue if row not in found]
+        return bool(found)
+
+    def prune(self, name, keep):
+        part = self.parts[name]
+        part.steps = part.steps[-keep:]
+        kept = {id for _, id, _, _ in part.steps}
+        part.ids = {id: one for id, one in part.ids.items() if id in kept}
+
+    def teach(self, name):
+        part = self.parts[name]
+        part.seq, part.known = part.seq + 1, {*part.known, "new"}
+        part.steps.append((part.seq, None, "updated", part.state))
+
+    def remove(self, name):
+        del self.parts[name]
+        self.queue = [row for row in self.queue if row.name != name]
+
+    def facts(self):
+        """Return state, n, seq, messages that wait, dead letters, and timers, by name."""
+        return {name: (part.state, part.n, part.seq,
+            sum(row.name == name and not row.timer and not row.dead for row in self.queue),
+            sum(row.name == name and row.dead for row in self.queue),
+            [row.due for row in self.queue if row.name == name and row.timer])
+            for name, part in self.parts.items()}
+
+
+class RandomOperations(Torture):
+    """Two engines on one file do at every step what a small model does."""
+
+    diskless = True
+
+    async def test_engines_do_what_the_model_does(self):
+        runs, steps = (20_000 if LONG else 30), 50
+        for run in range(runs):
+            chance = random.Random(f"{SEED} {run}")
+            self.model, self.done = Model(), []
+            self.file = self.path(f"{run}.db")
+            self.engines = [self.begin(), self.begin()]
+            for name in "abc":
+                await self.create(chance.choice(self.engines), name)
+            with self.subTest(run=run, seed=SEED):
+                for _ in range(steps):
+                    await self.step(chance)
+                for name in "abc":
+                    self.compare_history(chance.choice(self.engines), name)
+            for engine in self.engines:
+                await engine.close()
+            os.unlink(self.file)
+        self.figures("{} runs of {} steps, as the model says", runs, steps)
+
+    def begin(self):
+        store = SQLiteStore(self.file, "NORMAL")
+        return FlexiFlowEngine(store, clock=lambda: self.model.now)
+
+    async def create(self, engine, name):
+        self.model.create(name)
+        await engine.register_async(engine.create_component(
+            Model.CONFIG, name=name, data={"next": Model.NEXT[name]}))
+
+    async def step(self, chance):
+        """Do one thing to engine and model; compare the answers, and all that is known."""
+        number, model = chance.randrange(len(self.engines)), self.model
+        engine, name = self.engines[number], chance.choice("abc")
+        kind = chance.choice("go go go pass tell wait wait end boom what new".split())
+        if kind == "end" and chance.random() < 0.7:
+            kind = "go"
+        id = f"id{chance.randrange(40)}" if chance.random() < 0.6 else None
+        what = chance.choice("handle handle handle send send send deliver deliver tick tick tick"
+            " restart crash redrive cancel prune teach remove".split())
+        self.done.append((what, number, name, kind, id))
+        if what == "handle":
+            self.assertEqual(await self.handled(engine, name, kind, id),
+                model.handle(name, kind, id), self.done)
+        elif what == "send":
+            delay = chance.choice((0.0, 0.0, 5.0, 20.0))
+            try:
+                receipt = await engine.send(name, kind, delay=delay, id=id)
+                found = receipt.duplicate
+            except StateError:
+                found = None
+            self.assertEqual(found, model.put(name, kind, delay, id), self.done)
+        elif what == "deliver":
+            await engine.run(until_idle=True)
+            model.deliver()
+        elif what == "tick":
+            model.now += chance.choice((1.0, 5.0, 10.0, 30.0))
+        elif what in ("restart", "crash"):
+            await engine.close() if what == "restart" else engine.store.close()
+            self.engines[number] = self.begin()
+        elif what == "redrive":
+            await engine.redrive()
+            model.redrive()
+        elif what == "cancel":
+            self.assertEqual(await engine.cancel(name, id or "-"), model.cancel(name, id or "-"))
+        elif what == "prune":
+            keep = chance.randrange(1, 6)
+            await engine.prune(name, keep=keep)
+            model.prune(name, keep)
+        elif what == "teach" and "new" not in model.parts[name].known:
+            await engine.update_rules(name, [{"on": "new"}])
+            model.teach(name)
+        elif what == "remove" and chance.random() < 0.3:
+            await engine.remove(name)
+            model.remove(name)
+            await self.create(engine, name)
+        self.assertEqual({one["name"]: (one["state"], one["data"]["n"], one["seq"], one["waiting"],
+            one["dead"], [timer["due"] for timer in one["timers"]])
+            for one in self.engines[0].status()}, model.facts(), self.done)
+
+    async def handled(self, engine, name, kind, id):
+        """Return what a receipt says; None for an error without one."""
+        try:
+            receipt = await engine.handle_message(name, {"type": kind, "id": id})
+        except StateError as error:
+            if not hasattr(error, "receipt"):
+                return None
+            receipt = error.receipt
+        return (receipt.outcome, receipt.to_state, receipt.data["n"], receipt.seq,
+            receipt.duplicate)
+
+    def compare_history(self, engine, name):
+        """Compare a component's history; replayed, it leads where it led."""
+        found = [(row["seq"], row["id"] if row["id"].startswith("id") else None, row["outcome"],
+            row["to_state"]) for row in reversed(engine.history(name))]
+        self.assertEqual(found, self.model.parts[name].steps, self.done)
+        (again,) = engine.replay(name)
+        self.assertEqual(again["differences"], [], self.done)
+
+
+class Endings(Torture):
+    """However a loop ends, nothing is left open or unheard, and what was acknowledged is kept."""
+
+    SCRIPT = """
+        import asyncio, gc, itertools, json, os, random, signal, sys, threading
+        from flexiflow import FlexiFlowEngine
+        NOTES = os.open("notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        numbers = itertools.count()
+
+        def engine():
+            asyncio.get_running_loop().slow_callback_duration = 60  # slow machines are no fault
+            made = FlexiFlowEngine("flow.db")
+            made.create_component(json.loads(sys.argv[3]), name="a")
+            return made
+
+        async def send(to, count=1_000_000):
+            for number in itertools.islice(numbers, count):
+                receipt = await to.handle_message("a", "add", by=1, id=f"{number}")
+                os.write(NOTES, f"{number} {receipt.seq}\\n".encode())
+
+        async def returns():
+            async with engine() as one:
+                await asyncio.gather(send(one, 5), send(one, 5), one.send("a", "add", by=0))
+
+        async def is_cancelled():
+            async with engine() as one:
+                await send(one, 2)
+                task, pause = asyncio.current_task(), random.uniform(0, 0.02)
+                asyncio.get_running_loop().call_later(pause, task.cancel)
+                await asyncio.gather(send(one), send(one))
+
+        async def is_interrupted(number=signal.SIGINT):
+            async with engine() as one:
+                await send(one, 2)
+                pause = random.uniform(0, 0.02)
+                threading.Timer(pause, os.kill, (os.getpid(), number)).start()
+                await asyncio.gather(send(one), send(one))
+
+        async def is_terminated():
+            await is_interrupted(signal.SIGTERM)
+
+        async def closes_twice():
+            one = engine()
+            await send(one, 5)
+            await asyncio.gather(one.close(), one.close())
+            await one.close()
+
+        async def closes_while_others_send():
+            async with engine() as one:
+                tasks = [asyncio.ensure_future(send(one)) for _ in range(3)]
+                await send(one, 5)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        async def is_forgotten():
+            await send(engine(), 5)
+
+        for _ in range(int(sys.argv[2])):
+            try:
+                asyncio.run(globals()[sys.argv[1]]())
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                pass
+            gc.collect()
+        """
+
+    async def test_nothing_is_left_open_unheard_or_lost(self):
+        self.write("endings.py", textwrap.dedent(self.SCRIPT))
+        for way, code in {"returns": 0, "is_cancelled": 0, "is_interrupted": 0,
+                "is_terminated": -signal.SIGTERM, "closes_twice": 0, "is_forgotten": 0,
+                "closes_while_others_send": 0}.items():
+            with self.subTest(way):
+                for name in os.listdir(self.folder):
+                    if name != "endings.py":
+                        os.unlink(self.path(name))
+                count = 1 if code else 50 if LONG else 5
+                for _ in range(50 if LONG and code else 1):
+                    done = self.python("-X", "dev", "-W", "error", "endings.py", way, str(count),
+                        json.dumps(self.CONFIG))
+                    self.assertEqual((done.returncode, done.stdout), (code, ""))
+                    if way == "is_interrupted" and sys.version_info < (3, 11):
+                        # There, asyncio itself says of any task that Ctrl-C hits: never retrieved.
+                        self.assertNotRegex(done.stderr, "was destroyed|ResourceWarning")
+                    else:
+                        self.assertEqual(done.stderr, "")
+                engine = self.open()
+                found = {step["id"]: step["seq"] for step in engine.history("a")}
+                lines = Path(self.path("notes")).read_text().splitlines()
+                noted = dict(line.split() for line in lines)
+                self.assertEqual({id: found.get(id) for id in noted},
+                    {id: int(seq) for id, seq in noted.items()})
+                self.assertGreater(len(noted), 0)
+                await engine.close()
+                self.figures("{}: {} times, {} acknowledged", way, count, len(noted))
+
+
+class Loops(Torture):
+    """Threads, forks and several loops: it works, or says clearly why not."""
+
+    async def test_threads_with_engines_of_their_own_never_mix_rows(self):
+        import threading
+
+        count, wrong, done = (2_000 if LONG else 40), [], []
+
+        async def use(who):
+            engine = FlexiFlowEngine(SQLiteStore(self.path(), "NORMAL"))
+            engine.create_component(self.CONFIG, name=f"t{who}", data={"who": who})
+            for number in range(count):
+                if number % 10 == 0:
+                    await engine.handle_message(f"t{who}", "add", by=1, id=f"{number}")
+                for facts in engine.status():
+                    done.append(who)
+                    if f"t{facts['data']['who']}" != facts["name"]:
+                        wrong.append(facts)
+                for step in engine.history(f"t{who}", limit=3):
+                    if step["component"] != f"t{who}":
+                        wrong.append(step)
+            await engine.close()
+
+        threads = [threading.Thread(target=asyncio.run, args=(use(who),)) for who in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.figures("16 threads, {} facts read, {} wrong", len(done), len(wrong))
+        self.assertEqual(wrong, [])
+        self.assertEqual([one["data"]["n"] for one in self.engine.status()], [count // 10] * 16)
+
+    async def test_threads_that_share_an_engine_work_or_are_told(self):
+        import threading
+
+        engine, answers, errors = self.engine, [], []
+        for who in range(16):
+            engine.create_component(self.CONFIG, name=f"t{who}")
+        await engine.run(until_idle=True)
+
+        def use(who):
+            for number in range(100 if LONG else 10):
+                try:
+                    answers.append(asyncio.run(asyncio.wait_for(engine.handle_message(
+                        f"t{who}", "add", by=1, id=f"{number}"), 5)))
+                except Exception as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=use, args=(who,)) for who in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        found = self.sound()
+        self.figures("{} answers, {} errors", len(answers), len(errors))
+        self.assertEqual([error for error in errors if not isinstance(error, FlexiFlowError)], [])
+        self.assertEqual([(one.component, one.id) for one in answers
+            if found[one.component].get(one.id) != one.seq], [])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_forks_of_an_open_engine_are_told_and_use_their_own(self):
+        async def add(engine, who):
+            engine.create_component(self.CONFIG, name="a")
+            for number in range(20):
+                await engine.handle_message("a", "add", by=1, id=f"{who}{number}")
+
+        async def add_and_close(who):
+            async with FlexiFlowEngine(self.path()) as engine:
+                await add(engine, who)
+
+        def child(who):
+            error = self.raises(PersistenceError, engine.status)
+            self.assertEqual(error.fix, "make an engine of its own in each process")
+            asyncio.run(add_and_close(who))
+
+        engine = FlexiFlowEngine(self.path())
+        asyncio.run(add(engine, "before"))
+        codes = [self.forked(child, f"child{number}") for number in range(3)]
+        asyncio.run(add(engine, "after"))  # in another loop
+        asyncio.run(engine.close())
+        self.assertEqual((codes, len(self.sound()["a"])), ([0] * 3, 101))
+
+
+class OldStores(Torture):
+    """Stores of earlier versions are opened, and go on; those of later ones are refused."""
+
+    # By schema version: what python -c "import test_flexiflow; test_flexiflow.OldStores.make()"
+    # printed when it was new; then it stays. A file, compressed, in base 85.
+    STORES = {
+        1: """
+            c-rlqO>7&-6@ZuAr6iJ~#swlMLR)084k9t4C6eNg#6WIjn@N<ak|ImB1<96&yF+VZa+g^yEvt%(vW^WD2m<)fUi
+            ybzTJ+FE(^LL>DNyuQBs~=^S`-Kn_t3y88o+3J=*;f&pR#Jph~xHsu*BK<dGF1<S!&<ztmpI#^O{9*-Y|>A!jr-
+            g!Rr;C##j&pFZ&4!4SLv*)O74|f9`}=7*{+YbXy4Yy&<3{(9c7E3BDKlL1@kYaqw0D^DGkp00000;6SQ_f!?8+n
+            5R0Y=_<XFFVHJmzF=%`7HPRmF4FR5sX!FknIAm4oSj|C;<<%W*|T`Rc6f22OWCMh77k#>ndh?0S?pAvJB=3>SMb
+            8>{CxFsfA7#Vv+L4+cBz#vRs{~SinZFuCRP%`dZn17W_Qb&Rd{yc6jmuwYZ+G`?d=_k#XQ&6Es`sAF{m@A&oyyn
+            _QZU)n<0)3tP3mIXS2(AX?gBzv&(DvtJ$>(R*YiF(5Y_WmF(G-`e;RLgIx)mn%Y*%nwcgo5KA-kT4|(Ky}d3UA!
+            gxxoA9zlEb6v2D+OA!FH#$!+99zlS}a-RdIxH9@Tu%Gv#awfI2ys!G!4^{=1AvVYSrqDGtXo8n@Wec2wq*7dto&
+            @S|5{0(+GsaC;NJa&cr-|J%7qC71)LOCaGA4eZ1LaYQ#G8{8xQa@6g1A=h}3ee_u2zrcMeS8NPkI>lWX;bIbIlE
+            <<o%TyD!ZsY11q)iE20Mcl@gR&1XcxMXUE*=d(8@xOH%>sk09XU_KY46RNa>`Zr<H{%^yy|cc%6A|mk>iPC5v3D
+            q$^t>|GHXG_zm%HUj`^<?(jZvKxU9Ysv2$kkFUE@CNIwk6-WYhSv)6dj$6^oW#x79t^RH^G^a%5_{LObVDu~eWI
+            z4Pg4Z0poLr*VOjvNKuS@6x%I=N4C2@bcoBxl>ii(>s(-d#WRC!`SF<xof6(pMh+uGP*^|TU|ynXQ(@^-3rfndx
+            p-X51tTB(wiqmQ?|(dkoNJvrXe1r_y0;5D6(Gw0000000000pIfd*yuNDa+PWH#(exChQ*k9ZP2y8IC7DP>^XXV
+            Rmr!ykWik<)j;CYlq#8|;=u|pR^J;1`J{gTo=4n1Txhva&5sRVi2vyF=izTYd5t-jND$AMmU73{2+C^Q??8=s5k
+            pfSQu>$#V9<7c$d6DF~y}gK>H;rOLguxogL{;Uz$ZlKF#R@T1E{PP4if-}L@flX!ERzegMU==6YhoEJxkNNa9LZ
+            bMWErt7xm~SYah`XkNw3||l~>-<O0{|?3r3l$`_<G9F6CTAwg;!o&2$^E6bmW&Xjo>2GD~fRnO&B$&9GCpD3;pW
+            yL!aK-E}mUCewscC7~$ODJ4IdOXTzEXgrmR(^QV;rs8UprpaU?AI&G#Tso&jNg@`HDyf*7n@;5vaF^q*`{0rQkN
+            ;6cKyR~O00000000000002oKeAFa<T>m;EAJ^L#edjaDFJj{5C<L+1|C5J1K$JJ00000000000Q^5u6+*++(6Dg
+            SlN2REQ0xcGhYd8H$J6!4@yR`@@yI$BwHc4@p%YIp{`gxf+o8c~Xpk8Y<8Pdoh^8JkTINr@Ta`P{z#FQcoVl>ps
+            @Et{{jlBU&)l2zdUxHY@D07om&1Q$gZ_;N<7>YDKjfbm(D{Me0~?{YLSOHHr~gaAw}NuuoxoZDzgQ6f000000I=
+            V6^H?Y(40^(2)rmPl^hx}>Rf;F45=uIrNRkvemTx(VMR(=KJDGAuKI}!Vytgh_N-D7^UpDHl9(6wSN}+I$U0n;p
+            $FKFw7pK4Z?nZyVFzi9$G22$>B41Kl45aMJb*DsYt52EqqH(!dwtE5JB>mP-_=itkD1A2<>}NxP!e7Y>qU7TvAu
+            27h)y6W~WTd8sFPd%A;;xNt?ZNT2SAOsGLJc@QaCA65Xw#zHtCnT&8~=8CQyuh&oUT-lF+H|dy}1@GxrUZlyOvz
+            RP%bs=X<n+l9y^D(iEfp#(;gq6!5hu%i8o|CgOhl)Otx_>EOX0r&+}*a7+mOMBkV`v@Uur<t4NDcr0zU>HS;=OD
+            !kKah~43)2!&}dUlhN{wN$^{%X;1y3RlB(N5wu{N4pBer1o^n$cK%TxQR7sceF8Dv#~nV)9e`^kJs8fGxb?|=2+
+            >Yf*`y(yz}>*ui+b?#O-SJP5PdFBM5)^^z@&(rs`u-vv=&?w<~#2-f^s~4vQh@1m*szeaEzUDEV1>ND%(<{&)V#
+            &u!JqzB_7XkNe%x>Z8Ox`)G4;;&n$;^)U|{fyNo+=xJB;puEKG<m>-KNEgs2=x^vx=my$B@1x(MchN7=&(M$1by
+            frb00000000000Ki=lkOn;-`?heXUmEs!+`F#*^?WhdlrIMA`Ch+Y8uZ)AK9=gUQ@wVveb=kUF6K#}UCdKblPIq
+            kl!pDagMc*L=XcUh{C}Ru|2NSe(QD{3dJp{uy^Vf>&ZD28@1v{WH2?qr000000002EGego~*we9WCeMR^<Obs^5
+            B`x|NeMRPD}j1`&R<Uw9{q>v(Lb^S{ajByNqlyBE&Q(u%ZW_~gvb9OH~tTy8-f_TDWE5UH_@-bV*mgE00000@X&
+            y6h->>4U4KeEA`GIjF~0Mc|5Z^G?Pck-^@WsJea$lq4lJ2365f^Voe$*<mQVBlYdp)3GI&+Lq#N6MZOgk19^oxU
+            HuN)FI~lAS&W?*l9*=M}BiJIBXc=o3)^tqt9cL%F4gDGIN(NWTtfubNCaO9T!6PNI!$0_ICrsu^L$~M^E3={F#+
+            HLKj%1!^3!53?3!O*g2$n6AC^ScuOWf*}+5sLdG864>19b~4q)@;GQntdj*k?3m?uI;3-z{ytw6nov6*Oj8A~~I
+            oaLYGUTF@?2lefTF%d?JJm~0c)uQDy<$7|)A%)(LA*mh*sIe!NZHX;?DZZU!@al|_o)JJA~i|A^B*7k%Pbw49`l
+            bJNb%{oxoWGdnGxK)&+&LkT1nA72kGY>|sim69xTQV~F4XF>stl7}{ym5CEz|N9+KKt3fBeyTSu6dC#7!E7qphx
+            HvL_z9!*&@~c>ILtKoQX%|wk-;3?-cN@0B~%JX<1t0MPB|=%f_u+?DUM^-C6&Xg!q{qcJ}mhjca?;EZ+Ju13K|C
+            Q}>1Zn?L2x|3&mW_78o6K7_AO0000000000008(r-Rb*Kc(hx-z2Knp=7hJtKp-y(_G<{v5fuaIw%|n{2<QX!5&
+            HlD00000000000N^3TFNq!xI`Oh3IjN;3uUFt}1^BH1{_BV!pig0(0000000000007{B6QA%O>pQag
+        """,
+    }
+    CONFIG = {
+        "name": "order", "initial_state": "Open", "data": {"total": 0},
+        "states": {"Open": {}, "Paid": {}, "Late": {}, "Closed": {"final": True}},
+        "rules": [
+            {"from": "Open", "on": "add", "assign": {"total": {"+": ["$data.total", 5]}}},
+            {"from": "Open", "on": "pay", "guard": {"amount": {">=": "$data.total"}}, "to": "Paid"},
+            {"from": "Open", "after": "1h", "to": "Late"},
+            {"from": "Paid", "on": "ship", "to": "Closed"},
+        ],
+    }  # fmt: skip
+
+    @classmethod
+    def make(cls):
+        """Print a store as this version writes it."""
+        async def fill(path):
+            engine = FlexiFlowEngine(path, clock=Clock())
+            for name in ("closed", "open", "paid"):
+                engine.create_component(cls.CONFIG, name=name)
+                await engine.handle_message(name, "add", id="a")
+                await engine.handle_message(name, "pay", amount=1, id="b")
+            for name in ("closed", "paid"):
+                await engine.handle_message(name, "pay", amount=5, id="c")
+            await engine.handle_message("closed", "ship", id="d")
+            await engine.update_rules("paid", [{"from": "Paid", "on": "note"}])
+            await engine.send("open", "lost", id="e")
+            await engine.run(until_idle=True)
+            await engine.send("open", "add", id="f", delay=60)
+            await engine.close()
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "flow.db")
+            asyncio.run(fill(path))
+            with contextlib.closing(sqlite3.connect(path)) as db, db:
+                db.execute("UPDATE flexiflow_messages SET error=replace(error, ?, '')", [str(HERE)])
+            text = base64.b85encode(zlib.compress(Path(path).read_bytes(), 9)).decode()
+        indent = " " * 12
+        print(textwrap.fill(text, 99, initial_indent=indent, subsequent_indent=indent,
+            break_on_hyphens=False))
+
+    def lay_out(self, version):
+        content = zlib.decompress(base64.b85decode("".join(self.STORES[version].split())))
+        Path(self.path()).write_bytes(content)
+        return self.open()
+
+    async def test_there_is_one_of_each_schema(self):
+        self.assertEqual([*self.STORES], [*range(1, ff.SCHEMA_VERSION + 1)])
+
+    async def test_it_is_read_and_goes_on(self):
+        for version in self.STORES:
+            with self.subTest(version=version):
+                engine = self.lay_out(version)
+                self.assertEqual([[one[key] for key in ("name", "state", "seq", "data", "waiting",
+                    "dead", "completed")] for one in engine.status()], [
+                    ["closed", "Closed", 4, {"total": 5}, 0, 0, 1_000_000.0],
+                    ["open", "Open", 2, {"total": 5}, 1, 1, None],
+                    ["paid", "Paid", 4, {"total": 5}, 0, 0, None]])
+                self.assertEqual([(step["id"], step["outcome"], step["reason"])
+                    for step in engine.history("open")], [
+                    ("b", "blocked", 'rules[1] wants amount >= "$data.total" = 5 (saw 1)'),
+                    ("a", "stayed", None), ("", "created", None)])
+                receipt = await engine.handle_message("paid", "pay", amount=5, id="c")
+                self.assertEqual((receipt.outcome, receipt.seq, receipt.duplicate), ("moved", 3, True))
+                self.assertEqual((await engine.handle_message("paid", "note")).outcome, "stayed")
+                self.assertEqual([letter["id"] for letter in await engine.redrive()], ["e"])
+                self.clock.now += 3600
+                await engine.run(until_idle=True)
+                (facts,) = engine.status("open")
+                self.assertEqual((facts["state"], facts["data"], facts["seq"], facts["dead"],
+                    facts["timers"]), ("Late", {"total": 10}, 4, 1, []))
+                self.assertEqual([one["differences"] for one in engine.replay()], [[], [], []])
+                await engine.close()
+
+    async def test_a_newer_one_is_refused_and_left_alone(self):
+        engine = self.lay_out(max(self.STORES))
+        self.change(f"PRAGMA user_version={ff.SCHEMA_VERSION + 1}")
+        before = Path(self.path()).read_bytes()
+        error = self.raises(PersistenceError, engine.status)
+        self.assertEqual((error.what, Path(self.path()).read_bytes()),
+            (f"Store {self.path()!r} was written by a newer FlexiFlow", before))
 
 
 # ---- 13. Command line, in child processes
