@@ -863,7 +863,8 @@ def _is_own_failure(error: BaseException) -> bool:
 # --------------------------------------------------------------------------------------------
 # What a config may ask and compute: comparisons, sums of two numbers, a list with one item
 # more. Each is compiled once into a closure over a scope (message, data, component, state, id,
-# now). Only dicts and lists are looked into; nothing is called, imported or evaluated.
+# now). Only dicts and lists are looked into; nothing is evaluated; nothing is imported and called
+# but a guard that is a dotted path.
 
 MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "nothing", "__slots__": ()})()
 ROOTS = ("message", "data", "component", "state", "id", "now")
@@ -1428,7 +1429,7 @@ def collect_provided_keys(packs: Sequence[StatePack]) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------
 # A definition is a config compiled once, however many components run it. `decide` is pure: it
 # finds the rule that a message fires and works out everything that follows from it. It never
-# awaits, reads the clock, opens a file or logs; asked twice, it answers the same.
+# awaits, reads the clock, opens a file or logs; of equal scopes it says the same (it uses one up).
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -1875,12 +1876,12 @@ class _Walk:
                     error = ConfigError(f"Pack {pack!r} needs a state {lack!r}")
                     self._report(error, "warning", "packs")
             if not self.found.errors:
-                self.found.definition = self.definition()
+                self.found.definition = self._definition()
         except FlexiFlowError as error:
             self._report(error)
         return self.found
 
-    def definition(self) -> Definition:
+    def _definition(self) -> Definition:
         """Return what was compiled; only for a config without errors."""
         source = {key: self.config[key] for key in self.config if key not in ("name", "data")}
         classes = {node.cls for node in self.nodes.values() if not node.declared}
@@ -2436,7 +2437,8 @@ SCHEMA_VERSION = 1
 # time of its entry; owner, lease: whose engine runs its code, and until when. journal: receipt is
 # [outcome, from, to, reason]; data: where it changed; prior: crc of the row before. messages:
 # queue, timers and dead letters; place: order of delivery, once it is due; state, rule: of a
-# timer; error: of the last attempt, {error, traceback, state}; dead: when it was given up.
+# timer; error: of the last attempt, {error, traceback, state, attempts}; dead: when it was given
+# up.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_definitions(hash TEXT PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS flexiflow_components(name TEXT PRIMARY KEY, definition TEXT NOT NULL,
@@ -2729,7 +2731,7 @@ class SQLiteStore:
     def damaged(self, what: str, **where: Any) -> PersistenceError:
         """Return the error for a row that is not as it was written."""
         return PersistenceError(f"Store {self.path!r} is damaged: {what}",
-            why="a checksum does not fit", fix="restore a backup", **where)
+            why="it is not as it was written", fix="restore a backup", **where)
 
     # ---- views: what is read, each row checked
 
@@ -2806,18 +2808,18 @@ class SQLiteStore:
             entries.append(entry)
         return entries
 
-    def message_rows(self, now: float, component: str, id: str, *values: Any) -> list[Row]:
-        """Return what puts a message into the queue: again the same adds nothing.
+    def message_rows(self, now: float, component: str, id: str, correlation_id: str | None,
+            text: str, due: float, state: str | None = None, rule: int | None = None) -> list[Row]:
+        """Return what puts a message, or the timer of a state, into the queue.
 
-        `values`: correlation id, text, due time, and of a timer its state and rule. Another
-        message of the same id is an error of the write.
+        Again the same adds nothing; another message of the same id is an error of the write.
         """
-        fields = (component, id, *values, *(None,) * (5 - len(values)))
+        fields = (component, id, correlation_id, text, due, state, rule)
         insert = (f"INSERT INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent)"
             " SELECT ?,?,?,?,?,?,?,?,? WHERE NOT EXISTS (SELECT 1 FROM flexiflow_messages"
             " WHERE component=? AND message_id=? AND message=?)")
-        rows = [(insert, (*fields, checksum(*fields), now, component, id, fields[3]))]
-        return [*rows, (_GIVE_PLACES, (now,))] if fields[4] <= now and len(values) == 3 else rows
+        rows: list[Row] = [(insert, (*fields, checksum(*fields), now, component, id, text))]
+        return [*rows, (_GIVE_PLACES, (now,))] if due <= now and state is None else rows
 
     def sealed(self, row: Json) -> Json:
         """Return a row of the queue with its message decoded, if it is as it was written."""
@@ -2843,9 +2845,9 @@ class SQLiteStore:
 # --------------------------------------------------------------------------------------------
 # 11. Component and engine: turns, receipts, delivery, timers
 # --------------------------------------------------------------------------------------------
-# A component takes one message at a time, in the task of whoever sends it. A turn decides, acts,
-# commits, announces; what goes wrong before the commit leaves everything as if the message had
-# not come. A message sent from within a component's own turn waits in the queue until that turn
+# A component takes one message at a time, in the task of whoever hands it over. A turn decides,
+# acts, commits, announces; what goes wrong before the commit leaves everything as if the message
+# had not come. A message sent from within a component's own turn waits in the queue until that turn
 # is over, so nothing nests and nothing deadlocks. Code runs under a claim, so that no other
 # process runs it for the same message; rules alone are only checked when they are committed.
 
@@ -2891,8 +2893,8 @@ class Receipt(namedtuple("Receipt",
     """What became of a message; true if it was accepted.
 
     `outcome` is moved, stayed, blocked (its guards were false), ignored (not accepted in this
-    state), unknown (declared nowhere) or queued. `seq` counts the messages that the component
-    has answered, `data` is its data afterwards. A `duplicate` repeats an earlier receipt.
+    state), unknown (declared nowhere) or queued. `seq` is the component's version, and the number
+    of its journal row, `data` its data afterwards. A `duplicate` repeats an earlier receipt.
     """
 
     __slots__ = ()
@@ -2961,7 +2963,7 @@ class Turn(Context):
     live = True  # until the component takes the next message
     over = False  # committed, or failed
     claimed = False  # the component, for this process alone
-    id: str | None = None  # the message's, and in a store
+    id: str | None = None  # the message's; in a store a new one, where it has none
     text = ""  # its payload
     data: Json | None = None  # a copy of `base`, once code has asked for it
     kept: Any = None  # the state object that was asked, and its attributes before
@@ -3134,8 +3136,8 @@ class Turn(Context):
         name, store = self.component.name, self.engine.store
         if store is not None:
             await store.settled()
-        found = store.journal(name, 1, "message_id=?", (self.id,)) if store else None
-        if not store or not found:
+        found = store.journal(name, 1, "message_id=?", (self.id,)) if store else []
+        if not found:
             if self._queued():
                 return None
             return Receipt("ignored", name, self.id, self.leaf, self.leaf, self.component.seq,
@@ -3210,7 +3212,7 @@ class Turn(Context):
             plan = decide(definition, self.leaf, self.scope(self.leaf), timer)
         plan.state = self.state
         if plan.passage is not None and plan.outcome == "moved":
-            plan.state = plan.passage.node.instance or plan.passage.node.create()
+            plan.state = plan.passage.node.create()
         return plan
 
     def scope(self, leaf: str) -> Scope:
@@ -3784,10 +3786,10 @@ class AsyncComponent:
 def _compile(config: Json, registry: StateRegistry,
         allow_imports: Sequence[str] | None) -> Definition:
     """Return the definition of a config whose states are those of `registry` and its own."""
-    walk = _Walk(config, registry=registry, allow_imports=allow_imports)
-    if walk.problems().errors:
-        raise _as_error(walk.found.errors, None)
-    return walk.definition()
+    found = _Walk(config, registry=registry, allow_imports=allow_imports).problems()
+    if found.errors:
+        raise _as_error(found.errors, None)
+    return found.definition  # type: ignore[no-any-return]
 
 
 def _message(message: str | Json, fields: Json) -> Json:
@@ -3824,9 +3826,8 @@ def _decided_again(definition: Definition, then: Definition, name: str, leaf: st
         if rule is None:
             return ["ignored", leaf, leaf], data
         timer = definition.candidate(leaf, rule, owner)
-    scope = {"message": {**message, "id": entry["id"], "correlation_id": entry["correlation_id"]},
-        "data": data, "component": name, "state": leaf, "id": entry["id"], "now": entry["time"],
-        "self": None}
+    scope = {"message": message_of(entry), "data": data, "component": name, "state": leaf,
+        "id": entry["id"], "now": entry["time"], "self": None}
     try:
         plan = decide(definition, leaf, scope, timer)
     except FlexiFlowError:
@@ -4341,16 +4342,15 @@ class FlexiFlowEngine:
         Each has number, component, id, correlation_id, message (text where it is damaged),
         attempts, error, traceback (its end), state (at the failure), sent and dead (epoch seconds).
         """
-        where = "dead IS NOT NULL AND component IS NOT ?" if name is None else (
-            "dead IS NOT NULL AND component=?")
-        letters = self.queue.messages(f"{where} ORDER BY number LIMIT COALESCE(?, -1)",
-            (name, limit))
+        letters = self.queue.messages(
+            f"dead IS NOT NULL AND component IS{' NOT' * (name is None)} ?"
+            " ORDER BY number LIMIT COALESCE(?, -1)", (name, limit))
         keys = "number component id correlation_id message attempts sent dead".split()
         for letter in letters:
             with contextlib.suppress(ValueError):
                 letter["message"] = json.loads(letter["message"])
-            letter["facts"] = json.loads(letter["error"] or "{}")
-        return [{**{key: letter[key] for key in keys}, **letter["facts"]} for letter in letters]
+        return [{**{key: letter[key] for key in keys}, **json.loads(letter["error"] or "{}")}
+            for letter in letters]
 
     async def redrive(self, *numbers: int, name: str | None = None) -> list[Json]:
         """Give dead letters back to the queue, as new: those numbers, a component's, or all.
