@@ -2445,6 +2445,8 @@ CREATE TABLE IF NOT EXISTS flexiflow_components(name TEXT PRIMARY KEY, definitio
     state TEXT NOT NULL, attributes TEXT, data TEXT NOT NULL, seq INTEGER NOT NULL,
     since TEXT NOT NULL, completed REAL, crc INTEGER NOT NULL, owner TEXT, lease REAL)
     WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS flexiflow_components_owner ON flexiflow_components(owner)
+    WHERE owner IS NOT NULL;
 CREATE TABLE IF NOT EXISTS flexiflow_journal(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
     seq INTEGER NOT NULL, message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL,
     receipt TEXT NOT NULL, data TEXT, time REAL NOT NULL, prior INTEGER NOT NULL,
@@ -2459,6 +2461,7 @@ CREATE INDEX IF NOT EXISTS flexiflow_messages_place ON flexiflow_messages(place)
     WHERE place IS NOT NULL;
 """
 BUSY_LIMIT = 30.0  # seconds that a write waits for other processes
+LOG_LIMIT = 1 << 24  # bytes that the write-ahead log keeps when a long reader has ended
 SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
 # What the checksums of a component, a journal row and a message are made from, in this order.
 _HEAD = ("definition", "state", "attributes", "data", "seq", "since", "completed")
@@ -2496,6 +2499,11 @@ def _pause() -> float:
     return random.uniform(0.0005, 0.02)
 
 
+def _fits(crc: Any, *parts: Any, start: Any) -> bool:
+    """Tell whether a row is as it was written; `start` is the crc of the one before it."""
+    return isinstance(start, int) and checksum(*parts, start=start) == crc
+
+
 def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
@@ -2527,6 +2535,11 @@ class SQLiteStore:
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path!r}>"
+
+    def __del__(self) -> None:
+        connection = getattr(self, "_connection", None)
+        if connection is not None and self._process == os.getpid():
+            connection.close()
 
     def close(self) -> None:
         """Close the file; a write that still waits fails."""
@@ -2564,9 +2577,14 @@ class SQLiteStore:
         COMMIT the outcome is unknown, and the same message id may be sent again.
         """
         loop = asyncio.get_running_loop()
-        if self._loop is not loop and self._waiting:
-            raise PersistenceError(f"Store {self.path!r} is in use by another event loop")
-        self._loop, future = loop, loop.create_future()
+        if self._loop is not loop:
+            if self._flushing and self._loop.is_running():
+                raise PersistenceError(f"Store {self.path!r} is in use by another event loop",
+                    fix="make an engine of its own in each thread")
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")  # left behind by a loop that is over
+            self._loop, self._waiting, self._flushing = loop, [], False
+        future = loop.create_future()
         self._waiting.append(types.SimpleNamespace(
             check=check, rows=rows, done=done, future=future, answer=None))
         if not self._flushing:
@@ -2581,6 +2599,15 @@ class SQLiteStore:
 
     def _flush(self, since: float = 0.0) -> None:
         """Carry out and commit all that waits, or come back when the file is free."""
+        try:
+            self._carry_out(since)
+        except BaseException:  # Ctrl-C in the middle: who waits is cancelled, or carried out now
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            self._loop.call_soon(self._flush)
+            raise
+
+    def _carry_out(self, since: float) -> None:
         batch = self._waiting = [write for write in self._waiting if not write.future.done()]
         self._flushing = bool(batch)
         if not batch:
@@ -2680,10 +2707,11 @@ class SQLiteStore:
         """Check the schema's version, or make the schema where there is none."""
         journal = "journal_mode" if self.readonly else "journal_mode=WAL"
         for pragma in ("trusted_schema=OFF", "cell_size_check=ON", journal,
-                f"synchronous={self.synchronous}"):
+                f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
             self._insist(db.execute, f"PRAGMA {pragma}")
         (version,) = self._insist(db.execute, "PRAGMA user_version")
-        ours = db.execute("SELECT 1 FROM sqlite_master WHERE name='flexiflow_journal'").fetchone()
+        tables = {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")}
+        ours = any(sql and "flexiflow_" in sql for sql in tables)
         if (version == 0 and self.readonly) or (version and not ours):
             raise PersistenceError(f"Not a store: {self.path!r}",
                 why="it is a database of something else" if version else "it is empty",
@@ -2692,6 +2720,9 @@ class SQLiteStore:
             raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
                 fix="use the newer flexiflow.py")
+        schema = {*_SCHEMA.replace("IF NOT EXISTS ", "").strip(";\n").split(";\n")}
+        if version and not schema <= tables:
+            raise self.damaged("its schema")
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
@@ -2770,7 +2801,7 @@ class SQLiteStore:
         head = dict(zip(_HEAD, values), name=name, chain=chain, crc=crc)
         if found is None:
             raise self.damaged(f"component {name!r} has only a history", component=name)
-        if chain is None or checksum(name, *values, start=chain) != crc or head["seq"] != last_seq:
+        if not _fits(crc, name, *values, start=chain) or head["seq"] != last_seq:
             raise self.damaged(f"component {name!r}", component=name)
         head["data_text"] = head["data"]
         for key in ("data", "since", "attributes"):
@@ -2780,7 +2811,7 @@ class SQLiteStore:
     def definition(self, hash: str) -> Json:
         """Return the source of a stored definition."""
         found = self.rows("SELECT body FROM flexiflow_definitions WHERE hash=?", (hash,))
-        if not found or hashlib.sha256(found[0][0].encode()).hexdigest() != hash:
+        if not found or hashlib.sha256(str(found[0][0]).encode()).hexdigest() != hash:
             raise self.damaged(f"definition {hash[:12]}")
         return json.loads(found[0][0])  # type: ignore[no-any-return]
 
@@ -2796,7 +2827,7 @@ class SQLiteStore:
         expected = None  # seq and crc of the row before, where none is left out
         for *fields, prior, crc, number in found:
             entry = dict(zip(_ENTRY, fields), number=number)
-            if checksum(*fields, start=prior) != crc:
+            if not _fits(crc, *fields, start=prior):
                 raise self.damaged(f"journal row {number}", component=fields[0], seq=fields[1])
             if whole and expected not in (None, (entry["seq"], crc)):
                 raise self.damaged(f"history of {component!r} has a gap", seq=entry["seq"])
@@ -4246,8 +4277,9 @@ class FlexiFlowEngine:
             return
         begun = row.pop("claimed", False)  # and counted then
         rows = self._release(row["component"]) if begun else []
-        found = self.queue.messages("component=? AND message_id=? AND dead IS NULL",
-            (row["component"], row["id"]))
+        known = ("number=?", (row["number"],)) if "number" in row else (
+            "component=? AND message_id=?", (row["component"], row["id"]))
+        found = self.queue.messages(f"{known[0]} AND dead IS NULL", known[1])
         if not found:
             await self.queue.write(None, rows)
             return
@@ -4297,7 +4329,7 @@ class FlexiFlowEngine:
         self._renewal = None
         until, claims = self.clock() + LEASE, [*self._claims]
         if claims:
-            self.store.write(None, [(_RENEW, (until, name, self.id)) for name in claims])
+            self._write_unwaited([(_RENEW, (until, name, self.id)) for name in claims])
             self._hold(claims[0])
 
     def _release(self, name: str) -> list[Row]:
@@ -4309,7 +4341,15 @@ class FlexiFlowEngine:
         """Let go of a queued message whose attempt was broken off, and does not count."""
         if row.pop("claimed", False):
             count = (_COUNT, (-1, row["component"], row["id"]))
-            self.store.write(None, [count, *self._release(row["component"])])
+            self._write_unwaited([count, *self._release(row["component"])])
+
+    def _write_unwaited(self, rows: list[Row]) -> None:
+        """Write what nobody waits for; where that fails, the lease ends by itself."""
+        def told(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                self.logger.warning("A claim was not written", exc_info=done.exception())
+
+        self.store.write(None, rows).add_done_callback(told)
 
     # ---- sleeping
 
@@ -4349,8 +4389,7 @@ class FlexiFlowEngine:
         for letter in letters:
             with contextlib.suppress(ValueError):
                 letter["message"] = json.loads(letter["message"])
-        return [{**{key: letter[key] for key in keys}, **json.loads(letter["error"] or "{}")}
-            for letter in letters]
+        return [{**{key: letter[key] for key in keys}, **_recorded(letter)} for letter in letters]
 
     async def redrive(self, *numbers: int, name: str | None = None) -> list[Json]:
         """Give dead letters back to the queue, as new: those numbers, a component's, or all.
@@ -4495,9 +4534,17 @@ class FlexiFlowEngine:
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
 
 
+def _recorded(row: Json) -> Json:
+    """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
+    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
+        found = json.loads(row["error"])
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def _failures(row: Json) -> int:
     """Return how many of the attempts at a message of the queue have failed, and not died."""
-    return json.loads(row["error"] or "{}").get("attempts", 0)  # type: ignore[no-any-return]
+    return int(_recorded(row).get("attempts", 0))
 
 
 class _Delivery:
