@@ -2901,9 +2901,8 @@ _NEW_ENTRY = (
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
 # A message without a place is dead, or put off: by another worker, where this one had read it.
-_QUEUED = ("SELECT rule FROM flexiflow_messages WHERE component=? AND message_id=?"
-    " AND place IS NOT NULL")
-_UNQUEUE = "DELETE FROM flexiflow_messages WHERE component=? AND message_id=?"
+_QUEUED = "SELECT rule FROM flexiflow_messages WHERE place IS NOT NULL AND"
+_UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
     " AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
@@ -2966,6 +2965,13 @@ def payload(message: Json) -> Json:
     if not any(key in message for key in _ENVELOPE):
         return message
     return {key: value for key, value in message.items() if key not in _ENVELOPE}
+
+
+def _of_row(sql: str, row: Json) -> Row:
+    """Complete a statement's WHERE: a row of the queue, by its number where that is known."""
+    if "number" in row:
+        return f"{sql} number=?", (row["number"],)
+    return f"{sql} component=? AND message_id=?", (row["component"], row["id"])
 
 
 def message_of(row: Json) -> Json:
@@ -3177,7 +3183,7 @@ class Turn(Context):
         if _encode(entry["message"]) != self.text:
             raise id_taken(name, self.id, first=entry["message"].get("type"))
         if self.row is not None:
-            await store.write(None, [(_UNQUEUE, (name, self.id))])
+            await store.write(None, [_of_row(_UNQUEUE, self.row)])
         await self.refresh()
         last = store.journal(name, 1, "data IS NOT NULL AND seq<=?", (entry["seq"],))
         later = last or store.journal(name, 1, "data IS NOT NULL")
@@ -3188,7 +3194,7 @@ class Turn(Context):
         """Tell whether the message still waits in the queue, if that is where it comes from."""
         if self.row is None or self.engine is _ALONE:
             return True
-        found = self.engine.queue.rows(_QUEUED, (self.component.name, self.row["id"]))
+        found = self.engine.queue.rows(*_of_row(_QUEUED, self.row))
         for (self.row["rule"],) in found:  # which a change of rules may have given another number
             return True
         return False
@@ -3364,7 +3370,7 @@ class Turn(Context):
                 raise StateError(
                     f"{name!r} sends or waits without an engine", fix="engine.register(it)")
             return []
-        rows = [] if self.row is None or plan is None else [(_UNQUEUE, (name, self.id))]
+        rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
         if passage and definition.has_timers:
             gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
             rows += [(_NO_TIMERS, (name, owner)) for owner in gone]
@@ -3802,7 +3808,7 @@ class AsyncComponent:
                 text = _timer_message(changed.by_number[kept], owner)
                 rows.append(queue.change_message(row, rule=kept, state=owner, message=text))
             elif row["dead"] is None:
-                rows.append((_UNQUEUE, (self.name, row["id"])))
+                rows.append(_of_row(_UNQUEUE, row))
             else:  # it may be given back, and must not find another rule at its number
                 rows.append(queue.change_message(row, rule=None, state=owner))
         scope, back = turn.scope(node.name), {new: old for old, new in changed.renamed.items()}
@@ -4220,7 +4226,7 @@ class FlexiFlowEngine:
 
         The id of a timer stands in `status`. A dead letter stays.
         """
-        sql = f"{_UNQUEUE} AND dead IS NULL"
+        sql = f"{_UNQUEUE} component=? AND message_id=? AND dead IS NULL"
         return bool(await self.queue.write(lambda execute: execute(sql, (name, id)).rowcount, ()))
 
     async def wait(self, name: str, *states: str, timeout: float | None = None) -> AsyncComponent:
@@ -4277,9 +4283,7 @@ class FlexiFlowEngine:
             return
         begun = row.pop("claimed", False)  # and counted then
         rows = self._release(row["component"]) if begun else []
-        known = ("number=?", (row["number"],)) if "number" in row else (
-            "component=? AND message_id=?", (row["component"], row["id"]))
-        found = self.queue.messages(f"{known[0]} AND dead IS NULL", known[1])
+        found = self.queue.messages(*_of_row("dead IS NULL AND", row))
         if not found:
             await self.queue.write(None, rows)
             return
@@ -4356,7 +4360,7 @@ class FlexiFlowEngine:
     def _next_due(self) -> float:
         """Return when the next message or timer comes due that has no place yet."""
         sql = f"SELECT MIN(due) FROM flexiflow_messages WHERE {_NOT_PLACED}"
-        return next((due for (due,) in self.queue.rows(sql) if due is not None), math.inf)
+        return next((due for (due,) in self.queue.rows(sql) if _is_number(due)), math.inf)
 
     async def _sleep(self, limit: float, *tasks: Any) -> None:
         """Sleep until a task is done, something is sent or due, but no longer than `limit`.
@@ -5129,10 +5133,8 @@ class _Intake:
             hint("reading messages, a JSON object a line; end with Ctrl-D")
         rest, chunk = b"", b"..."
         while chunk:
-            before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
-            await asyncio.sleep(0)  # so what was cancelled before it must end here
+            await _readable(stdin)
             chunk = stdin.buffer.read1(CHUNK)
-            _on_interrupt(before)
             *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
             rest = rest[:MAX_JSON + 1]  # a longer line is refused anyway
             await self.take(lines)
@@ -5303,7 +5305,7 @@ def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     "--until-idle --concurrency --allow-import")
 async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     dead: list[Any] = []
-    start, seen, loop = time.monotonic(), itertools.count(1), asyncio.get_running_loop()
+    start, seen = time.monotonic(), itertools.count(1)
 
     def finish() -> None:
         engine._stopping = True
@@ -5313,8 +5315,7 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
-    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; another thread
-        loop.add_signal_handler(signal.SIGTERM, finish)
+    _on_signal(signal.SIGTERM, finish)
     work = asyncio.ensure_future(
         engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
     try:
@@ -5402,9 +5403,8 @@ async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
         if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError("Nobody to ask: stdin is no terminal", fix="add --yes")
         put(f"Remove {printable(args.NAME)}, history and all? [y/N] ", sys.stderr, "", flush=True)
-        before = _on_interrupt(signal.default_int_handler)  # a read cannot be cancelled
+        await _readable(sys.stdin)
         agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
-        _on_interrupt(before)
     if agreed:
         await engine.remove(args.NAME)
     text = f"{args.NAME} removed" if agreed else f"{args.NAME} stays"
@@ -5491,12 +5491,11 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     log.addFilter(_brief)
     engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
     task: Any = asyncio.current_task()
-    before = _on_interrupt(lambda *_: task.get_loop().call_soon_threadsafe(task.cancel))
+    _on_signal(signal.SIGINT, task.cancel)
     try:
         return await args.command.run(args, engine)
     finally:
         await engine.close()
-        _on_interrupt(before)
 
 
 def _brief(record: logging.LogRecord) -> bool:
@@ -5507,10 +5506,21 @@ def _brief(record: logging.LogRecord) -> bool:
     return _one_line.filter(record)
 
 
-def _on_interrupt(action: Any) -> Any:
-    """Set what Ctrl-C does, and return what it did before; only the main thread can."""
-    with contextlib.suppress(ValueError, TypeError):
-        return signal.signal(signal.SIGINT, action)
+def _on_signal(number: int, action: Any) -> None:
+    """Let the loop act on a signal until it is closed."""
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; not the main thread
+        asyncio.get_running_loop().add_signal_handler(number, action)
+
+
+async def _readable(stdin: Any) -> None:
+    """Wait until stdin can be read: reading itself would not notice that it is cancelled."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.suppress(NotImplementedError, OSError, ValueError):  # Windows; a file
+        loop.add_reader(stdin, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(stdin)
 
 
 def main(argv: list[str] | None = None) -> int:

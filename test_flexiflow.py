@@ -13209,43 +13209,46 @@ class OldStores(Torture):
     # printed when it was new; then it stays. A file, compressed, in base 85.
     STORES = {
         1: """
-            c-rlqO>7&-6@ZuAr6iJ~#swlMLR)084k9t4C6eNg#6WIjn@N<ak|ImB1<96&yF+VZa+g^yEvt%(vW^WD2m<)fUi
-            ybzTJ+FE(^LL>DNyuQBs~=^S`-Kn_t3y88o+3J=*;f&pR#Jph~xHsu*BK<dGF1<S!&<ztmpI#^O{9*-Y|>A!jr-
-            g!Rr;C##j&pFZ&4!4SLv*)O74|f9`}=7*{+YbXy4Yy&<3{(9c7E3BDKlL1@kYaqw0D^DGkp00000;6SQ_f!?8+n
-            5R0Y=_<XFFVHJmzF=%`7HPRmF4FR5sX!FknIAm4oSj|C;<<%W*|T`Rc6f22OWCMh77k#>ndh?0S?pAvJB=3>SMb
-            8>{CxFsfA7#Vv+L4+cBz#vRs{~SinZFuCRP%`dZn17W_Qb&Rd{yc6jmuwYZ+G`?d=_k#XQ&6Es`sAF{m@A&oyyn
-            _QZU)n<0)3tP3mIXS2(AX?gBzv&(DvtJ$>(R*YiF(5Y_WmF(G-`e;RLgIx)mn%Y*%nwcgo5KA-kT4|(Ky}d3UA!
-            gxxoA9zlEb6v2D+OA!FH#$!+99zlS}a-RdIxH9@Tu%Gv#awfI2ys!G!4^{=1AvVYSrqDGtXo8n@Wec2wq*7dto&
-            @S|5{0(+GsaC;NJa&cr-|J%7qC71)LOCaGA4eZ1LaYQ#G8{8xQa@6g1A=h}3ee_u2zrcMeS8NPkI>lWX;bIbIlE
-            <<o%TyD!ZsY11q)iE20Mcl@gR&1XcxMXUE*=d(8@xOH%>sk09XU_KY46RNa>`Zr<H{%^yy|cc%6A|mk>iPC5v3D
-            q$^t>|GHXG_zm%HUj`^<?(jZvKxU9Ysv2$kkFUE@CNIwk6-WYhSv)6dj$6^oW#x79t^RH^G^a%5_{LObVDu~eWI
-            z4Pg4Z0poLr*VOjvNKuS@6x%I=N4C2@bcoBxl>ii(>s(-d#WRC!`SF<xof6(pMh+uGP*^|TU|ynXQ(@^-3rfndx
-            p-X51tTB(wiqmQ?|(dkoNJvrXe1r_y0;5D6(Gw0000000000pIfd*yuNDa+PWH#(exChQ*k9ZP2y8IC7DP>^XXV
-            Rmr!ykWik<)j;CYlq#8|;=u|pR^J;1`J{gTo=4n1Txhva&5sRVi2vyF=izTYd5t-jND$AMmU73{2+C^Q??8=s5k
-            pfSQu>$#V9<7c$d6DF~y}gK>H;rOLguxogL{;Uz$ZlKF#R@T1E{PP4if-}L@flX!ERzegMU==6YhoEJxkNNa9LZ
-            bMWErt7xm~SYah`XkNw3||l~>-<O0{|?3r3l$`_<G9F6CTAwg;!o&2$^E6bmW&Xjo>2GD~fRnO&B$&9GCpD3;pW
-            yL!aK-E}mUCewscC7~$ODJ4IdOXTzEXgrmR(^QV;rs8UprpaU?AI&G#Tso&jNg@`HDyf*7n@;5vaF^q*`{0rQkN
-            ;6cKyR~O00000000000002oKeAFa<T>m;EAJ^L#edjaDFJj{5C<L+1|C5J1K$JJ00000000000Q^5u6+*++(6Dg
-            SlN2REQ0xcGhYd8H$J6!4@yR`@@yI$BwHc4@p%YIp{`gxf+o8c~Xpk8Y<8Pdoh^8JkTINr@Ta`P{z#FQcoVl>ps
-            @Et{{jlBU&)l2zdUxHY@D07om&1Q$gZ_;N<7>YDKjfbm(D{Me0~?{YLSOHHr~gaAw}NuuoxoZDzgQ6f000000I=
-            V6^H?Y(40^(2)rmPl^hx}>Rf;F45=uIrNRkvemTx(VMR(=KJDGAuKI}!Vytgh_N-D7^UpDHl9(6wSN}+I$U0n;p
-            $FKFw7pK4Z?nZyVFzi9$G22$>B41Kl45aMJb*DsYt52EqqH(!dwtE5JB>mP-_=itkD1A2<>}NxP!e7Y>qU7TvAu
-            27h)y6W~WTd8sFPd%A;;xNt?ZNT2SAOsGLJc@QaCA65Xw#zHtCnT&8~=8CQyuh&oUT-lF+H|dy}1@GxrUZlyOvz
-            RP%bs=X<n+l9y^D(iEfp#(;gq6!5hu%i8o|CgOhl)Otx_>EOX0r&+}*a7+mOMBkV`v@Uur<t4NDcr0zU>HS;=OD
-            !kKah~43)2!&}dUlhN{wN$^{%X;1y3RlB(N5wu{N4pBer1o^n$cK%TxQR7sceF8Dv#~nV)9e`^kJs8fGxb?|=2+
-            >Yf*`y(yz}>*ui+b?#O-SJP5PdFBM5)^^z@&(rs`u-vv=&?w<~#2-f^s~4vQh@1m*szeaEzUDEV1>ND%(<{&)V#
-            &u!JqzB_7XkNe%x>Z8Ox`)G4;;&n$;^)U|{fyNo+=xJB;puEKG<m>-KNEgs2=x^vx=my$B@1x(MchN7=&(M$1by
-            frb00000000000Ki=lkOn;-`?heXUmEs!+`F#*^?WhdlrIMA`Ch+Y8uZ)AK9=gUQ@wVveb=kUF6K#}UCdKblPIq
-            kl!pDagMc*L=XcUh{C}Ru|2NSe(QD{3dJp{uy^Vf>&ZD28@1v{WH2?qr000000002EGego~*we9WCeMR^<Obs^5
-            B`x|NeMRPD}j1`&R<Uw9{q>v(Lb^S{ajByNqlyBE&Q(u%ZW_~gvb9OH~tTy8-f_TDWE5UH_@-bV*mgE00000@X&
-            y6h->>4U4KeEA`GIjF~0Mc|5Z^G?Pck-^@WsJea$lq4lJ2365f^Voe$*<mQVBlYdp)3GI&+Lq#N6MZOgk19^oxU
-            HuN)FI~lAS&W?*l9*=M}BiJIBXc=o3)^tqt9cL%F4gDGIN(NWTtfubNCaO9T!6PNI!$0_ICrsu^L$~M^E3={F#+
-            HLKj%1!^3!53?3!O*g2$n6AC^ScuOWf*}+5sLdG864>19b~4q)@;GQntdj*k?3m?uI;3-z{ytw6nov6*Oj8A~~I
-            oaLYGUTF@?2lefTF%d?JJm~0c)uQDy<$7|)A%)(LA*mh*sIe!NZHX;?DZZU!@al|_o)JJA~i|A^B*7k%Pbw49`l
-            bJNb%{oxoWGdnGxK)&+&LkT1nA72kGY>|sim69xTQV~F4XF>stl7}{ym5CEz|N9+KKt3fBeyTSu6dC#7!E7qphx
-            HvL_z9!*&@~c>ILtKoQX%|wk-;3?-cN@0B~%JX<1t0MPB|=%f_u+?DUM^-C6&Xg!q{qcJ}mhjca?;EZ+Ju13K|C
-            Q}>1Zn?L2x|3&mW_78o6K7_AO0000000000008(r-Rb*Kc(hx-z2Knp=7hJtKp-y(_G<{v5fuaIw%|n{2<QX!5&
-            HlD00000000000N^3TFNq!xI`Oh3IjN;3uUFt}1^BH1{_BV!pig0(0000000000007{B6QA%O>pQag
+            c-rlqZ)hCH6~OoYNV+@Sc}zi7L<t$zA=2TKe0z6$e^iu2w$F~JBFnOblUlZz-JP}0y4$_%?nM@gK3trH(n4v;hf
+            +cdrBG<0B}pMPgtp{MXuq_yw4d72LIY_@D4~#IXds>0y+5nd$#yIg$Laf_)6LGG_ujlWyYlSpc+Z`kuQ(Lzrd1;
+            j&I*TxU{H7zV?hvt>=PHd46#qxcN}PaZbVR+QUeKeT^NphPCyT#A1D5rcw|_Le;9u~dN%f6<VP$U00000fV)m}W
+            O!(FMhZ0NDuza{>Q#ERqF2q$wHmc;a+%s|^(s;6-u(E9rSj}@8P6@8EI)zwYlqJ)^eLNg%aSq7IR99Asf@kKbLa
+            5FnPt4NGC$vZFg7$=Vs>rpXP4IKW7Y7@tYWS9v5A$Wu+gX~)aq{;vkK2HoWvR>T07&~eUYJ2NeVoF!68buk3oBL
+            qAe4bXOGX9`x)Zdz`C$pK3!hIi%WBl&n`WQzf^uQg;ldwHw|hyc)9$<a>rXK*Wi|fwTjkL%9>dgtrDkV8tu|lyL
+            xY3?jdI3e2;M3Ar5V|v>H{~wlCH8Q2UTL4z1N4yVHTT9DK5TYIbFQ8K+a2T9#>f(md(BOS`pte&%`1eoNgWE`?V
+            X=FYB^Cptb!`8<$Jo`?>Po|giGJAUk^s_Y-WYoy_r?(tfmp&{+fi(MNS7#clxEbx4(C%#wAhGmfIo{YhLqT4FI{
+            ova4sXi{aBO!O?TU4c$y0d3A5QnrHJC$1R$iQ{0Vp@CcawXns&{)rsHw)(M(BSCGv6~08<>s}_o~+31;Kvgo?a3
+            Ny-X9(sos|R4vppB3j@9;>xoJ?VU&+8em!{sfyDv}O(h0ZJe`)fn`!1T#o(v6*%5vbjqdlXwE2Upvc%L!r(`}Gi
+            Yt-x-u^QDYMum^DzC*Ti$?(OWT^_88(r~EV8djYV=Bw0quzNBqhD!I2^;*439eU%-h376$X_XS&8_X?-&MiN7W@
+            Q;KojE^uvKbBxjTQ=l=6H`AyWO?>W(N0hq_4`vI<eRLcv3O7t=-*9&IJcYFBWb-V13g4gVvWFVt?o({I7k2PtxP
+            R5DwMYF8}}l000000Dw;|*HXcOX5#q^T1KLUBBjNQDwjy6sHk!-m(~kXLCL8~Ud`sDQl=njSuLF>>0%*6buFLGW
+            Ybbsr@EZo7Tt*vo8!APRB>87Q>TWQ68U{CTb#bIEfU+VTsFk%ZP76uQss%GtU!E_&sL|ryp()#XD21<mRakHFj*
+            s!Xqvc_+U_a3+#r_5C6SuhFdUwGc!m}GWpaV8h&tI~O&pUY7fHnvM|6i;EJIosd)2xX=Xqy*dfkRCdG>mx-mZ6|
+            YT8uWucl#gDHl_s>l~Y#*=oR2Y)Z+!;aCmIEOix5Z?lwZhMRIlvDD7awZj1(t|L-`lnAA2PE|{JRnICpT`#0Fc_
+            l;h3RQ|3Elmp~o72;}tSJRWO_Q9INvnBDQ%ZS7g>ZS{x&tAJ@%cY$2<Q#=3jhEB000000001hJ4ZR(Oau;k&nkG
+            5Nr@ixR!R&#Cxi~ggNNcMcIX=r8UO$Q000000D%7on!&_aGchI{3CN)VK~UWV<%3Qzy=CdnGQ7MK?k-hJX_u+=4
+            m$p*AbfQAZ(rO@j5HG?%mj(=HLsJ3cF=h;U+dnj-dp|dDo?(-a9R+yx|&(%%{ny>+I7C(?$aFHZmqy~H4DO5>L0
+            $$T>s47iaB5Z7Y@VN2LJ#700000004l`GJOAkBJytmT{?9A(3cZGODx4-i+_Ij)#3YMFURJi@3A5P00000fP0+g
+            W+EYs1d>OeJv}Fc2Eu%eDV)n@q+Gs0^Ljo%sTWEz&1ofB&PlmRDZMQ!R5vZY&-9>6LSjnn{x3{S-a!|)#GMObqp
+            lH$@{OXc{i5EN(Wq80y6bBHx$?)a27(_QzZ8!PV*!*r%KJUwE$@XjO-^fBqUcPUGD){ZXRA)z`%Rhjn)$R}c5CU
+            *C;j>xuTKfWyWeRhl;JpYEJ{977DC|x?$?k?HC>ZSG)<|ZO={h(vvR7fh;Nkj>1pkU-Q9;qb^Iq@KlGT_2d<;th
+            me{hX(FX*R*^MzQoUU*g7E&gUVGK+QFAn!@H*3+Y>$$lLbPlln<KemK3|+vx_YEuJxbM7H~gCX8<a0d7x5-B92<
+            M>@xwEC)xV2)Rm3w`#uGN##8Oi9Z2Noa`(^G2CBnQMMakspBP}lzHIvQfGpa7@%q-Fgp}ULu0^cIMwbvB4)4tV7
+            rsG`U)VDo7&HIN~?<0w1GdXu86mfgst3<V^JM8YjNx_V4OS_?!>9&>4u|a=y2KZ`iP{|dU$eb+abvD+DpKNsg5c
+            *|O5dO0G%8oYBjgMy;NoQ$Z)AG5Zu9hYXw;dlrcq_bK@pLsG2>T=C>giQ;w<6@(+5AE%;hm~pjJ$I-sHoWjmD9N
+            rm8d!?f3i_}_R9OnJIl2oyN-0uBF{ELNv1^gT&b8=^~v0A$Eo_z<4sRj^ML^KLH9iJ^z^E^TXEuc^7a1&G6eJi`
+            X~A``X<^!zem49KSw`BKSbX}FR&s20000000000002G~vG7PB;NEaf#KU8OK<gfCyptaq_T`6So%~=l8Xk$d$p}
+            kD+|-a;?B4qtbc=a%z%AyfuuoJlG#nm_whv<Au}IWQd-MNGeE$Cr^e6On^fdY%dJDaQUO|`8570~K8bl2M00000
+            000000B+1^cqHjg)ptK%#wY)%H5u3V<R7_})L~z~8tddM(N2=^*?*!l`$z6XUm5Hq$$(qlp8mImDIwnh;q(7QYy
+            O`=FAAY}Oh6CCW9UtY7ytkO00000d{#g&hNkx~ePJwgSQtS^kMeheN5A$+C=}+?2r6Ysff7a6<f1YuNu8&n+4R8
+            ?`D4V}BDE~j5~s0vj=znp%#Wt=im_psn+C2?+a{OkG#=+I##fE=>s!;<Ffo6Q8=E>F=W52WLpG?5D-Nz0m>65$y
+            W&@kQ<baJxM8!JhF6<t+IR|&*U1+D;@ec1%oC>J(5ue$s)2FmCG|6&WS-{=n;GYiLXV3nEIJlZsY28ZZuN5e08i
+            AIiP)klYmHS>t>P-Noun)FRE3$lDjw^+PkpMswaR2wE6lK5K9fyx%hxnotvpRF-U4H?Nmz$$TGgl81#8T-3Cr9}
+            -h#}0W|vIf)GxQw(W!M}XjQt_a`i;(JB8PnqM2J#mX(WM2X>3{)LEp$0^oI{;e~a=X;?<ebycPAF!^1n_rxGrHT
+            W=Sy*?1Po{`5QaU5E!J2uOc_}FGYvyJa*8$l$DB$H}rBp^hDkl=2&P*qLJ6eKE_3d&@@ck>1Bm^htDi9N3<Z0{-
+            HuL8u<Iy-|F7kN?8-JtO6!OXkt^qac%lX@nM_*t9eXKlwcy_hd)#bRF0QmRc#ncZ6%(D7%yT^bv|+2ZT}A@p1Jg
+            FZm-z%>#8000000000006tB(^4<~d>zD67aIp90M6mOKfF2gyZ3x~G4aLxPA&A}<(A(%=><a(@0000000000fP0
+            i^I1~t=<IjY{UTSeM7!>%^0z&uwf9Sv9CjbBd000000002^Y%(DH59Q7P*#
         """,
     }
     CONFIG = {
@@ -14266,6 +14269,18 @@ class Interruptions(Shell):
                     self.assertEqual(child.stdout.readline(), "here\n")
                     child.send_signal(signal.SIGINT)
                     self.assertEqual((child.wait(30), child.stderr.read()), (130, "interrupted\n"))
+
+    @unittest.skipIf(os.name == "nt", "Windows has no terminals of this kind")
+    def test_ctrl_c_instead_of_an_answer_changes_nothing(self):
+        self.shown("register", "--config", "lamp.json")
+        mine, its = os.openpty()
+        self.addCleanup(os.close, mine)
+        child = self.start("remove", "lamp", stdin=its)
+        os.close(its)
+        asked = child.stderr.read(len("Remove lamp, history and all? [y/N] "))
+        child.send_signal(signal.SIGINT)
+        self.assertEqual((asked, child.wait(30), child.stderr.read(), self.shown("status")[0]),
+            ("Remove lamp, history and all? [y/N] ", 130, "interrupted\n", 0))
 
     def work(self, told):
         """Start a worker, and tell it to end while an action waits for a file `go`."""
