@@ -4391,6 +4391,8 @@ class FlexiFlowEngine:
             " ORDER BY number LIMIT COALESCE(?, -1)", (name, limit))
         keys = "number component id correlation_id message attempts sent dead".split()
         for letter in letters:
+            if letter["error"] and not _recorded(letter):
+                raise self.queue.damaged(f"message {letter['number']}")
             with contextlib.suppress(ValueError):
                 letter["message"] = json.loads(letter["message"])
         return [{**{key: letter[key] for key in keys}, **_recorded(letter)} for letter in letters]
