@@ -11524,7 +11524,7 @@ class OnceKnownStored(OnceKnown):
 # --------------------------------------------------------------------------------------------
 # What store and engine promise, under kill -9, failing and full disks, damage, clocks that are
 # set, and crowds of processes. The quick versions run with all other tests;
-# FLEXIFLOW_TORTURE=long runs the long ones. With -v, or with that variable set to anything, each
+# FLEXIFLOW_TORTURE=long runs the long ones, =skip none. With -v, or with that variable set to anything, each
 # test prints its figures on one line. What is random is repeated by FLEXIFLOW_SEED.
 
 TORTURE = os.environ.get("FLEXIFLOW_TORTURE", "")
@@ -11607,6 +11607,12 @@ class Torture(StoreCase):
     """Tests with child processes that are killed, and with figures."""
 
     diskless = False  # true where a real disk would only be slower
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if TORTURE == "skip":
+            raise unittest.SkipTest("FLEXIFLOW_TORTURE=skip")
 
     CONFIG = {
         "name": "m", "initial_state": "A", "data": {"n": 0}, "states": {"A": {}, "B": {}},
