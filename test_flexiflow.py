@@ -11524,8 +11524,9 @@ class OnceKnownStored(OnceKnown):
 # --------------------------------------------------------------------------------------------
 # What store and engine promise, under kill -9, failing and full disks, damage, clocks that are
 # set, and crowds of processes. The quick versions run with all other tests;
-# FLEXIFLOW_TORTURE=long runs the long ones, =skip none. With -v, or with that variable set to anything, each
-# test prints its figures on one line. What is random is repeated by FLEXIFLOW_SEED.
+# FLEXIFLOW_TORTURE=long runs the long ones, =skip none. With -v, or with that variable set to
+# anything, each test prints its figures on one line. What is random is repeated by
+# FLEXIFLOW_SEED.
 
 TORTURE = os.environ.get("FLEXIFLOW_TORTURE", "")
 LONG = TORTURE == "long"
