@@ -82,6 +82,7 @@ import os
 import re
 import time
 import types
+import weakref
 import zlib
 from collections import deque, namedtuple
 from contextvars import ContextVar
@@ -2504,6 +2505,11 @@ def _fits(crc: Any, *parts: Any, start: Any) -> bool:
     return isinstance(start, int) and checksum(*parts, start=start) == crc
 
 
+def _close_own(connection: sqlite3.Connection, process: int) -> None:
+    if process == os.getpid():
+        connection.close()
+
+
 def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
@@ -2526,7 +2532,7 @@ class SQLiteStore:
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
-        self._process = 0  # that opened it
+        self._process = self._thread = 0  # that opened it; and that has used it last
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.Lock()
@@ -2535,11 +2541,6 @@ class SQLiteStore:
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path!r}>"
-
-    def __del__(self) -> None:
-        connection = getattr(self, "_connection", None)
-        if connection is not None and self._process == os.getpid():
-            connection.close()
 
     def close(self) -> None:
         """Close the file; a write that still waits fails."""
@@ -2557,7 +2558,15 @@ class SQLiteStore:
         if self._connection is None:
             with self._translated():
                 self._connection = self._open("?mode=ro" if self.readonly else "")
-                self._process = os.getpid()
+                self._process, self._thread = os.getpid(), threading.get_ident()
+            # A store that is dropped closes its file, but not one that a parent process opened.
+            last = weakref.finalize(self, _close_own, self._connection, self._process)
+            last.atexit = False  # type: ignore[misc]
+        if self._thread != threading.get_ident():
+            if self._loop is not None and self._loop.is_running():
+                raise PersistenceError(f"Store {self.path!r} is in use by another thread",
+                    fix="make an engine of its own in each thread")
+            self._thread = threading.get_ident()
         if self._process != os.getpid():
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
             raise PersistenceError(f"Store {self.path!r} was opened before a fork",
@@ -2584,6 +2593,7 @@ class SQLiteStore:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")  # left behind by a loop that is over
             self._loop, self._waiting, self._flushing = loop, [], False
+            self._thread = threading.get_ident()
         future = loop.create_future()
         self._waiting.append(types.SimpleNamespace(
             check=check, rows=rows, done=done, future=future, answer=None))
@@ -3971,6 +3981,8 @@ class FlexiFlowEngine:
         try:
             while self._tasks:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
+                # Not left to their callbacks, which Ctrl-C may have kept from being called.
+                self._tasks.difference_update([task for task in self._tasks if task.done()])
             await self._settle()
             if self.queue._waiting:
                 await self.queue.write(None, ())  # after all others
