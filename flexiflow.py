@@ -247,6 +247,12 @@ class MissingSnapshot(PersistenceError, FileNotFoundError):
     """A snapshot file that is not there; also a FileNotFoundError."""
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise ArgumentError unless a value is a whole number from 1."""
+    if value.__class__ is not int or value < 1:
+        raise ArgumentError(f"{name} is a whole number from 1: {value!r}")
+
+
 def choose(word: object, choices: Iterable[str]) -> str:
     """Return a `fix` text: the close match among `choices`, or all of them when they are few."""
     known = sorted(set(map(str, choices)))
@@ -1492,6 +1498,9 @@ class Node:
         self.declared = issubclass(cls, DeclaredState)
         self.instance = cls() if self.declared else None
 
+    completes = property(lambda self: self.final and self.parent is None,
+        doc="Whether the component is done with it: a final state, and within no other.")
+
     def create(self, attributes: Json | None = None) -> State:
         """Return a state object, new or with the attributes that one had."""
         if attributes is None:
@@ -1521,6 +1530,9 @@ class Rule:
         self.on, self.after = tuple(dict.fromkeys(on)), after
         self.guard, self.to, self.reenter, self.effects = guard, to, reenter, effects
 
+    timer_type = property(lambda self: f"after {self.text['after']}",
+        doc="The type of the message by which a timer fires.")
+
 
 class Passage:
     """A way from one state to another: what is left and entered in which order, and effects."""
@@ -1533,7 +1545,7 @@ class Passage:
             tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
         self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
         self.timers = timers  # (rule, owning state) that start here
-        self.completes = node.final and node.parent is None
+        self.completes = node.completes
         self.busy = bool(timers or ends_timers or self.completes)  # the queue changes with it
 
 
@@ -2413,8 +2425,7 @@ def _state_in(text: str) -> str:
 def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
         keep_last: int = 10) -> int:
     """Delete all but the `keep_last` snapshots that were saved last; return how many went."""
-    if keep_last.__class__ is not int or keep_last < 1:
-        raise ArgumentError(f"keep_last is a whole number from 1: {keep_last!r}")
+    check_count("keep_last", keep_last)
     return _execute(conn, "DELETE FROM flexiflow_snapshots WHERE component_name=? AND id<="
         "(SELECT id FROM flexiflow_snapshots WHERE component_name=? ORDER BY id DESC"
         " LIMIT 1 OFFSET ?)", component_name, component_name, keep_last).count or 0
@@ -2500,7 +2511,7 @@ def _pause() -> float:
     return random.uniform(0.0005, 0.02)
 
 
-def _fits(crc: Any, *parts: Any, start: Any) -> bool:
+def _fits(crc: Any, *parts: Any, start: Any = 0) -> bool:
     """Tell whether a row is as it was written; `start` is the crc of the one before it."""
     return isinstance(start, int) and checksum(*parts, start=start) == crc
 
@@ -2508,10 +2519,6 @@ def _fits(crc: Any, *parts: Any, start: Any) -> bool:
 def _close_own(connection: sqlite3.Connection, process: int) -> None:
     if process == os.getpid():
         connection.close()
-
-
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2532,6 +2539,7 @@ class SQLiteStore:
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
+        self._last: Any = None  # closes it, once
         self._process = self._thread = 0  # that opened it; and that has used it last
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
@@ -2544,10 +2552,10 @@ class SQLiteStore:
 
     def close(self) -> None:
         """Close the file; a write that still waits fails."""
-        connection, self._connection = self._connection, None
-        if connection is not None and self._process == os.getpid():
+        self._connection = None
+        if self._last is not None:
             with self._lock:  # a COMMIT may be under way in its thread
-                connection.close()
+                self._last()
         waiting, self._waiting = self._waiting, []
         if waiting:
             self._settle(waiting, PersistenceError(f"Store {self.path!r} was closed"))
@@ -2560,8 +2568,8 @@ class SQLiteStore:
                 self._connection = self._open("?mode=ro" if self.readonly else "")
                 self._process, self._thread = os.getpid(), threading.get_ident()
             # A store that is dropped closes its file, but not one that a parent process opened.
-            last = weakref.finalize(self, _close_own, self._connection, self._process)
-            last.atexit = False  # type: ignore[misc]
+            self._last = weakref.finalize(self, _close_own, self._connection, self._process)
+            self._last.atexit = False
         if self._thread != threading.get_ident():
             if self._loop is not None and self._loop.is_running():
                 raise PersistenceError(f"Store {self.path!r} is in use by another thread",
@@ -2707,7 +2715,8 @@ class SQLiteStore:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            frozen = options == "?mode=ro" and not _size(self.path + "-wal")  # else it says less
+            log = self.path + "-wal"  # without what it holds, the file would say less
+            frozen = options == "?mode=ro" and not (os.path.exists(log) and os.path.getsize(log))
             if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
             raise
@@ -2849,9 +2858,9 @@ class SQLiteStore:
             entries.append(entry)
         return entries
 
-    def message_rows(self, now: float, component: str, id: str, correlation_id: str | None,
-            text: str, due: float, state: str | None = None, rule: int | None = None) -> list[Row]:
-        """Return what puts a message, or the timer of a state, into the queue.
+    def message_row(self, now: float, component: str, id: str, correlation_id: str | None,
+            text: str, due: float, state: str | None = None, rule: int | None = None) -> Row:
+        """Return what puts a message, or the timer of a state, into the queue, without a place.
 
         Again the same adds nothing; another message of the same id is an error of the write.
         """
@@ -2859,12 +2868,16 @@ class SQLiteStore:
         insert = (f"INSERT INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent)"
             " SELECT ?,?,?,?,?,?,?,?,? WHERE NOT EXISTS (SELECT 1 FROM flexiflow_messages"
             " WHERE component=? AND message_id=? AND message=?)")
-        rows: list[Row] = [(insert, (*fields, checksum(*fields), now, component, id, text))]
-        return [*rows, (_GIVE_PLACES, (now,))] if due <= now and state is None else rows
+        return insert, (*fields, checksum(*fields), now, component, id, text)
+
+    @staticmethod
+    def intact(row: Json) -> bool:
+        """Tell whether a row of the queue is as it was written."""
+        return _fits(row["crc"], *map(row.get, _MESSAGE))
 
     def sealed(self, row: Json) -> Json:
-        """Return a row of the queue with its message decoded, if it is as it was written."""
-        if checksum(*(row[key] for key in _MESSAGE)) != row["crc"]:
+        """Return a row of the queue with its message decoded; raise if it is not intact."""
+        if not self.intact(row):
             raise self.damaged(f"message {row['number']}")
         return {**row, "message": json.loads(row["message"])}
 
@@ -2876,7 +2889,7 @@ class SQLiteStore:
 
     def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue, checksum included."""
-        if checksum(*(row[key] for key in _MESSAGE)) == row["crc"]:  # damage stays visible
+        if self.intact(row):  # damage stays visible
             changed["crc"] = checksum(*({**row, **changed}[key] for key in _MESSAGE))
         columns = ", ".join(f"{key}=?" for key in changed)
         sql = f"UPDATE flexiflow_messages SET {columns} WHERE number=?"
@@ -2991,12 +3004,16 @@ def message_of(row: Json) -> Json:
 
 def _timer_message(rule: Rule, owner: str) -> str:
     """Return the message of a timer, as it stands in the queue and in the journal."""
-    return _encode({"type": f"after {rule.text['after']}", "state": owner, "rule": rule.number})
+    return _encode({"type": rule.timer_type, "state": owner, "rule": rule.number})
 
 
 @functools.lru_cache(maxsize=4096)
 def _receipt_text(*parts: str | None) -> str:
     return _encode(parts)
+
+
+def _no_turn(name: str, why: str) -> StateError:
+    return StateError(f"No turn for {TURN_LIMIT:g} seconds: {name!r}", why=why, component=name)
 
 
 class Turn(Context):
@@ -3252,12 +3269,9 @@ class Turn(Context):
                 reason = f"the timer of {row['state']} is over"  # it was dead when that was left
             else:
                 timer = definition.candidate(self.leaf, rule, row["state"])
-        if reason is not None:
-            plan = Plan("ignored", self.base)
-            plan.reason = reason
-        else:
-            plan = decide(definition, self.leaf, self.scope(self.leaf), timer)
-        plan.state = self.state
+        plan = Plan("ignored", self.base) if reason else decide(
+            definition, self.leaf, self.scope(self.leaf), timer)
+        plan.reason, plan.state = reason or plan.reason, self.state
         if plan.passage is not None and plan.outcome == "moved":
             plan.state = plan.passage.node.create()
         return plan
@@ -3387,15 +3401,16 @@ class Turn(Context):
         for out in self.sent:
             out.id = out.id or new_id()
             text = _written(out.message, f"message to {out.to}")
-            rows += self.engine.queue.message_rows(self.now, out.to, out.id,
-                out.correlation_id or self.correlation_id, text, self.now + out.delay)
-        for due, owner, number in timers:
-            rows += self.timer_rows(definition.by_number[number], owner, due)
-        return rows
+            rows.append(self.engine.queue.message_row(self.now, out.to, out.id,
+                out.correlation_id or self.correlation_id, text, self.now + out.delay))
+        if any(self.now + out.delay <= self.now for out in self.sent):
+            rows.append((_GIVE_PLACES, (self.now,)))
+        return rows + [self.timer_row(definition.by_number[number], owner, due)
+            for due, owner, number in timers]
 
-    def timer_rows(self, rule: Rule, owner: str, due: float) -> list[Row]:
+    def timer_row(self, rule: Rule, owner: str, due: float) -> Row:
         """Return what puts a timer into the queue."""
-        return self.engine.queue.message_rows(self.now, self.component.name, new_id(),
+        return self.engine.queue.message_row(self.now, self.component.name, new_id(),
             self.correlation_id, _timer_message(rule, owner), due, owner, rule.number)
 
     def _keep(self, sent: Sequence[Outgoing]) -> None:
@@ -3411,12 +3426,11 @@ class Turn(Context):
 
     def committed(self) -> None:
         """Take note of the commit, and send what a task has sent while it was under way."""
-        component = self.component
-        self.state, self.head = self.machine._state, component.head
+        self.state, self.head = self.machine._state, self.component.head
         self.base, self.kept = self.head.data, None
         if self.claimed:
             self.claimed = False
-            self.engine._claims.discard(component.name)
+            self.engine._claims.discard(self.component.name)
         self.over = True
         if self.sent:
             self._keep(self.sent)
@@ -3466,8 +3480,12 @@ def live_turn(component: AsyncComponent | None = None) -> Turn | None:
     return None
 
 
-def _no_turn(name: str, why: str) -> StateError:
-    return StateError(f"No turn for {TURN_LIMIT:g} seconds: {name!r}", why=why, component=name)
+def _looked_at(config: Any, **how: Any) -> Any:
+    """Return what a walk finds in a config; raise the first error. `how`: see `_Walk`."""
+    found = _Walk(config, **how).problems()
+    if found.errors:
+        raise _as_error(found.errors, None)
+    return found
 
 
 class AsyncComponent:
@@ -3550,6 +3568,7 @@ class AsyncComponent:
         """
         if not isinstance(new_rules, list):
             raise ArgumentError(f"Not a list of rules: {new_rules!r}")
+
         def changed() -> Definition:
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
@@ -3578,7 +3597,7 @@ class AsyncComponent:
                     message.get("correlation_id")))
             await self._wait_for(turn)
         self._turn = turn
-        _context.set(turn)
+        _context.set(turn)  # as `with turn` does, but quicker
         try:
             if self._unready or self._internal:
                 await self._prepare(turn)
@@ -3728,7 +3747,8 @@ class AsyncComponent:
         source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
-            definition = _compile(config, registry, self._engine.allow_imports)
+            definition: Definition = _looked_at(config, registry=registry,
+                allow_imports=self._engine.allow_imports).definition
         except ConfigError as error:
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
@@ -3802,14 +3822,15 @@ class AsyncComponent:
         queue, old = self._engine.queue, self.definition
         if self._engine is _ALONE or not (changed.has_timers or (old and old.has_timers)):
             return []
-        def same(rule: Rule, names: Json = _EMPTY) -> str:
+
+        def gist(rule: Rule, names: Json = _EMPTY) -> str:
             """Return what makes a rule the same, whatever its number and its states' names."""
             rest = {key: one for key, one in rule.text.items() if key not in ("from", "to")}
             to = rule.to and names.get(rule.to, rule.to)
             return _encode([[names.get(one, one) for one in rule.sources], to, rest])
 
-        before = {rule.number: same(rule, changed.renamed) for rule in (old.rules if old else ())}
-        after = {same(rule): rule.number for rule in changed.rules}
+        before = {rule.number: gist(rule, changed.renamed) for rule in (old.rules if old else ())}
+        after = {gist(rule): rule.number for rule in changed.rules}
         rows: list[Row] = []
         for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
             kept = after.get(before.get(row["rule"], ""))
@@ -3824,19 +3845,10 @@ class AsyncComponent:
         scope, back = turn.scope(node.name), {new: old for old, new in changed.renamed.items()}
         for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
-                if same(rule) not in before.values():
+                if gist(rule) not in before.values():
                     since = self.head.since.get(back.get(owner, owner), turn.now)
-                    rows += turn.timer_rows(rule, owner, since + seconds(rule.after(scope)))
+                    rows.append(turn.timer_row(rule, owner, since + seconds(rule.after(scope))))
         return rows
-
-
-def _compile(config: Json, registry: StateRegistry,
-        allow_imports: Sequence[str] | None) -> Definition:
-    """Return the definition of a config whose states are those of `registry` and its own."""
-    found = _Walk(config, registry=registry, allow_imports=allow_imports).problems()
-    if found.errors:
-        raise _as_error(found.errors, None)
-    return found.definition  # type: ignore[no-any-return]
 
 
 def _message(message: str | Json, fields: Json) -> Json:
@@ -3848,9 +3860,7 @@ def _message(message: str | Json, fields: Json) -> Json:
 
 def _on_paper(config: Any) -> tuple[Definition, str]:
     """Return a definition whose code is not imported, and the names of that code."""
-    found = _Walk(config, imports=False).problems()
-    if found.definition is None:
-        raise _as_error(found.errors, None)
+    found = _looked_at(config, imports=False)
     classes = [node.name for node in found.definition.nodes.values() if not node.declared]
     return found.definition, ", ".join({**dict.fromkeys(found.unchecked + classes)})
 
@@ -3862,14 +3872,14 @@ def _decided_again(definition: Definition, then: Definition, name: str, leaf: st
     `then` is the definition by which it was decided, and which knows the number of a timer's rule.
     """
     message, node, timer = entry["message"], definition.nodes.get(leaf), None
-    if node is None or (node.final and node.parent is None):
+    if node is None or node.completes:
         return ["ignored" if node else "gone", leaf, leaf], data
     if {"state", "rule"} <= message.keys() and message["type"].startswith("after "):
         owner = definition.renamed.get(message["state"], message["state"])
         fired = then.by_number.get(message["rule"])
         rules = definition.timers(owner) if owner in definition.sources(leaf) else []
         rules.sort(key=lambda rule: fired is None or rule.text != fired.text)  # the same one first
-        rule = next((one for one in rules if f"after {one.text['after']}" == message["type"]), None)
+        rule = next((one for one in rules if one.timer_type == message["type"]), None)
         if rule is None:
             return ["ignored", leaf, leaf], data
         timer = definition.candidate(leaf, rule, owner)
@@ -3920,6 +3930,19 @@ def _replayed(name: str, history: list[Json], last: str,
         answer["steps"] += 1
         answer["same"] += not answer["differences"]
     return {**answer, "would_be": leaf}
+
+
+def _recorded(row: Json) -> Json:
+    """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
+    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
+        found = json.loads(row["error"])
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _failures(row: Json) -> int:
+    """Return how many of the attempts at a message of the queue have failed, and not died."""
+    return int(_recorded(row).get("attempts", 0))
 
 
 class FlexiFlowEngine:
@@ -3976,8 +3999,7 @@ class FlexiFlowEngine:
 
     async def close(self) -> None:
         """Write what has not been written, wait for what runs, and close the store."""
-        self._stopping = True
-        self._wake()
+        self._stop()
         try:
             while self._tasks:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -3991,6 +4013,11 @@ class FlexiFlowEngine:
                 self._renewal.cancel()
                 self._renewal = None
             self.queue.close()
+
+    def _stop(self) -> None:
+        """Let `run` end when what it is at work on is done."""
+        self._stopping = True
+        self._wake()
 
     # ---- components
 
@@ -4026,14 +4053,11 @@ class FlexiFlowEngine:
                 " the config", known.name)
         return known
 
-    def register(self, component: AsyncComponent) -> None:
+    def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
 
         Raises StateError where another object has the name.
         """
-        self._register(component)
-
-    def _register(self, component: AsyncComponent, states: Json = _EMPTY) -> None:
         other = self.components.get(component.name)
         if other is component:
             return
@@ -4042,8 +4066,8 @@ class FlexiFlowEngine:
                 why="two of one name would overwrite each other", fix="use another name")
         component._engine = self  # which says what may be imported
         try:
-            if component.definition is None and (self.store or component._rules or states):
-                component._define(component._compiled(component.rules, states=states))
+            if component.definition is None and (self.store or component._rules or _states):
+                component._define(component._compiled(component.rules, states=_states))
             self._add(component, self.store and self.store.head(component.name))
         except BaseException:
             component._engine = _ALONE
@@ -4059,7 +4083,7 @@ class FlexiFlowEngine:
         component = AsyncComponent(snapshot.name, fresh(snapshot.rules) or None, machine)
         component.head = _NO_HEAD._replace(data=fresh(snapshot.data))
         component.metadata = fresh(snapshot.metadata)
-        self._register(component, snapshot.states)
+        self.register(component, _states=snapshot.states)
         return component
 
     def get(self, name: str) -> AsyncComponent | None:
@@ -4174,7 +4198,8 @@ class FlexiFlowEngine:
         """Return a definition of the store, compiled once."""
         if hash not in self._definitions:
             source = {"name": "stored", **self.store.definition(hash)}
-            self._definitions[hash] = _compile(source, registry, self.allow_imports)
+            self._definitions[hash] = _looked_at(
+                source, registry=registry, allow_imports=self.allow_imports).definition
         return self._definitions[hash]
 
     async def remove(self, name: str) -> None:
@@ -4220,7 +4245,8 @@ class FlexiFlowEngine:
             return await turn.post(Outgoing(name, body, pause, key, correlation_id))
         text, now = _written(body, "message"), self.clock()
         correlation_id = correlation_id or get_correlation_id() or new_id()
-        rows = self.queue.message_rows(now, name, key, correlation_id, text, now + pause)
+        row = self.queue.message_row(now, name, key, correlation_id, text, now + pause)
+        rows = [row, (_GIVE_PLACES, (now,))] if now + pause <= now else [row]
         sql = ("SELECT message FROM flexiflow_journal WHERE component=? AND message_id=? UNION ALL"
                " SELECT message FROM flexiflow_messages WHERE component=? AND message_id=?")
 
@@ -4279,8 +4305,7 @@ class FlexiFlowEngine:
         Goes on until `close`, or until nothing is due. Components run concurrently, the
         messages of one in order. Being cancelled gives back what it was at work on.
         """
-        if concurrency.__class__ is not int or concurrency < 1:
-            raise ArgumentError(f"concurrency is a whole number from 1: {concurrency!r}")
+        check_count("concurrency", concurrency)
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         self._newcomers = False
@@ -4300,11 +4325,11 @@ class FlexiFlowEngine:
             await self.queue.write(None, rows)
             return
         (row,), now = found, self.clock()
-        attempts, component = row["attempts"], self.components.get(row["component"])
-        attempts += not (begun or dead)  # what is given up at once has not been tried
+        component = self.components.get(row["component"])
+        # What is given up at once, or has nobody to go to, has not been tried.
+        attempts = row["attempts"] + (component is not None and not (begun or dead))
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
-            attempts = row["attempts"]  # it has not been tried
         else:
             retry = self._retry(component.name)
             dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
@@ -4402,30 +4427,30 @@ class FlexiFlowEngine:
             f"dead IS NOT NULL AND component IS{' NOT' * (name is None)} ?"
             " ORDER BY number LIMIT COALESCE(?, -1)", (name, limit))
         keys = "number component id correlation_id message attempts sent dead".split()
+        found = []
         for letter in letters:
-            said, fits = _recorded(letter), checksum(*map(letter.get, _MESSAGE)) == letter["crc"]
+            said, fits = _recorded(letter), self.queue.intact(letter)
             if (letter["error"] and not said) or not (fits or "damaged" in said.get("error", "")):
                 raise self.queue.damaged(f"message {letter['number']}")
             with contextlib.suppress(ValueError):
                 letter["message"] = json.loads(letter["message"])
-        return [{**{key: letter[key] for key in keys}, **_recorded(letter)} for letter in letters]
+            found.append({**{key: letter[key] for key in keys}, **said})
+        return found
 
     async def redrive(self, *numbers: int, name: str | None = None) -> list[Json]:
         """Give dead letters back to the queue, as new: those numbers, a component's, or all.
 
         Returns them. Raises StateError for a number that is no dead letter's.
         """
-        letters = [one for one in self.dead_letters(name)
-            if not numbers or one["number"] in numbers]
+        known, now = self.dead_letters(name), self.clock()
+        letters = [one for one in known if not numbers or one["number"] in numbers]
         missing = {*numbers} - {one["number"] for one in letters}
         if missing:
             raise StateError(f"No dead letter has the number {min(missing)}",
-                fix=choose(min(missing), [str(one["number"]) for one in self.dead_letters(name)]))
-        now, rows = self.clock(), []
-        for letter in letters:
-            (row,) = self.queue.messages("number=?", (letter["number"],))
-            rows.append(self.queue.change_message(
-                row, dead=None, due=now, attempts=0, error=None, place=None))
+                fix=choose(min(missing), [str(one["number"]) for one in known]))
+        dead = {row["number"]: row for row in self.queue.messages("dead IS NOT NULL")}
+        rows = [self.queue.change_message(dead[one["number"]], dead=None, due=now, attempts=0,
+            error=None, place=None) for one in letters]
         if rows:
             await self.queue.write(None, [*rows, (_GIVE_PLACES, (now,))])
             self._wake()
@@ -4466,13 +4491,9 @@ class FlexiFlowEngine:
         """
         if keep is None and older_than is None and not completed:
             raise ArgumentError("Nothing to prune by", fix="keep=, older_than= or completed=True")
-        if keep is not None and (keep.__class__ is not int or keep < 1):
-            raise ArgumentError(f"keep is a whole number from 1: {keep!r}")
+        check_count("keep", 1 if keep is None else keep)
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
-        store = self._stored()
-        names = store.names() if name is None else [name]
-        if name is not None and store.head(name) is None:
-            raise self._unknown(name)
+        names, store = self._kept(name), self._stored()
         gone = [one for one in names if completed and (head := store.head(one))
             and head["completed"] is not None and head["completed"] < before]
         found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
@@ -4507,8 +4528,7 @@ class FlexiFlowEngine:
         state before and after, data if that differs), state, would_be, and skipped: why not.
         """
         store, other = self._stored(), None if config is None else _on_paper(config)
-        if name is not None and store.head(name) is None:
-            raise self._unknown(name)
+        names = self._kept(name)
         known: dict[str, tuple[Definition, str]] = {}
 
         def definition_of(hash: str) -> tuple[Definition, str, Definition]:
@@ -4517,7 +4537,13 @@ class FlexiFlowEngine:
             return (*(other or known[hash]), known[hash][0])
 
         return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
-            definition_of) for one in (store.names() if name is None else [name])]
+            definition_of) for one in names]
+
+    def _kept(self, name: str | None) -> list[str]:
+        """Return the names of the components that have a history: one, or all."""
+        if name is not None and self._stored().head(name) is None:
+            raise self._unknown(name)
+        return self._stored().names() if name is None else [name]
 
     def _stored(self) -> SQLiteStore:
         if self.store is None:
@@ -4551,19 +4577,6 @@ class FlexiFlowEngine:
 
 
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
-
-
-def _recorded(row: Json) -> Json:
-    """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
-    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
-        found = json.loads(row["error"])
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _failures(row: Json) -> int:
-    """Return how many of the attempts at a message of the queue have failed, and not died."""
-    return int(_recorded(row).get("attempts", 0))
 
 
 class _Delivery:
@@ -4877,7 +4890,7 @@ class _Mermaid:
             label = edge.on_message + (f" [{edge.guard}]" if edge.guard else "")
             yield edge.from_state, label, edge.to_state
         for rule in self.rules:
-            label = ", ".join(rule.on) or f"after {rule.text['after']}"
+            label = ", ".join(rule.on) or rule.timer_type
             if rule.text.get("guard") is not None:
                 label += f" [{_guard_text(rule.text['guard'])}]"
             yield from ((source, label, rule.to or source) for source in rule.sources)
@@ -5322,21 +5335,17 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     dead: list[Any] = []
     start, seen = time.monotonic(), itertools.count(1)
 
-    def finish() -> None:
-        engine._stopping = True
-        engine._wake()
-
     await engine.event_bus.subscribe("message.dead", "run", dead.append)
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
-    _on_signal(signal.SIGTERM, finish)
+    _on_signal(signal.SIGTERM, engine._stop)
     work = asyncio.ensure_future(
         engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
     try:
         await asyncio.wait([work])
     finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
-        finish()
+        engine._stop()
         delivered, spent = await work, time.monotonic() - start
         hint("\r", end="")
         tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
@@ -5399,8 +5408,6 @@ async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
     if args.keep is None and args.older_than is None and not args.completed:
         raise UsageError("Nothing says what to prune",
             fix="--keep 100, --older-than 30d, or both (what neither keeps), or --completed")
-    if args.component is not None:
-        engine.status(args.component)  # raises if there is none
     found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
         completed=args.completed, dry_run=args.dry_run)
     did = "would delete" if args.dry_run else "deleted"
@@ -5436,18 +5443,21 @@ def cmd_backup(args: Any, engine: FlexiFlowEngine) -> int:
 _CHECKED = "file --config --allow-import --no-imports"
 
 
+def _explained(args: Any) -> ConfigExplanation:
+    return explain(_config_path(args), imports=not args.no_imports,
+        allow_imports=args.allow_import)
+
+
 @command("explain order.json", "check a config and say what it means", "", _CHECKED)
 def cmd_explain(args: Any) -> int:
-    found = explain(_config_path(args), imports=not args.no_imports,
-        allow_imports=args.allow_import)
+    found = _explained(args)
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
         0 if found.is_valid else 1)
 
 
 @command("visualize order.json", "draw a config", "", f"{_CHECKED} --format -o/--output")
 def cmd_visualize(args: Any) -> int:
-    found = explain(_config_path(args), imports=not args.no_imports,
-        allow_imports=args.allow_import)
+    found = _explained(args)
     if found.errors:
         raise _as_error(found.errors, found.config_path)
     text = visualize(found, format=args.format)

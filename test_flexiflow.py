@@ -10984,19 +10984,23 @@ class Adopting(EngineCase):
         receipt = await self.engine.handle_message("lamp", "sing")
         self.assertEqual((receipt.outcome, receipt.seq, lamp.data), ("stayed", 3, {"n": 1}))
 
-    async def test_an_update_during_a_turn_that_leaves_the_kept_states_is_not_adopted(self):
-        lines = self.logged()
+    async def midway(self):
+        """Return a component, in the middle of a turn that leads from A to B; its end; its task."""
         begun, go = asyncio.Event(), asyncio.Event()
 
         async def act(message, component):
             begun.set()
             await go.wait()
 
-        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)},
-            {"on": "next"})
-        component = self.engine.create_component(config)
+        component = self.engine.create_component(self.machine(
+            {"from": "A", "on": "go", "to": "B", "action": self.code(act)}, {"on": "next"}))
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
+        return component, go, task
+
+    async def test_an_update_during_a_turn_that_leaves_the_kept_states_is_not_adopted(self):
+        lines = self.logged()
+        component, go, task = await self.midway()
         other = self.machine({"on": "next", "assign": {"other": True}}, states="AC")
         self.engine.create_component(other, update=True)  # it is in A still
         go.set()
@@ -11011,17 +11015,7 @@ class Adopting(EngineCase):
         self.assertEqual((again.seq, len(said)), (3, 1))
 
     async def test_an_update_during_a_turn_comes_after_it(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)},
-            {"on": "next"})
-        component = self.engine.create_component(config)
-        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
-        await begun.wait()
+        component, go, task = await self.midway()
         self.engine.create_component(
             self.machine({"on": "next", "assign": {"other": True}}), update=True)
         go.set()
