@@ -2448,9 +2448,9 @@ SCHEMA_VERSION = 1
 # components: seq is its version, and the number of its last journal row; since: active state ->
 # time of its entry; owner, lease: whose engine runs its code, and until when. journal: receipt is
 # [outcome, from, to, reason]; data: where it changed; prior: crc of the row before. messages:
-# queue, timers and dead letters; place: order of delivery, once it is due; state, rule: of a
-# timer; error: of the last attempt, {error, traceback, state, attempts}; dead: when it was given
-# up.
+# queue, timers and dead letters; number: never given twice, for workers act by it on what they
+# have read; place: order of delivery, once it is due; state, rule: of a timer; error: of the last
+# attempt, {error, traceback, state, attempts, intact}; dead: when it was given up.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS flexiflow_definitions(hash TEXT PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS flexiflow_components(name TEXT PRIMARY KEY, definition TEXT NOT NULL,
@@ -2463,10 +2463,10 @@ CREATE TABLE IF NOT EXISTS flexiflow_journal(number INTEGER PRIMARY KEY, compone
     seq INTEGER NOT NULL, message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL,
     receipt TEXT NOT NULL, data TEXT, time REAL NOT NULL, prior INTEGER NOT NULL,
     crc INTEGER NOT NULL, UNIQUE(component, seq), UNIQUE(component, message_id));
-CREATE TABLE IF NOT EXISTS flexiflow_messages(number INTEGER PRIMARY KEY, component TEXT NOT NULL,
-    message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL, due REAL NOT NULL,
-    state TEXT, rule INTEGER, place INTEGER, attempts INTEGER NOT NULL DEFAULT 0, error TEXT,
-    sent REAL NOT NULL, dead REAL, crc INTEGER NOT NULL, UNIQUE(component, message_id));
+CREATE TABLE IF NOT EXISTS flexiflow_messages(number INTEGER PRIMARY KEY AUTOINCREMENT,
+    component TEXT NOT NULL, message_id TEXT NOT NULL, correlation_id TEXT, message TEXT NOT NULL,
+    due REAL NOT NULL, state TEXT, rule INTEGER, place INTEGER, attempts INTEGER NOT NULL DEFAULT 0,
+    error TEXT, sent REAL NOT NULL, dead REAL, crc INTEGER NOT NULL, UNIQUE(component,message_id));
 CREATE INDEX IF NOT EXISTS flexiflow_messages_due ON flexiflow_messages(due, number)
     WHERE place IS NULL AND dead IS NULL;
 CREATE INDEX IF NOT EXISTS flexiflow_messages_place ON flexiflow_messages(place)
@@ -2514,6 +2514,11 @@ def _pause() -> float:
 def _fits(crc: Any, *parts: Any, start: Any = 0) -> bool:
     """Tell whether a row is as it was written; `start` is the crc of the one before it."""
     return isinstance(start, int) and checksum(*parts, start=start) == crc
+
+
+def _intact(row: Json) -> bool:
+    """Tell whether a row of the queue is as it was written."""
+    return _fits(row["crc"], *map(row.get, _MESSAGE))
 
 
 def _close_own(connection: sqlite3.Connection, process: int) -> None:
@@ -2787,11 +2792,8 @@ class SQLiteStore:
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return what a SELECT finds."""
-        db = self.db
-        try:
-            return db.execute(sql, values).fetchall()
-        except Exception as error:
-            raise self._translate(error) from error
+        with self._translated():
+            return self.db.execute(sql, values).fetchall()
 
     def names(self) -> list[str]:
         """Return the names of all components, those of which only the history is left included."""
@@ -2870,14 +2872,9 @@ class SQLiteStore:
             " WHERE component=? AND message_id=? AND message=?)")
         return insert, (*fields, checksum(*fields), now, component, id, text)
 
-    @staticmethod
-    def intact(row: Json) -> bool:
-        """Tell whether a row of the queue is as it was written."""
-        return _fits(row["crc"], *map(row.get, _MESSAGE))
-
     def sealed(self, row: Json) -> Json:
         """Return a row of the queue with its message decoded; raise if it is not intact."""
-        if not self.intact(row):
+        if not _intact(row):
             raise self.damaged(f"message {row['number']}")
         return {**row, "message": json.loads(row["message"])}
 
@@ -2889,7 +2886,7 @@ class SQLiteStore:
 
     def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue, checksum included."""
-        if self.intact(row):  # damage stays visible
+        if _intact(row):  # damage stays visible
             changed["crc"] = checksum(*({**row, **changed}[key] for key in _MESSAGE))
         columns = ", ".join(f"{key}=?" for key in changed)
         sql = f"UPDATE flexiflow_messages SET {columns} WHERE number=?"
@@ -3900,8 +3897,7 @@ def _replayed(name: str, history: list[Json], last: str,
     """
     answer: Json = {"component": name, "steps": 0, "same": 0, "differences": [],
         "state": history[-1]["to_state"], "would_be": None, "skipped": None}
-    while history and history[0]["data"] is None:
-        history = history[1:]
+    history = [*itertools.dropwhile(lambda entry: entry["data"] is None, history)]
     if not history:
         return {**answer, "skipped": "what is left of its history begins without its data"}
     swaps = [one["message"] for one in history if one["outcome"] == "updated"]
@@ -3982,6 +3978,7 @@ class FlexiFlowEngine:
         self._stopping = False
 
     async def __aenter__(self) -> FlexiFlowEngine:
+        self._stopping = False
         self._spawn(self._work)
         return self
 
@@ -4040,6 +4037,7 @@ class FlexiFlowEngine:
             component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
         if known.definition is not None and known.definition.text == definition.text:
+            known._update = None if update else known._update  # the last one wins
             return known
         if update:
             known._counterpart(definition)
@@ -4267,13 +4265,15 @@ class FlexiFlowEngine:
         sql = f"{_UNQUEUE} component=? AND message_id=? AND dead IS NULL"
         return bool(await self.queue.write(lambda execute: execute(sql, (name, id)).rowcount, ()))
 
-    async def wait(self, name: str, *states: str, timeout: float | None = None) -> AsyncComponent:
+    async def wait(self, name: str, *states: str,
+            timeout: float | str | None = None) -> AsyncComponent:
         """Return a component once it is in one of the states, or in a child of one.
 
         Another process may bring it there. Raises StateError after `timeout` seconds, for a state
         that there is not, and when the component completes in another one.
         """
         component, start = self._find(name), time.monotonic()
+        limit = math.inf if timeout is None else seconds(timeout)
         if not states:
             raise ArgumentError(
                 f"No state to wait for: {name!r}", fix='name one or more: wait(name, "Done")')
@@ -4291,10 +4291,10 @@ class FlexiFlowEngine:
             around = definition.sources(state) if definition and state in known else ()
             if {state, *around} & {*states}:
                 return component
-            left = math.inf if timeout is None else timeout - (time.monotonic() - start)
+            left = limit - (time.monotonic() - start)
             if left <= 0 or facts["completed"] is not None:
                 raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
-                    why=f"waited {timeout:g} s" if left <= 0 else "it has completed",
+                    why=f"waited {limit:g} s" if left <= 0 else "it has completed",
                     component=name)
             await self._sleep(min(left, 0.05 if self.store is not None else 1.0))
 
@@ -4339,7 +4339,8 @@ class FlexiFlowEngine:
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
-            "state": component and component.state, "attempts": attempts}
+            "state": component and component.state, "attempts": attempts,
+            "intact": _intact(row)}
         await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
@@ -4350,8 +4351,7 @@ class FlexiFlowEngine:
                 "error": str(error), "seq": component and component.seq})
 
     def _retry(self, name: str) -> RetryConfig:
-        definition = self.components[name].definition
-        return definition.retry if definition else QUEUE_RETRY
+        return getattr(self.components[name].definition, "retry", QUEUE_RETRY)
 
     # ---- claims: see `Turn.claim`
 
@@ -4429,8 +4429,9 @@ class FlexiFlowEngine:
         keys = "number component id correlation_id message attempts sent dead".split()
         found = []
         for letter in letters:
-            said, fits = _recorded(letter), self.queue.intact(letter)
-            if (letter["error"] and not said) or not (fits or "damaged" in said.get("error", "")):
+            said = _recorded(letter)
+            intact = said.pop("intact", True)  # when it was given up: else that is why it was
+            if (letter["error"] and not said) or (intact and not _intact(letter)):
                 raise self.queue.damaged(f"message {letter['number']}")
             with contextlib.suppress(ValueError):
                 letter["message"] = json.loads(letter["message"])

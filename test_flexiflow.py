@@ -8842,6 +8842,126 @@ class FoundByAttack(Case):
 
         self.assertEqual(self.run_async(run()), ["other", "other"])
 
+    def test_a_row_that_was_read_before_is_not_taken_for_one_that_came_later(self):
+        clock = Clock()
+        timed = self.config(
+            {"from": "A", "on": "arm", "to": "S"}, {"from": "S", "after": 20, "to": "T"},
+            {"from": "S", "on": "go", "to": "U", "send": [
+                {"to": "d", "type": "hi", "with": {"n": n}} for n in (1, 2)]}, S={}, T={}, U={})
+        listener = {"name": "d", "data": {"got": []}, "rules": [
+            {"on": "hi", "assign": {"got": {"append": ["$data.got", "$message.n"]}}}]}
+
+        async def run(store):
+            engine = FlexiFlowEngine(store, clock=clock)
+            engine.create_component(timed)
+            component = engine.create_component(listener)
+            await engine.send("a", "go", delay=10)
+            await engine.handle_message("a", "arm")
+            clock.now += 60  # the timer is overdue, and `go` comes first and drops it
+            await engine.run(until_idle=True)
+            await engine.close()
+            return component.data
+
+        for store in (None, self.path()):
+            with self.subTest(store=store):
+                self.assertEqual(self.run_async(run(store)), {"got": [1, 2]})
+
+    def test_a_message_that_is_cancelled_while_another_runs_does_not_run_for_one_sent_since(self):
+        ran, begun, go = [], asyncio.Event(), asyncio.Event()
+        module = sys.modules["acts_slow"] = types.ModuleType("acts_slow")
+        self.addCleanup(sys.modules.pop, "acts_slow", None)
+
+        async def act(message, component):
+            ran.append(message["n"])
+            begun.set()
+            await go.wait()
+
+        module.act = act
+
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            engine.create_component(self.config({"on": "go", "action": "acts_slow:act"}))
+            for n in (1, 2):
+                await engine.send("a", "go", n=n, id=f"m{n}")
+            worker = asyncio.ensure_future(engine.run(until_idle=True))
+            await begun.wait()
+            cancelled = await engine.cancel("a", "m2")
+            await engine.send("a", "go", n=3, id="m2")
+            go.set()
+            await worker
+            await engine.run(until_idle=True)
+            await engine.close()
+            return cancelled
+
+        self.assertEqual((self.run_async(run()), ran), (True, [1, 3]))
+
+    def test_the_last_of_several_configs_is_adopted_though_it_was_the_first(self):
+        first, second = self.config({"on": "x"}), self.config({"on": "y"})
+
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            engine.create_component(first)
+            await engine.handle_message("a", "x")
+            for config in (second, first):
+                engine.create_component(config, update=True)
+            receipt = await engine.handle_message("a", "x")
+            await engine.close()
+            return receipt.outcome, receipt.seq
+
+        self.assertEqual(self.run_async(run()), ("stayed", 2))
+
+    def test_an_engine_delivers_again_where_it_is_entered_again(self):
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            async with engine:
+                component = engine.create_component(self.config({"on": "x", "to": "B"}, B={}))
+            async with engine:
+                await engine.send("a", "x")
+                await engine.wait("a", "B", timeout=30)
+            return component.state
+
+        self.assertEqual(self.run_async(run()), "B")
+
+    def test_a_timeout_is_a_delay_like_any_other(self):
+        async def run(timeout):
+            engine = FlexiFlowEngine()
+            engine.create_component(self.config({"on": "x", "to": "B"}, B={}))
+            with self.assertRaises(StateError) as caught:
+                await engine.wait("a", "B", timeout=timeout)
+            return str(caught.exception)
+
+        found = [self.run_async(run(timeout)) for timeout in ("0s", 0, float("nan"), "soon")]
+        late = "'a' is in 'A', not in B\nWhy: waited 0 s\nContext:\n  component='a'"
+        bad = 'Not a delay: {}\nFix: seconds, or like "90s", "15m", "2h", "7d"'
+        self.assertEqual(found, [late, late, bad.format("nan"), bad.format("'soon'")])
+
+    def test_a_letter_that_is_damaged_is_not_excused_by_what_its_error_says(self):
+        module = sys.modules["acts_parcel"] = types.ModuleType("acts_parcel")
+        self.addCleanup(sys.modules.pop, "acts_parcel", None)
+        self.logged()
+
+        def act(message, component):
+            raise ValueError("the parcel was damaged")
+
+        module.act = act
+
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            engine.create_component(
+                {**self.config({"on": "go", "action": "acts_parcel:act"}),
+                    "retry": {"max_attempts": 1}})
+            await engine.send("a", "go", n=7)
+            await engine.run(until_idle=True)
+            before = len(engine.dead_letters())
+            engine.store.db.execute(
+                "UPDATE flexiflow_messages SET message=replace(message, '7', '9')")
+            with self.assertRaises(PersistenceError) as caught:
+                engine.dead_letters()
+            await engine.close()
+            return before, caught.exception.what.partition(" is ")[2]
+
+        self.assertEqual(self.run_async(run()), (1, "damaged: message 1"))
+
     def test_delivering_none_at_a_time_is_refused(self):
         with self.assertRaises(ff.ArgumentError):
             self.run_async(FlexiFlowEngine().run(concurrency=0))
@@ -13210,46 +13330,48 @@ class OldStores(Torture):
     # printed when it was new; then it stays. A file, compressed, in base 85.
     STORES = {
         1: """
-            c-rlqZ)hCH6~OoYNV+@Sc}zi7L<t$zA=2TKe0z6$e^iu2w$F~JBFnOblUlZz-JP}0y4$_%?nM@gK3trH(n4v;hf
-            +cdrBG<0B}pMPgtp{MXuq_yw4d72LIY_@D4~#IXds>0y+5nd$#yIg$Laf_)6LGG_ujlWyYlSpc+Z`kuQ(Lzrd1;
-            j&I*TxU{H7zV?hvt>=PHd46#qxcN}PaZbVR+QUeKeT^NphPCyT#A1D5rcw|_Le;9u~dN%f6<VP$U00000fV)m}W
-            O!(FMhZ0NDuza{>Q#ERqF2q$wHmc;a+%s|^(s;6-u(E9rSj}@8P6@8EI)zwYlqJ)^eLNg%aSq7IR99Asf@kKbLa
-            5FnPt4NGC$vZFg7$=Vs>rpXP4IKW7Y7@tYWS9v5A$Wu+gX~)aq{;vkK2HoWvR>T07&~eUYJ2NeVoF!68buk3oBL
-            qAe4bXOGX9`x)Zdz`C$pK3!hIi%WBl&n`WQzf^uQg;ldwHw|hyc)9$<a>rXK*Wi|fwTjkL%9>dgtrDkV8tu|lyL
-            xY3?jdI3e2;M3Ar5V|v>H{~wlCH8Q2UTL4z1N4yVHTT9DK5TYIbFQ8K+a2T9#>f(md(BOS`pte&%`1eoNgWE`?V
-            X=FYB^Cptb!`8<$Jo`?>Po|giGJAUk^s_Y-WYoy_r?(tfmp&{+fi(MNS7#clxEbx4(C%#wAhGmfIo{YhLqT4FI{
-            ova4sXi{aBO!O?TU4c$y0d3A5QnrHJC$1R$iQ{0Vp@CcawXns&{)rsHw)(M(BSCGv6~08<>s}_o~+31;Kvgo?a3
-            Ny-X9(sos|R4vppB3j@9;>xoJ?VU&+8em!{sfyDv}O(h0ZJe`)fn`!1T#o(v6*%5vbjqdlXwE2Upvc%L!r(`}Gi
-            Yt-x-u^QDYMum^DzC*Ti$?(OWT^_88(r~EV8djYV=Bw0quzNBqhD!I2^;*439eU%-h376$X_XS&8_X?-&MiN7W@
-            Q;KojE^uvKbBxjTQ=l=6H`AyWO?>W(N0hq_4`vI<eRLcv3O7t=-*9&IJcYFBWb-V13g4gVvWFVt?o({I7k2PtxP
-            R5DwMYF8}}l000000Dw;|*HXcOX5#q^T1KLUBBjNQDwjy6sHk!-m(~kXLCL8~Ud`sDQl=njSuLF>>0%*6buFLGW
-            Ybbsr@EZo7Tt*vo8!APRB>87Q>TWQ68U{CTb#bIEfU+VTsFk%ZP76uQss%GtU!E_&sL|ryp()#XD21<mRakHFj*
-            s!Xqvc_+U_a3+#r_5C6SuhFdUwGc!m}GWpaV8h&tI~O&pUY7fHnvM|6i;EJIosd)2xX=Xqy*dfkRCdG>mx-mZ6|
-            YT8uWucl#gDHl_s>l~Y#*=oR2Y)Z+!;aCmIEOix5Z?lwZhMRIlvDD7awZj1(t|L-`lnAA2PE|{JRnICpT`#0Fc_
-            l;h3RQ|3Elmp~o72;}tSJRWO_Q9INvnBDQ%ZS7g>ZS{x&tAJ@%cY$2<Q#=3jhEB000000001hJ4ZR(Oau;k&nkG
-            5Nr@ixR!R&#Cxi~ggNNcMcIX=r8UO$Q000000D%7on!&_aGchI{3CN)VK~UWV<%3Qzy=CdnGQ7MK?k-hJX_u+=4
-            m$p*AbfQAZ(rO@j5HG?%mj(=HLsJ3cF=h;U+dnj-dp|dDo?(-a9R+yx|&(%%{ny>+I7C(?$aFHZmqy~H4DO5>L0
-            $$T>s47iaB5Z7Y@VN2LJ#700000004l`GJOAkBJytmT{?9A(3cZGODx4-i+_Ij)#3YMFURJi@3A5P00000fP0+g
-            W+EYs1d>OeJv}Fc2Eu%eDV)n@q+Gs0^Ljo%sTWEz&1ofB&PlmRDZMQ!R5vZY&-9>6LSjnn{x3{S-a!|)#GMObqp
-            lH$@{OXc{i5EN(Wq80y6bBHx$?)a27(_QzZ8!PV*!*r%KJUwE$@XjO-^fBqUcPUGD){ZXRA)z`%Rhjn)$R}c5CU
-            *C;j>xuTKfWyWeRhl;JpYEJ{977DC|x?$?k?HC>ZSG)<|ZO={h(vvR7fh;Nkj>1pkU-Q9;qb^Iq@KlGT_2d<;th
-            me{hX(FX*R*^MzQoUU*g7E&gUVGK+QFAn!@H*3+Y>$$lLbPlln<KemK3|+vx_YEuJxbM7H~gCX8<a0d7x5-B92<
-            M>@xwEC)xV2)Rm3w`#uGN##8Oi9Z2Noa`(^G2CBnQMMakspBP}lzHIvQfGpa7@%q-Fgp}ULu0^cIMwbvB4)4tV7
-            rsG`U)VDo7&HIN~?<0w1GdXu86mfgst3<V^JM8YjNx_V4OS_?!>9&>4u|a=y2KZ`iP{|dU$eb+abvD+DpKNsg5c
-            *|O5dO0G%8oYBjgMy;NoQ$Z)AG5Zu9hYXw;dlrcq_bK@pLsG2>T=C>giQ;w<6@(+5AE%;hm~pjJ$I-sHoWjmD9N
-            rm8d!?f3i_}_R9OnJIl2oyN-0uBF{ELNv1^gT&b8=^~v0A$Eo_z<4sRj^ML^KLH9iJ^z^E^TXEuc^7a1&G6eJi`
-            X~A``X<^!zem49KSw`BKSbX}FR&s20000000000002G~vG7PB;NEaf#KU8OK<gfCyptaq_T`6So%~=l8Xk$d$p}
-            kD+|-a;?B4qtbc=a%z%AyfuuoJlG#nm_whv<Au}IWQd-MNGeE$Cr^e6On^fdY%dJDaQUO|`8570~K8bl2M00000
-            000000B+1^cqHjg)ptK%#wY)%H5u3V<R7_})L~z~8tddM(N2=^*?*!l`$z6XUm5Hq$$(qlp8mImDIwnh;q(7QYy
-            O`=FAAY}Oh6CCW9UtY7ytkO00000d{#g&hNkx~ePJwgSQtS^kMeheN5A$+C=}+?2r6Ysff7a6<f1YuNu8&n+4R8
-            ?`D4V}BDE~j5~s0vj=znp%#Wt=im_psn+C2?+a{OkG#=+I##fE=>s!;<Ffo6Q8=E>F=W52WLpG?5D-Nz0m>65$y
-            W&@kQ<baJxM8!JhF6<t+IR|&*U1+D;@ec1%oC>J(5ue$s)2FmCG|6&WS-{=n;GYiLXV3nEIJlZsY28ZZuN5e08i
-            AIiP)klYmHS>t>P-Noun)FRE3$lDjw^+PkpMswaR2wE6lK5K9fyx%hxnotvpRF-U4H?Nmz$$TGgl81#8T-3Cr9}
-            -h#}0W|vIf)GxQw(W!M}XjQt_a`i;(JB8PnqM2J#mX(WM2X>3{)LEp$0^oI{;e~a=X;?<ebycPAF!^1n_rxGrHT
-            W=Sy*?1Po{`5QaU5E!J2uOc_}FGYvyJa*8$l$DB$H}rBp^hDkl=2&P*qLJ6eKE_3d&@@ck>1Bm^htDi9N3<Z0{-
-            HuL8u<Iy-|F7kN?8-JtO6!OXkt^qac%lX@nM_*t9eXKlwcy_hd)#bRF0QmRc#ncZ6%(D7%yT^bv|+2ZT}A@p1Jg
-            FZm-z%>#8000000000006tB(^4<~d>zD67aIp90M6mOKfF2gyZ3x~G4aLxPA&A}<(A(%=><a(@0000000000fP0
-            i^I1~t=<IjY{UTSeM7!>%^0z&uwf9Sv9CjbBd000000002^Y%(DH59Q7P*#
+            c-rlqUu+{s8Nk>7lGw3t^3ae*qIB5nH8HX8y#DV<X)kx@wo%h0%_X{)%MoUGXD{aLU3YigTu4LZ9_>r3N|nk}fd
+            ?dzP(dm>2?_<IzEnJbD&P?$1gg{`RTV-ModihC?E25fcJ5koYJ27TDUN4ncE0bM`DR9$otf;}hZie0#hPK(h>bJ
+            CnBeydCovWT!OuQ1q02D)1U=Wj*5`Woh2x4ZhOP<G;j03=8~rf$r`WxtQuN=^pN7vw-W~b-$b&2a00000fE&>qj
+            }A}FNxtSnMOW!%tx7Lfw5qYaS)-OkE>df=UL^|ckB^;REzhr&@xs!X@+0`5e0X_jK-#pE7LQ=Yxd+OtW$fO(a27
+            8uui>Tj#l_}bqr(#=X4j>I>{1&8tcu>qDwgX2n^;N$>y4UB&B2y2tML5N8LU#Gwj)*|LlZMIzDI2$SE=<_mHqj%
+            Y0<|TR9AX0M_Z<?&7WE<<DSH6oz!T8UB#~)8yTLEB;V5wM`pjF{W0Nvk_QycEfuSjwetPtRlKsg@X-9~qxiw{qj
+            -LOZFymd33#Zyw3cwntr)esp;O()Yvo7QIvz>jmb}f1+MA*nrb(;Bt{8edwR3yVy^ad*1!nW2M}%b)o3?VAjVf(
+            hn`nEWeMxMa*6Oy^DNb7kK2yGLetmHbr(7k}G!3&Q(c;DF(dhV*$1(d&rB7S}uP-e;yk4H})JLLQ0rB|h@X*9L$
+            tO6?v*k_Funp&Wb3n_J`r{&3LZRV_6DNF6mwKH26{BJ5q}mrTbbzZ{$=C68;y}MTmBpIgfEu`Y9yh5%EA_r6r4p
+            O8GTW6}U!$m-6~pYe%Wb9~%xAo0@j>xkXU-1~O{|}|u`^rMyqWHc8kryZa3Z9>sNv=v!QqMdoUi$C&zRS-+S)X>
+            b!rYu2^}!<_2%6_`gK#MomB70=icralb<>h7@o-Gd|#jGX{}u;gW`e*v{{dCKKi*$V_%C^saDY|yp0WPvYipb<9
+            {|fm=(EUQ>)diIxWmQ)(mRwuFMJ>jQiVqtzM-zz5Zz7R+p=^N{Qt*=2nF+tUa*2zJ^zq&n=v327SX5g@Ug+)l-e
+            #;#vbE{RdQ}=a%U$Vr>nmN!d_$_7^L@;2)Z}P`Gh}^+@+NT2FL<{T(qPv?loe=r4sMHTDYt000000002s6U&u^K
+            h%speO^sVv{0n9m{xKnk}k?hE}Knh1*srs6*;eDvQjBskkpKt%9B*FkfxfN&!jUcDWg#>m)RAai4mLQJ2O;qR$Q
+            )AT}+7lv6dyyp5GOTWmPWf;_R+y8#bx(zzj<e@8Yx7<8E9ccVTZYA!?>k>xwW~CXuMBxR==NNxIk|rphIen$gg0
+            9=d0aC3|IZfsTke*<o31g9TSe#T7?1o0=>_+7f%!IyWxz!g%yL8C&wKtxCOp-|4DhQT3oZb%RT}kPw~9vACJ73@
+            pT^l)N@<vq71qj>6ep7IMsRLXIdF+S|J_=Hu=<DiuhHP^x4VrIc5+jGWc9LMok?(=;zrxtLZ{v_LXhEv4mDxgaY
+            kl9kdaB`>LRDK9JFF4tW*!6gws|3?i0y~ch400000000000040FC<mJ{-(jCw`Oh#Z;ln;kiJ)hMz>zWG$QX(qc
+            @bO#0000000000@c%;7ADe8(CWWKETp%O}inFME*h!|lG~HQ>&+P@f%hgiK;dp8fojNH9|9F4sKijeKW^A09Ao2
+            6&by86eJ6GoG-TT$ME8tz_*2S~G-s$RPMK|hHKWxGIin~Xzf48*;-_<J!SEv4bj8*(sKOTSc^?zXu+C2aO00000
+            00000e463s|6?Q91hjGFpGUqJdo{Ki{c-fR(N{)qkGv9D3jd8I0RR91004X{Xf|RoVcZv=dFuWJArK7mRi>a;qF
+            S0}@+qlMN@|&6p;$~QEJ`jWrPQt{Q_V2>Y16|l3yBG_`@fi&yu&VUiF@b8MqMQ~<;O)^r$*f`y-}@RK&MXbz4m(
+            W<a5Vf-iStpNgs;Ouu_MD?($wxm2;(HrchAxN~)NoyP~~Qr|mPROm@w9+$*`Ybk~tB2=7*&Jobgr<ZWLbjj~Eb@
+            q5edIt?g=TvjfmOKK)nDkRnJ;n`fGt%e_!^=N6Gh~01h!W-9?c^R~bYd_Zz3c2<N6geejX<Et`W#%g7f7Kxff4S
+            %Mi*9L}<KdWFlxDJB7Qd{}l9bJ|0u@!7l)HMQUOjTvP%e2jc@HR`moDIKqT3dB^W%Hw@P_vk@rH=!a1KvfWE)Fy
+            k=s`OCjADl19^nia2Uno_a9~c<5m$lMWjrDHJ)NBmn0qMIcJ#9^8>;={f0P2_N+`grGI(cxXSf3?;K`jABn}A@r
+            9#-kr3C?t3)xW)7)-CXJAIQrCry`RM*Pp<dDZZp%7oI^~-X)#JWbVl*<%z$>K-p9YJ{RrO#a!gjaw6ps9vD9&#)
+            rYL-<(k)%i}mrE87;h`75bNiF7uI8P=eLmuPdewY<KH_#ZCj&9Jt2#ZX)mQy&L@Q)Ua$ZXp6g8RqD7|#<XFvG4+
+            s9Qu8$~+3$hC~nLQ19Cd?sHiW|P@Nc<H-WHxgV|^YcDd16?1vdV1A-d|u*q^7a21(gpNB`YZY)dI9aA-=SZjU!b
+            e#`{>)~8I}Y900000000000KkVL5*+vWoJY;EXmHZ!YdwFBcH#r0p7=nd6Ymd)gX3W*IKo0BPH5OkcAk9=ImtX2
+            a*}x{=n>@)j0Pve?TbioawP1A-TD8Q`27DJ^au1jdK~>0y@6gsKSJL_FQF?e2><{9000000001h>oO4>k2_QK{X
+            5I}<R7&r<0_y0Bj+Y%)Dy2nI`MM26C`~0AM4Eiku%YkhdMzLa?;z=|F$qW;JF}t{vT`2|6}L{AuxJPKzEN`L$8C
+            !000000002s)&#u}SUfoOnVI02Fpg$s_?y7P&u#_+&K7d2q*IxUoT0fwHl38D&Ms&+S+GUEZFpCtrfHbsEEdo5c
+            aN3%)hu4uFX_g%j%(Di$VEDfr+AL34gK8K&Mejq%y(^LL&H;C%@nrDC2HY{jVn4P`i}c%_znHO%H>(yu-KitdpA
+            +lsRW*?lO6uW52P@erw!evm+jdN9pla`>E~R@JkAj|H^sL;Pl*XE+9pw`Oq5I9>b3R-o~|(yu}Kw{8!Mz*#Z_Y2
+            aYyWZ6=v>+c%t+6^yBrN4JNBvVTNV%xpabCzNyk`<#B5A92k>r!U|;3s&>4cu*poDHjVB02as8k_Q~W~y>dGRJ-
+            $VBwMsWzRXyGMPT)<ZXzl|kV-wMmqinw@SDi^J%mHpO8m?QX?S`o*oT{qSZ6?1f^_FM^8#-?Wt(OJj)}DAQ65FP
+            =x^1yIR`+5>w~1o23+K&wtgSn{<bQHU=xY@}62{|kB{1$2MudP6<XSYD^%gCkB6(Fy=6erc@S=*d>4ezxio*7(0
+            {$vMEN!tqwX(vK{7l(}&u-q!x?}3Ybo03o;{7<z`!P4o>Bd^FK%{)Gn9r$c){WEq4>O=sPdFv}&3n&&i?9C&(3=
+            7DK6)Fy38N+e00000000000DO`j?!7JCJ}BPVaM1s7!r$2-poIkI7=n96gZ%&h`OrH8`vCv|0000000000;1=gI
+            zJTQG?AmB=_^?6|bWQN1w*>SSdXIep0000000000003}{5)KA@K6L7dP{<9ftoZ!`KP|xE`~QV8K|ue4dIA6d00
+            0000001hPbVSazvAsK`~
         """,
     }
     CONFIG = {
