@@ -1438,7 +1438,7 @@ def collect_provided_keys(packs: Sequence[StatePack]) -> dict[str, str]:
 # finds the rule that a message fires and works out everything that follows from it. It never
 # awaits, reads the clock, opens a file or logs; of equal scopes it says the same (it uses one up).
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DELAY = 100 * 366 * 86400  # a hundred years
 
@@ -1456,6 +1456,12 @@ def _is_name(value: Any) -> bool:
     """Tell whether a value is a text that can stand in a store: not empty, no lone surrogate."""
     return isinstance(value, str) and bool(value) and (
         value.isascii() or value.encode("utf-8", "replace").decode() == value)
+
+
+def check_name(name: Any) -> None:
+    """Raise ArgumentError unless a value can be the name of a component."""
+    if not _is_name(name):
+        raise ArgumentError(f"Not a name for a component: {name!r}")
 
 
 class Outgoing:
@@ -2094,7 +2100,7 @@ class _Walk:
         def check(old: str, new: Any) -> tuple[str, str]:
             _require(new, "text")
             _need(old not in self.nodes, f"{old!r} is a state still")
-            return old, self._find(new)
+            return _not_empty(old), self._find(new)
 
         return dict(self._each(value.items(), check))
 
@@ -2695,6 +2701,8 @@ class SQLiteStore:
 
     def backup(self, path: str) -> None:
         """Copy the store as it is now into a new file, whole or not at all."""
+        if path in ("", ":memory:"):
+            raise ArgumentError(f"Not a file: {path!r}", fix="name a new one")
         if os.path.exists(path):
             raise PersistenceError(f"There is a file already: {path!r}", fix="name a new one")
         aside = f"{path}.{os.getpid()}.tmp"
@@ -3007,6 +3015,10 @@ def _timer_message(rule: Rule, owner: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _receipt_text(*parts: str | None) -> str:
     return _encode(parts)
+
+
+def _gone(name: str) -> StateError:
+    return StateError(f"Component {name!r} is gone", why="it was removed")
 
 
 def _no_turn(name: str, why: str) -> StateError:
@@ -3496,8 +3508,7 @@ class AsyncComponent:
 
     def __init__(self, name: str, rules: list[Json] | None = None, state_machine: StateMachine
             | None = None, logger: Any = None, event_bus: AsyncEventManager | None = None) -> None:
-        if not _is_name(name):
-            raise ArgumentError(f"Not a name for a component: {name!r}")
+        check_name(name)
         self.name, self.logger, self.event_bus = name, logger, event_bus
         self.state_machine = state_machine or StateMachine.from_name("InitialState")
         self._engine = _ALONE
@@ -3701,6 +3712,8 @@ class AsyncComponent:
     async def _prepare(self, turn: Turn) -> None:
         """Do what must be done before the next message: be born, be read again, be compiled."""
         store = self._engine.store
+        if self._engine is not _ALONE and self._engine.components.get(self.name) is not self:
+            raise _gone(self.name)
         if self._birth is not None:
             await self._be_born(turn, self._birth)
         elif self._unready and store is not None:
@@ -3855,6 +3868,14 @@ def _message(message: str | Json, fields: Json) -> Json:
     return {**check_message(message), **fields} if fields else message
 
 
+def _check_query(name: Any, limit: Any) -> None:
+    """Raise ArgumentError unless these, where given, are a component's name and a count."""
+    if name is not None:
+        check_name(name)
+    if limit is not None:
+        check_count("limit", limit)
+
+
 def _on_paper(config: Any) -> tuple[Definition, str]:
     """Return a definition whose code is not imported, and the names of that code."""
     found = _looked_at(config, imports=False)
@@ -3995,7 +4016,10 @@ class FlexiFlowEngine:
                 await asyncio.sleep(1.0)
 
     async def close(self) -> None:
-        """Write what has not been written, wait for what runs, and close the store."""
+        """Write what has not been written, wait for what runs, and close the store.
+
+        The engine can go on to be used: it opens its store again. What memory alone held is lost.
+        """
         self._stop()
         try:
             while self._tasks:
@@ -4005,11 +4029,21 @@ class FlexiFlowEngine:
             await self._settle()
             if self.queue._waiting:
                 await self.queue.write(None, ())  # after all others
+            if self.store is None and self.queue._connection is not None:
+                self._say_what_is_lost()
         finally:
             if self._renewal is not None:
                 self._renewal.cancel()
                 self._renewal = None
             self.queue.close()
+
+    def _say_what_is_lost(self) -> None:
+        """Warn of messages and timers that were kept in memory, and came to nobody."""
+        rows = self.queue.rows(
+            "SELECT component, COUNT(*) FROM flexiflow_messages WHERE dead IS NULL GROUP BY 1")
+        if rows:
+            self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
+                f"{count} to {name!r}" for name, count in rows))
 
     def _stop(self) -> None:
         """Let `run` end when what it is at work on is done."""
@@ -4024,15 +4058,17 @@ class FlexiFlowEngine:
 
         A component that the store knows goes on where it stopped, with its stored definition; a
         config that differs from it gives one warning, or with `update` takes its place (else
-        ConfigError, where the state would be gone). `data` is put over the config's data. What
-        is new is written with the first message, `register_async`, `run` or `close`.
+        ConfigError, where the state would be gone). A new one's data is the config's, with `data`
+        over it; it is written with the first message, `register_async`, `run` or `close`.
         """
         loaded = self._config(config)
+        name = loaded.name if name is None else name
+        _need(data is None or isinstance(data, dict), "Data is an object: %r", data)
         definition: Any = loaded.definition
-        known = self.get(name or loaded.name)
+        known = self.get(name)
         if known is None:
             machine = StateMachine(definition.birth.node.create(), definition.registry)
-            component = AsyncComponent(name or loaded.name, None, machine)
+            component = AsyncComponent(name, None, machine)
             given = {**fresh(loaded.data), **fresh(data or {})} or _EMPTY
             component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
@@ -4086,6 +4122,7 @@ class FlexiFlowEngine:
 
     def get(self, name: str) -> AsyncComponent | None:
         """Return a component, from the store if need be, or None."""
+        check_name(name)
         component = self.components.get(name)
         head = self.store.head(name) if component is None and self.store is not None else None
         if head is not None:
@@ -4110,7 +4147,7 @@ class FlexiFlowEngine:
     def _head(self, name: str) -> Json:
         head: Json | None = self.store.head(name)
         if head is None:
-            raise StateError(f"Component {name!r} is gone", why="it was removed from the store")
+            raise _gone(name)
         return head
 
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
@@ -4185,7 +4222,7 @@ class FlexiFlowEngine:
         """Return a checked config; equal ones are compiled once."""
         if isinstance(config, ComponentConfig) and config.definition is not None:
             return config
-        content = config if isinstance(config, (dict, ComponentConfig)) else read_config(config)
+        content = read_config(config) if isinstance(config, (str, os.PathLike)) else config
         key = repr(content)
         if key not in self._configs:
             self._configs[key] = ConfigLoader.load_component_config(
@@ -4205,6 +4242,7 @@ class FlexiFlowEngine:
 
         Raises StateError for an unknown name, and from within its own turn.
         """
+        check_name(name)
         component = self.components.get(name)
         if component is not None and live_turn(component) is not None:
             raise StateError(f"{name!r} is in the middle of a turn", fix="remove it afterwards")
@@ -4212,8 +4250,14 @@ class FlexiFlowEngine:
             lambda execute: sum(execute(sql, (name,)).rowcount for sql in _REMOVE), ())
         if not found and component is None:
             raise self._unknown(name)
-        for known in (self.components, self._unborn):
-            known.pop(name, None)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Let go of a removed component; whoever still holds it is told at its next message."""
+        self._unborn.pop(name, None)
+        component = self.components.pop(name, None)
+        if component is not None:
+            component._birth, component._unready = None, True
 
     # ---- messages
 
@@ -4223,7 +4267,7 @@ class FlexiFlowEngine:
         Raises StateError for an unknown component, and for a message that is declared nowhere.
         """
         message = _message(message, fields)
-        component = self.components.get(name) or self._find(name)
+        component = self._find(name)
         if self._unannounced:
             await self._announce()
         return await component.handle_message(message)
@@ -4234,10 +4278,9 @@ class FlexiFlowEngine:
 
         From within a turn it leaves with the turn's commit. The component need not exist yet.
         """
-        given = check_message(_message(message, fields))
-        key, pause, body = id or given.get("id") or new_id(), seconds(delay), payload(given)
-        if not (_is_name(name) and _is_name(key)):
-            raise ArgumentError(f"Not a component's name and an id: {name!r}, {key!r}")
+        check_name(name)
+        given = check_message(_message(message, fields if id is None else {**fields, "id": id}))
+        key, pause, body = given.get("id") or new_id(), seconds(delay), payload(given)
         turn, correlation_id = live_turn(), given.get("correlation_id")
         if turn is not None and turn.component._engine is self:
             return await turn.post(Outgoing(name, body, pause, key, correlation_id))
@@ -4262,6 +4305,7 @@ class FlexiFlowEngine:
 
         The id of a timer stands in `status`. A dead letter stays.
         """
+        check_name(name)
         sql = f"{_UNQUEUE} component=? AND message_id=? AND dead IS NULL"
         return bool(await self.queue.write(lambda execute: execute(sql, (name, id)).rowcount, ()))
 
@@ -4423,6 +4467,7 @@ class FlexiFlowEngine:
         Each has number, component, id, correlation_id, message (text where it is damaged),
         attempts, error, traceback (its end), state (at the failure), sent and dead (epoch seconds).
         """
+        _check_query(name, limit)
         letters = self.queue.messages(
             f"dead IS NOT NULL AND component IS{' NOT' * (name is None)} ?"
             " ORDER BY number LIMIT COALESCE(?, -1)", (name, limit))
@@ -4479,6 +4524,7 @@ class FlexiFlowEngine:
         Each entry is a dict of number, component, seq, id, correlation_id, message, outcome,
         from_state, to_state, reason, data (where it changed) and time (epoch seconds).
         """
+        _check_query(name, limit)
         return [] if self.store is None else self.store.journal(name, limit)
 
     async def prune(self, name: str | None = None, *, keep: int | None = None, older_than: float
@@ -4512,7 +4558,7 @@ class FlexiFlowEngine:
         if not dry_run:
             await store.write(None, forget)
             for one in gone:
-                self.components.pop(one, None)
+                self._forget(one)
         return found
 
     async def backup(self, path: Path) -> None:
@@ -4542,6 +4588,9 @@ class FlexiFlowEngine:
 
     def _kept(self, name: str | None) -> list[str]:
         """Return the names of the components that have a history: one, or all."""
+        _check_query(name, None)
+        if name in self._unborn:
+            return []
         if name is not None and self._stored().head(name) is None:
             raise self._unknown(name)
         return self._stored().names() if name is None else [name]
@@ -4561,6 +4610,7 @@ class FlexiFlowEngine:
         return [self._facts(one) for one in names]
 
     def _facts(self, name: str) -> Json:
+        check_name(name)
         live = self.components.get(name)
         if live is not None and (self.store is None or name in self._unborn):
             head: Any = {**live.head._asdict(), "data": live.data, "state": live.state}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
+import inspect
 import io
 import itertools
 import json
@@ -8764,6 +8766,101 @@ class FoundByAttack(Case):
         return {"name": "a", "initial_state": "A", "states": {"A": {}, **states},
             "rules": list(rules)}
 
+    def test_a_wrong_kind_of_argument_is_said_to_be(self):
+        async def run(store):
+            async with FlexiFlowEngine(store) as engine:
+                await engine.register_async(engine.create_component(self.config({"on": "x"})))
+                for call in (
+                    *(functools.partial(method, wrong)
+                        for wrong in (5, "", ["a"], b"a", "\ud800")
+                        for method in (engine.get, engine.accepts, engine.status, engine.remove)),
+                    *(functools.partial(method, wrong, "x") for wrong in (None, 5, ["a"])
+                        for method in (engine.handle_message, engine.send, engine.wait,
+                            engine.cancel)),
+                    *(functools.partial(engine.create_component, wrong)
+                        for wrong in (None, 5, ["a"], b"a")),
+                    *(functools.partial(engine.create_component, self.config(), name="b",
+                        data=wrong) for wrong in (5, [], "x")),
+                    *(functools.partial(engine.create_component, self.config(), name=wrong)
+                        for wrong in (5, "", ["a"])),
+                    *(functools.partial(method, limit=wrong) for wrong in (0, -1, "2", 1.5, True)
+                        for method in (engine.history, engine.dead_letters)),
+                    *(functools.partial(engine.send, "a", "x", id=wrong) for wrong in ("", 5)),
+                    *(functools.partial(engine.history, wrong) for wrong in (5, "")),
+                    *(functools.partial(method, wrong) for wrong in (5, ["a"])
+                        for method in (engine.replay, engine.prune) if store),
+                    *(functools.partial(engine.backup, wrong) for wrong in ("", ":memory:")
+                        if store),
+                ):
+                    with (
+                        self.subTest(call=str(call), store=store),
+                        self.assertRaises(FlexiFlowError),
+                    ):
+                        answer = call()
+                        if inspect.isawaitable(answer):
+                            await answer
+
+        self.run_async(run(None))
+        self.run_async(run(self.path()))
+
+    def test_what_nobody_delivered_is_said_when_it_was_in_memory_only(self):
+        async def run(store):
+            engine = FlexiFlowEngine(store)
+            await engine.send("a", "x")
+            await engine.send("a", "x", delay=60)
+            await engine.close()
+
+        with self.assertLogs("flexiflow", "WARNING") as logs:
+            self.run_async(run(None))
+            self.run_async(run(self.path()))  # which keeps them
+        self.assertEqual([one.getMessage() for one in logs.records],
+            ["Not delivered, and kept in memory only: 2 to 'a'"])
+
+    def test_a_delay_is_written_in_plain_digits(self):
+        with self.assertRaisesRegex(StateError, "Not a delay"):
+            ff.seconds("\u0663s")
+
+    def test_the_id_of_a_call_goes_before_the_one_in_its_message(self):
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            receipt = await engine.send("a", {"type": "x", "id": "i1"}, id="i2")
+            await engine.close()
+            return receipt.id
+
+        self.assertEqual(self.run_async(run()), "i2")
+
+    def test_an_old_state_without_a_name_is_refused(self):
+        config = {**self.config({"on": "x"}), "renamed": {"": "A"}}
+        self.assertEqual([one.what for one in explain(config).errors],
+            ["renamed.: Not a name: ''"])
+
+    def test_what_is_not_written_yet_has_no_history(self):
+        async def run():
+            engine = FlexiFlowEngine(self.path())
+            engine.create_component(self.config({"on": "x"}))
+            answers = engine.replay("a"), await engine.prune("a", keep=1)
+            await engine.close()
+            return answers
+
+        self.assertEqual(self.run_async(run()),
+            ([], {"rows": 0, "of": 0, "ids": [], "components": []}))
+
+    def test_a_removed_component_stays_removed(self):
+        async def run(store, written):
+            engine = FlexiFlowEngine(store)
+            old = engine.create_component(self.config({"on": "x"}))
+            if written:
+                await engine.register_async(old)
+            await engine.remove("a")
+            with self.assertRaisesRegex(StateError, "Component 'a' is gone"):
+                await old.handle_message({"type": "x"})
+            await engine.close()
+            return engine.components
+
+        for store, written in ((None, True), (self.path(), True), (self.path("b.db"), False)):
+            with self.subTest(store=store, written=written):
+                self.assertEqual(self.run_async(run(store, written)), {})
+
     def test_a_clock_of_whole_numbers_damages_nothing(self):
         async def run():
             async with FlexiFlowEngine(self.path(), clock=lambda: 1000) as engine:
@@ -8867,18 +8964,19 @@ class FoundByAttack(Case):
                 self.assertEqual(self.run_async(run(store)), {"got": [1, 2]})
 
     def test_a_message_that_is_cancelled_while_another_runs_does_not_run_for_one_sent_since(self):
-        ran, begun, go = [], asyncio.Event(), asyncio.Event()
+        ran = []
         module = sys.modules["acts_slow"] = types.ModuleType("acts_slow")
         self.addCleanup(sys.modules.pop, "acts_slow", None)
 
-        async def act(message, component):
-            ran.append(message["n"])
-            begun.set()
-            await go.wait()
-
-        module.act = act
-
         async def run():
+            begun, go = asyncio.Event(), asyncio.Event()
+
+            async def act(message, component):
+                ran.append(message["n"])
+                begun.set()
+                await go.wait()
+
+            module.act = act
             engine = FlexiFlowEngine(self.path())
             engine.create_component(self.config({"on": "go", "action": "acts_slow:act"}))
             for n in (1, 2):
