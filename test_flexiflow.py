@@ -11788,11 +11788,19 @@ async def drain(engine):
     """Deliver what is there, again and again."""
     while not os.path.exists("stop"):
         await engine.run(until_idle=True)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.002)
 
 async def once(engine):
     """Deliver what is there."""
     await engine.run(until_idle=True)
+
+async def produce(engine, names, count):
+    """Send numbered messages, which others deliver; let the queue become empty now and then."""
+    for number in range(int(count)):
+        while number % 9 == 0 and engine.queue.rows("SELECT 1 FROM flexiflow_messages"):
+            await asyncio.sleep(0)
+        await engine.send(names[number % len(names)], "add", by=1, id=f"{WHO}-{number:05}")
+    note(count)
 
 async def prune(engine):
     """Forget all but the last steps, again and again."""
@@ -12033,6 +12041,32 @@ class Crowded(Torture):
         self.assertEqual((self.engine.get("a").data, pruned + len(steps)),
             ({"n": handled}, handled + 1))
         self.assertGreater(pruned, 0)
+
+
+class Produced(Torture):
+    """Messages that are sent while others are delivered: each once, and in order."""
+
+    async def test_two_workers_deliver_what_is_sent_meanwhile(self):
+        names, count = "abc", 60_000 if LONG else 1_500
+        await (await self.prepare(self.CONFIG, *names)).close()
+        senders = [("produce", who, names, count) for who in ("p", "q")]
+
+        def over():
+            return (all(os.path.exists(self.path(f"{who}.notes")) and self.notes(who)
+                for _, who, *_ in senders)
+                and self.rows("SELECT COUNT(*) FROM flexiflow_messages") == [(0,)])
+
+        kills = self.crowd(*senders, ("drain", "v"), ("drain", "w"), until=over,
+            SYNCHRONOUS="NORMAL")
+        found = self.sound()
+        self.figures("{} messages sent and delivered, {} kills", 2 * count, kills)
+        for which, name in enumerate(names):
+            sent = [f"{who}-{number:05}" for _, who, *_ in senders
+                for number in range(which, count, len(names))]
+            got = sorted((id for id in found[name] if id), key=found[name].get)
+            self.assertEqual([sorted(got), *(
+                [id for id in got if id[0] == who] for _, who, *_ in senders)],
+                [sent, *([id for id in sent if id[0] == who] for _, who, *_ in senders)])
 
 
 class Resent(Torture):
