@@ -1130,6 +1130,21 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
     return _together("all", parts) if len(parts) > 1 else parts[0]
 
 
+def guard_text(guard: Any) -> str:
+    """Return a guard in a short form: `total > 0, vip == true`."""
+    if not isinstance(guard, dict):
+        return str(guard)
+    parts = []
+    for key, wanted in guard.items():
+        if key in ("all", "any", "not"):
+            inner = wanted if isinstance(wanted, list) else [wanted]
+            parts.append(f"{key}({' | '.join(map(guard_text, inner))})")
+        else:
+            tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
+            parts += [f"{key} {op} {_shown(operand)}" for op, operand in tests]
+    return ", ".join(parts)
+
+
 # --------------------------------------------------------------------------------------------
 # 6. States, registry, packs
 # --------------------------------------------------------------------------------------------
@@ -4324,7 +4339,7 @@ class FlexiFlowEngine:
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            (facts,) = self.status(name)
+            facts = self._facts(name)
             if facts["seq"] != component.seq and component._turn is None:
                 component._load(self._head(name))  # another process has changed it
             definition, state = component.definition, facts["state"]
@@ -4507,25 +4522,41 @@ class FlexiFlowEngine:
         """Add rules to a component, or replace them; see AsyncComponent.update_rules."""
         return await self._find(name).update_rules(rules, replace=replace)
 
-    def accepts(self, name: str) -> list[str]:
-        """Return the message types that a component takes now, guards aside."""
+    def accepts(self, name: str) -> list[Json]:
+        """Return what a component takes now, as dicts, in the order in which they are asked.
+
+        Each has type, from (the state that it is declared on), guard (as text, or None) and to
+        (None: it stays). What a state class of one's own takes is not known.
+        """
         component = self._find(name)
         if component.completed is not None:
             return []
-        kinds = list(getattr(component.state_machine._state, "moves", ()))
-        definition: Any = component.definition
-        for source in definition.sources(component.state) if definition else ():
-            kinds += [kind for rule in definition.rules_of(source) for kind in rule.on]
-        return list(dict.fromkeys(kinds))
+        definition, leaf = component.definition, component.state
+        found = [(kind, source, rule.guard and guard_text(rule.text["guard"]), rule.to)
+            for source in (definition.sources(leaf) if definition else ())
+            for rule in definition.rules_of(source) for kind in rule.on]
+        moves = getattr(component.state_machine._state, "moves", {})
+        found += [(kind, leaf, None, target) for kind, target in moves.items()]
+        return [dict(zip(("type", "from", "guard", "to"), one)) for one in found]
 
-    def history(self, name: str | None = None, *, limit: int | None = None) -> list[Json]:
+    def history(self, name: str | None = None, *, limit: int | None = None,
+            before: int | None = None, since: float | str = 0) -> list[Json]:
         """Return what happened, to one component or to all, the newest first.
 
         Each entry is a dict of number, component, seq, id, correlation_id, message, outcome,
-        from_state, to_state, reason, data (where it changed) and time (epoch seconds).
+        from_state, to_state, reason, data (where it changed) and time (epoch seconds). `before`
+        is the number of an entry that has been seen: what follows are those before it. `since`
+        is an age, "2h", or a moment in epoch seconds.
         """
         _check_query(name, limit)
-        return [] if self.store is None else self.store.journal(name, limit)
+        check_count("before", 1 if before is None else before)
+        if self.store is None:
+            return []
+        moment = self.clock() - seconds(since) if isinstance(since, str) else since
+        if not (before or moment):
+            return self.store.journal(name, limit)  # type: ignore[no-any-return]
+        return self.store.journal(  # type: ignore[no-any-return]
+            name, limit, "number<COALESCE(?, number+1) AND time>=?", (before, moment))
 
     async def prune(self, name: str | None = None, *, keep: int | None = None, older_than: float
             | str | None = None, completed: bool = False, dry_run: bool = False) -> Json:
@@ -4604,10 +4635,15 @@ class FlexiFlowEngine:
         """Return what is known of one component or of all, as dicts, by name.
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
-        timers: dicts of message, due and id. Raises StateError for an unknown name.
+        timers: dicts of message, due and id; that of one component also what it `accepts`, None
+        where its code is not to be had here. Raises StateError for an unknown name.
         """
-        names = sorted(self._names()) if name is None else [name]
-        return [self._facts(one) for one in names]
+        if name is None:
+            return [self._facts(one) for one in sorted(self._names())]
+        facts = {**self._facts(name), "accepts": None}
+        with contextlib.suppress(ImportError_):
+            facts["accepts"] = self.accepts(name)
+        return [facts]
 
     def _facts(self, name: str) -> Json:
         check_name(name)
@@ -4943,26 +4979,11 @@ class _Mermaid:
         for rule in self.rules:
             label = ", ".join(rule.on) or rule.timer_type
             if rule.text.get("guard") is not None:
-                label += f" [{_guard_text(rule.text['guard'])}]"
+                label += f" [{guard_text(rule.text['guard'])}]"
             yield from ((source, label, rule.to or source) for source in rule.sources)
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, target
-
-
-def _guard_text(guard: Any) -> str:
-    """Return a guard in a short form: `total > 0, vip == true`."""
-    if not isinstance(guard, dict):
-        return str(guard)
-    parts = []
-    for key, wanted in guard.items():
-        if key in ("all", "any", "not"):
-            inner = wanted if isinstance(wanted, list) else [wanted]
-            parts.append(f"{key}({' | '.join(map(_guard_text, inner))})")
-        else:
-            tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
-            parts += [f"{key} {op} {_shown(operand)}" for op, operand in tests]
-    return ", ".join(parts)
 
 
 # --------------------------------------------------------------------------------------------
@@ -4996,6 +5017,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--id": {"help": "an id: the same one again repeats the answer, not the work"},
     "--replace": {"action": "store_true", "help": "put the rules in place of the old ones"},
     "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
+    "--before": {"type": int, "metavar": "NUMBER", "help": "only what came before this entry"},
+    "--since": {"metavar": "AGE", "help": "only what is newer: 90s, 15m, 2h, 30d"},
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
     "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
     "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
@@ -5142,7 +5165,7 @@ def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
         for timer in engine.status(receipt.component)[0]["timers"]:
             text += f"   timer in {age(timer['due'] - engine.clock())}"
     if not text:
-        accepted = engine.accepts(receipt.component)
+        accepted = [*dict.fromkeys(one["type"] for one in engine.accepts(receipt.component))]
         ended = str(reason).startswith("completed")
         why = reason if ended else f"accepts: {', '.join(accepted) or 'nothing'}"
         text = f"not accepted in {before} ({why})"
@@ -5337,7 +5360,7 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
     found, now = engine.status(args.component), engine.clock()
     every = args.component is None
-    return tell(args, found, _overview(found, now) if every else _details(engine, found[0], now))
+    return tell(args, found, _overview(found, now) if every else _details(found[0], now))
 
 
 def _overview(found: list[Json], now: float) -> Iterator[str]:
@@ -5355,24 +5378,31 @@ def _timer_text(timer: Json, now: float) -> str:
     return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
-def _details(engine: FlexiFlowEngine, facts: Json, now: float) -> Iterator[str]:
+def _details(facts: Json, now: float) -> Iterator[str]:
     since = facts["since"] or now
     yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
         f" ({age(now - since)})" + ", completed" * (facts["completed"] is not None))
-    try:
-        yield f"accepts  {', '.join(engine.accepts(facts['name'])) or 'nothing'}"
-    except FlexiFlowError as error:  # code that cannot be imported here
-        yield f"accepts  not known here: {error.what}"
+    if facts["accepts"] is None:
+        yield "accepts  not known: the code of its states cannot be imported here"
+    else:
+        yield f"accepts  {', '.join(map(_taken, facts['accepts'])) or 'nothing'}"
     yield from (f"timer    {_timer_text(timer, now)}" for timer in facts["timers"])
     yield f"data     {json.dumps(facts['data'], ensure_ascii=False)}"
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
 
 
-@command("history order-17", "show the steps, the newest last", "read", "component --limit")
+def _taken(one: Json) -> str:
+    """Return what a component takes, with its guard: `pay [amount >= 12]`."""
+    return f"{one['type']} [{one['guard']}]" if one["guard"] else str(one["type"])
+
+
+@command("history order-17", "show the steps, the newest last", "read",
+    "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     if args.component is not None:
         engine.status(args.component)  # raises if there is none
-    steps = engine.history(args.component, limit=max(args.limit, 0))[::-1]
+    steps = engine.history(
+        args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
     every = args.component is None
     header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
     return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),

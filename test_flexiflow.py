@@ -7133,7 +7133,11 @@ class Outcomes(EngineCase):
         for kind in ("press", "drop"):
             await self.engine.handle_message("lamp", kind)
             found.append(self.engine.accepts("lamp"))
-        self.assertEqual(found, [["press", "drop"], ["press", "dim", "drop"], []])
+        press, drop = ({"type": kind, "from": source, "guard": None, "to": target}
+            for kind, source, target in (("press", "Off", "On"), ("drop", "*", "Broken")))
+        back = {**press, "from": "On", "to": "Off"}
+        dim = {"type": "dim", "from": "On", "guard": "level > 0", "to": None}
+        self.assertEqual(found, [[press, drop], [back, dim, drop], []])
 
 
 class OutcomesStored(Outcomes):
@@ -8785,6 +8789,7 @@ class FoundByAttack(Case):
                         for wrong in (5, "", ["a"])),
                     *(functools.partial(method, limit=wrong) for wrong in (0, -1, "2", 1.5, True)
                         for method in (engine.history, engine.dead_letters)),
+                    *(functools.partial(engine.history, before=wrong) for wrong in (0, "2", 1.5)),
                     *(functools.partial(engine.send, "a", "x", id=wrong) for wrong in ("", 5)),
                     *(functools.partial(engine.history, wrong) for wrong in (5, "")),
                     *(functools.partial(method, wrong) for wrong in (5, ["a"])
@@ -8815,6 +8820,25 @@ class FoundByAttack(Case):
             self.run_async(run(self.path()))  # which keeps them
         self.assertEqual([one.getMessage() for one in logs.records],
             ["Not delivered, and kept in memory only: 2 to 'a'"])
+
+    def test_history_is_read_in_pages_and_from_a_moment_on(self):
+        clock = Clock()
+
+        async def run():
+            engine = FlexiFlowEngine(self.path(), clock=clock)
+            engine.create_component(self.config({"on": "x"}))
+            for _ in range(5):
+                clock.now += 10
+                await engine.handle_message("a", "x")
+            pages = [engine.history("a", limit=2)]
+            while pages[-1]:
+                pages.append(engine.history("a", limit=2, before=pages[-1][-1]["number"]))
+            late = engine.history(since=clock.now - 10), engine.history("a", since="15s")
+            await engine.close()
+            return [[row["seq"] for row in rows] for rows in (*pages, *late)]
+
+        self.assertEqual(self.run_async(run()),
+            [[5, 4], [3, 2], [1, 0], [], [5, 4], [5, 4]])
 
     def test_a_delay_is_written_in_plain_digits(self):
         with self.assertRaisesRegex(StateError, "Not a delay"):
@@ -13787,7 +13811,7 @@ class CommandSession(Shell):
         self.assertEqual(self.shown("status", "order"), (
             0,
             "state  Open.Unpaid, version 1, since TIME (0s)\n"
-            "accepts  pay, cancel\n"
+            'accepts  pay [amount >= "$data.total"], cancel\n'
             "timer  after 1d, in 24h\n"
             'data  {"basket": [], "reminders": 0, "total": 12}\n'
             "queue  0 waiting, 0 dead\n",
