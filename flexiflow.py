@@ -4150,6 +4150,15 @@ class FlexiFlowEngine:
             raise self._unknown(name)
         return component
 
+    def _current(self, name: str) -> AsyncComponent:
+        """Return a component as it is by now, though another process may have changed it."""
+        component = self._find(name)
+        if self.store is not None and name not in self._unborn and component._turn is None:
+            head = self._head(name)
+            if head["crc"] != component.head.crc:
+                component._load(head)
+        return component
+
     def _unknown(self, name: str) -> StateError:
         close = difflib.get_close_matches(name, sorted(self._names()), 1)
         return StateError(f"Unknown component: {name!r}", fix=f"did you mean {close[0]!r}?" if close
@@ -4339,10 +4348,9 @@ class FlexiFlowEngine:
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            facts = self._facts(name)
-            if facts["seq"] != component.seq and component._turn is None:
-                component._load(self._head(name))  # another process has changed it
-            definition, state = component.definition, facts["state"]
+            self._current(name)
+            facts, definition = self._facts(name), component.definition
+            state = facts["state"]
             known = definition.nodes if definition else component.state_machine.registry.names()
             for wanted in states:
                 if wanted not in known:
@@ -4528,7 +4536,7 @@ class FlexiFlowEngine:
         Each has type, from (the state that it is declared on), guard (as text, or None) and to
         (None: it stays). What a state class of one's own takes is not known.
         """
-        component = self._find(name)
+        component = self._current(name)
         if component.completed is not None:
             return []
         definition, leaf = component.definition, component.state
@@ -4538,6 +4546,44 @@ class FlexiFlowEngine:
         moves = getattr(component.state_machine._state, "moves", {})
         found += [(kind, leaf, None, target) for kind, target in moves.items()]
         return [dict(zip(("type", "from", "guard", "to"), one)) for one in found]
+
+    async def dry_run(self, name: str, message: str | Json, /, **fields: Any) -> Json:
+        """Return what handling a message would do now, and do nothing of it.
+
+        A dict of a receipt's component, id, outcome, from_state, to_state, reason and duplicate;
+        of changes (what `assign` makes of the data: key -> [before, after], None where it is
+        not), sends (dicts of to, message, delay, id), emits and actions (names), timers (that
+        begin: dicts of message, due, state) and ended (those that end). Guards are asked;
+        actions and the user's state classes are not run: the outcome of a class is "class".
+        Raises what handling the message would raise before its actions run.
+        """
+        given, component = check_message(_message(message, fields)), self._current(name)
+        turn = Turn(component, None, given)
+        turn.id = given.get("id") or new_id()
+        before = {"component": name, "id": turn.id}
+        after: Json = {"changes": {}, "sends": [], "emits": [], "actions": [], "timers": [],
+            "ended": []}
+        if self.store is not None:
+            for entry in self.store.journal(name, 1, "message_id=?", (turn.id,)):
+                kept = ("outcome", "from_state", "to_state", "reason")
+                return {**before, **{key: entry[key] for key in kept}, "duplicate": True, **after}
+        plan = turn._decided()
+        if plan.outcome == "class" and getattr(turn.state, "moves", None):  # a built-in's table
+            await turn._ask_class(plan)
+        node = plan.passage.node.name if plan.passage else turn.leaf
+        before.update(outcome=plan.outcome, from_state=turn.leaf, to_state=node,
+            reason=plan.reason, duplicate=False)
+        left = plan.passage.exits if plan.passage else ()
+        was, now = turn.base, plan.data
+        return {**before, "changes": {key: [was.get(key), now.get(key)]
+                for key in {**was, **now} if not same(was.get(key), now.get(key))},
+            "sends": [{"to": one.to, "message": one.message, "delay": one.delay, "id": one.id}
+                for one in plan.sends],
+            "emits": [event for event, _ in plan.emits],
+            "actions": [f"{one.__module__}:{one.__qualname__}" for one in plan.actions],
+            "timers": [{"message": turn.head.definition.by_number[number].timer_type, "due": due,
+                "state": owner} for due, owner, number in plan.timers],
+            "ended": [one for one in self._facts(name)["timers"] if one["state"] in left]}
 
     def history(self, name: str | None = None, *, limit: int | None = None,
             before: int | None = None, since: float | str = 0) -> list[Json]:
@@ -4635,8 +4681,9 @@ class FlexiFlowEngine:
         """Return what is known of one component or of all, as dicts, by name.
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
-        timers: dicts of message, due and id; that of one component also what it `accepts`, None
-        where its code is not to be had here. Raises StateError for an unknown name.
+        timers: dicts of message, due, id and state (whose timer it is); that of one component
+        also what it `accepts`, None where its code is not to be had here. Raises StateError for
+        an unknown name.
         """
         if name is None:
             return [self._facts(one) for one in sorted(self._names())]
@@ -4656,8 +4703,9 @@ class FlexiFlowEngine:
             raise self._unknown(name)
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
         dead = sum(row["dead"] is not None for row in rows)
-        timers = [{"message": self.queue.sealed(row)["message"]["type"], "due": row["due"],
-            "id": row["id"]} for row in rows if row["dead"] is None and row["state"] is not None]
+        timers = [{"message": self.queue.sealed(row)["message"]["type"],
+            **{key: row[key] for key in ("due", "id", "state")}}
+            for row in rows if row["dead"] is None and row["state"] is not None]
         return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
             "since": head["since"].get(head["state"]), "completed": head["completed"],
             "dead": dead, "waiting": len(rows) - dead - len(timers), "timers": timers}
@@ -5035,7 +5083,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def command(example: str, text: str, opens: str, options: str) -> Callable[[Function], Function]:
     """Make a function a command: of its arguments and, if it `opens` a store, of an engine.
 
-    To "read" it is an ordinary function; to "write", or to "make" the store, a coroutine function.
+    To "read" it is an ordinary function; to "write", or to "make" the store, a coroutine function,
+    which `--dry-run` calls with a store that can only be read, if there is one.
     """
 
     def add(run: Any) -> Any:
@@ -5147,6 +5196,10 @@ async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent
     receipt = await component.handle_message(message, _strict=False)
     await _deliver_caused(engine)
     line = f"{message['type']}: {_outcome(engine, receipt, message['type'])}"
+    if receipt.outcome == "moved":
+        for timer in engine.status(component.name)[0]["timers"]:
+            line += f"   timer in {age(timer['due'] - engine.clock())}"
+    line += "   (handled before)" * receipt.duplicate
     return tell(args, [receipt.as_dict()], [line], 0 if receipt else 3)
 
 
@@ -5161,9 +5214,6 @@ def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
     before, after, reason = receipt.from_state, receipt.to_state, receipt.reason
     text = {"moved": f"{before} -> {after}", "stayed": f"stays in {after}",
         "blocked": f"blocked in {before}: {reason}"}.get(receipt.outcome, "")
-    if receipt.outcome == "moved":
-        for timer in engine.status(receipt.component)[0]["timers"]:
-            text += f"   timer in {age(timer['due'] - engine.clock())}"
     if not text:
         accepted = [*dict.fromkeys(one["type"] for one in engine.accepts(receipt.component))]
         ended = str(reason).startswith("completed")
@@ -5171,7 +5221,24 @@ def _outcome(engine: FlexiFlowEngine, receipt: Receipt, kind: str) -> str:
         text = f"not accepted in {before} ({why})"
         for close in difflib.get_close_matches(kind, accepted, 1):
             text += f'; did you mean "{close}"?'
-    return f"{text}{'   (handled before)' * receipt.duplicate}"
+    return text
+
+
+async def _foreseen(args: Any, engine: FlexiFlowEngine, name: str, message: Json) -> int:
+    """Print what a message would do; return the exit code that handling it would have."""
+    found, now = await engine.dry_run(name, message), engine.clock()
+    receipt = Receipt(*map(found.get, Receipt._fields))
+    text = "would ask the class of its state" if found["outcome"] == "class" else _outcome(
+        engine, receipt, message["type"])
+    lines = [f"{message['type']}: {text}   (dry run{', handled before' * found['duplicate']})"]
+    lines += [f"  data    {key}: {_shown(was)} -> {_shown(then)}"
+        for key, (was, then) in found["changes"].items()]
+    lines += [f"  send    {one['message']['type']} to {one['to']}"
+        + f", in {age(one['delay'])}" * bool(one["delay"]) for one in found["sends"]]
+    lines += [f"  {what[:-1]:8}{name}" for what in ("emits", "actions") for name in found[what]]
+    lines += [f"  timer   {_timer_text(one, now)}" for one in found["timers"]]
+    lines += [f"  ends    {one['message']}" for one in found["ended"]]
+    return tell(args, [found], lines, 0 if receipt or found["outcome"] == "class" else 3)
 
 
 @command("register --config order.json", "create a component from a config, once", "make",
@@ -5200,9 +5267,11 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
 
 @command("handle --name order-17 pay --data '{\"amount\": 12}'",
     "send a message, or NDJSON messages from stdin (-)", "make",
-    "TYPE --config --name --allow-import --content --data --id")
+    "TYPE --config --name --allow-import --content --data --id --dry-run")
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
+        if args.dry_run:
+            raise UsageError("A dry run is of one message", fix="flexiflow handle pay --dry-run")
         return await _Intake(args, engine).run()
     data = read_json(args.data, "--data", ArgumentError)
     if not isinstance(data, dict):
@@ -5210,6 +5279,8 @@ async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
     data.update((key, value) for key, value in given.items() if value is not None)
     message, component = check_message(data), _component(args, engine)
+    if args.dry_run:
+        return await _foreseen(args, engine, component.name, message)
     await engine.run(until_idle=True, component=component.name)
     return await _handled(args, engine, component, message)
 
@@ -5580,10 +5651,18 @@ def _run(args: Any) -> Any:
     opens, call = args.command.opens, args.command.run
     if not opens:
         return call(args)
+    if getattr(args, "dry_run", False):
+        exists = opens == "write" or os.path.exists(_store_path(args))
+        opens = "read" if exists else "nothing"
+    if opens == "nothing":
+        return asyncio.run(call(args, FlexiFlowEngine(allow_imports=args.allow_import)))
     if opens != "make":
         with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
             if opens == "read":
-                return call(args, FlexiFlowEngine(store))
+                engine = FlexiFlowEngine(
+                    store, allow_imports=getattr(args, "allow_import", None))
+                answer = call(args, engine)
+                return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
             store.rows("PRAGMA user_version")  # raises if there is no store
     try:
         return asyncio.run(_session(args, SQLiteStore(_store_path(args))))

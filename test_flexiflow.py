@@ -7144,6 +7144,99 @@ class OutcomesStored(Outcomes):
     stored = True
 
 
+class DryRuns(EngineCase):
+    """What a message would do is told, and nothing of it is done."""
+
+    NOTHING = {"changes": {}, "sends": [], "emits": [], "actions": [], "timers": [], "ended": []}
+
+    def act(self, message, component):
+        raise AssertionError("An action was run")
+
+    async def foreseen(self, *message, **fields):
+        """Return what a dry run tells, once it is known that it has changed nothing."""
+        before = self.picture()
+        found = await self.engine.dry_run("m", *message, **fields)
+        self.assertEqual(self.picture(), before)
+        return found
+
+    async def test_the_whole_effect_is_told(self):
+        path = self.code(self.act)
+        await self.engine.register_async(self.engine.create_component(self.machine(
+            {"from": "A", "after": 30, "to": "B"},
+            {"from": "B", "after": "1h", "to": "A"},
+            {"from": "A", "on": "go", "to": "B", "assign": {"n": "$message.n", "flag": 1},
+                "action": path, "emit": "went", "guard": {"n": {">": 0}},
+                "send": {"to": "$component", "type": "went", "after": 5, "id": "s",
+                    "with": {"n": "$data.n"}}},
+            data={"n": 1, "flag": True})))
+        found = await self.foreseen("go", n=2, id="k")
+        (timer,) = self.engine.status("m")[0]["timers"]
+        self.assertEqual(found, {
+            "component": "m", "id": "k", "outcome": "moved", "from_state": "A", "to_state": "B",
+            "reason": None, "duplicate": False, "changes": {"n": [1, 2], "flag": [True, 1]},
+            "sends": [{"to": "m", "message": {"type": "went", "n": 2}, "delay": 5.0, "id": "s"}],
+            "emits": ["went"], "actions": ["test_flexiflow:DryRuns.act"],
+            "timers": [{"message": "after 1h", "due": self.clock.now + 3600, "state": "B"}],
+            "ended": [timer]})
+
+    async def test_why_a_message_is_refused_is_told(self):
+        await self.engine.register_async(self.engine.create_component(self.machine(
+            {"from": "A", "on": "go", "to": "B", "guard": {"n": {">": 0}}},
+            {"from": "B", "on": "back", "to": "A"})))
+        same = {"component": "m", "from_state": "A", "to_state": "A", "duplicate": False,
+            **self.NOTHING}
+        for kind, outcome, reason in (
+            ("go", "blocked", "rules[0] wants n > 0 (saw -1)"),
+            ("back", "ignored", "A does not take 'back'"),
+            ("away", "unknown", "A does not take 'away'"),
+        ):
+            with self.subTest(kind=kind):
+                self.assertEqual(await self.foreseen(kind, n=-1, id="k"), {
+                    "id": "k", "outcome": outcome, "reason": reason, **same})
+
+    async def test_a_table_of_our_own_is_asked_and_a_class_of_the_users_is_not(self):
+        self.engine.create_component({"name": "m", "rules": [{"note": 1}]})
+        found = await self.foreseen("start")
+        self.assertEqual((found["outcome"], found["to_state"]), ("moved", "AwaitingConfirmation"))
+
+        class Own(State):
+            async def handle_message(self, message, component):
+                raise AssertionError("A state class was asked")
+
+        self.engine.create_component({"name": "own", "initial_state": "Own",
+            "states": {"Own": self.code(Own)}, "rules": []})
+        self.assertEqual((await self.engine.dry_run("own", "go"))["outcome"], "class")
+
+    async def test_what_it_would_raise_is_raised(self):
+        await self.engine.register_async(self.engine.create_component(self.machine(
+            {"on": "go", "assign": {"n": "$message.n"}})))
+        for name, message, error in (
+            ("m", "go", "No value at \\$message.n"), ("x", "go", "Unknown component: 'x'"),
+            ("m", "", "The 'type' of a message is text"),
+        ):
+            with self.subTest(message=message), self.assertRaisesRegex(FlexiFlowError, error):
+                await self.engine.dry_run(name, message)
+
+
+class DryRunsStored(DryRuns):
+    stored = True
+
+    async def test_a_message_that_has_been_handled_has_its_answer(self):
+        self.engine.create_component(self.machine({"on": "go", "to": "B", "from": "A"}))
+        await self.engine.handle_message("m", "go", id="k")
+        self.assertEqual(await self.foreseen("go", id="k"), {
+            "component": "m", "id": "k", "outcome": "moved", "from_state": "A", "to_state": "B",
+            "reason": None, "duplicate": True, **self.NOTHING})
+
+    async def test_what_another_process_has_changed_is_seen(self):
+        self.engine.create_component(self.machine({"on": "go", "to": "B", "from": "A"}))
+        await self.engine.run(until_idle=True)
+        other = self.open()
+        await other.handle_message("m", "go")
+        self.assertEqual(((await self.foreseen("go"))["outcome"], self.engine.accepts("m")),
+            ("ignored", []))
+
+
 class Duplicates(StoreCase):
     """An id is applied to a component once."""
 
@@ -13817,6 +13910,29 @@ class CommandSession(Shell):
             "queue  0 waiting, 0 dead\n",
             "",
         ))
+
+    def test_a_dry_run_shows_what_a_message_would_do_and_makes_nothing(self):
+        order = ("--config", str(EXAMPLES / "order.json"), "--dry-run")
+        place = ("handle", *order, "place", "--data", '{"total": 12}')
+        first = self.shown(*place)
+        self.assertFalse(os.path.exists(self.path("flexiflow.db")))
+        self.shown(*[one for one in place if one != "--dry-run"])
+        before = Path(self.path("flexiflow.db")).read_bytes()
+        found = [first] + [self.shown("handle", *order, *message) for message in (
+            ("pay", "--data", '{"amount": 12}'), ("pay", "--data", '{"amount": 1}'), ("payy",),
+            ("-",))]
+        self.assertEqual(found, [
+            (0, "place: Draft -> Open.Unpaid  (dry run)\n  data  total: null -> 12\n"
+                "  timer  after 1d, in 24h\n", ""),
+            (0, "pay: Open.Unpaid -> Paid  (dry run)\n  send  pick to warehouse\n"
+                "  emit  order.paid\n  ends  after 1d\n", ""),
+            (3, 'pay: blocked in Open.Unpaid: rules[4] wants amount >= "$data.total" = 12 (saw 1)'
+                "  (dry run)\n", ""),
+            (3, "payy: not accepted in Open.Unpaid (accepts: pay, cancel); did you mean \"pay\"?"
+                "  (dry run)\n", ""),
+            (2, "", "error: A dry run is of one message\nFix: flexiflow handle pay --dry-run\n"),
+        ])
+        self.assertEqual(Path(self.path("flexiflow.db")).read_bytes(), before)
 
     def test_status_json_is_one_object_a_line(self):
         self.shown("register", *self.lamp)
