@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     import inspect
     import logging
     import random
+    import shlex
     import signal
     import sqlite3
     import threading
@@ -129,7 +130,7 @@ else:
 
     for _name in (
             "argparse asyncio collections datetime difflib hashlib inspect logging "
-            "random signal sqlite3 threading traceback").split():
+            "random shlex signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
 
 __all__ = [
@@ -142,7 +143,7 @@ __all__ = [
     "collect_provided_keys",
     # config
     "ConfigLoader", "ComponentConfig", "explain", "ConfigExplanation", "Diagnostic", "PackInfo",
-    "StateResolution", "visualize", "load_symbol",
+    "StateResolution", "schema", "visualize", "load_symbol",
     # errors
     "FlexiFlowError", "ConfigError", "StateError", "PersistenceError", "ImportError_",
     "ArgumentError", "ErrorContext",
@@ -1665,6 +1666,13 @@ class Definition:
         """Return the timer rules of a state, or of "*"."""
         return [rule for rule in self.rules_of(owner) if rule.after]
 
+    def innermost(self, name: str) -> Node:
+        """Return the state in which one ends up who enters a state: itself, or a child."""
+        node = self.nodes[name]
+        while node.initial is not None:
+            node = self.nodes[node.initial]
+        return node
+
     def sources(self, leaf: str) -> list[str]:
         """Return where rules for a leaf are found, in the order in which they are asked."""
         return [*(node.name for node in self.nodes[leaf].lineage()), "*"]
@@ -1764,6 +1772,8 @@ KEYS = {
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
 _DEFAULTS: Json = {"rule": {"from": "*"}, "send": {"after": 0, "with": {}},
     "config": {"states": {}, "initial_state": "InitialState", "rules": []}}
+_JSON_TYPES = {"text": "string", "a list": "array", "an object": "object",
+    "true or false": "boolean", "a number": "number"}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
     "rule": ("error", ""), "note": ("warning", "")}
@@ -1841,6 +1851,40 @@ def _read_yaml(content: bytes, path: str) -> Any:
         return yaml.load(content, Reader) or {}
     except Exception as error:  # PyYAML lets through whatever converting a value raises
         raise ConfigError(f"Not valid YAML: {path!r}", why=str(error)) from error
+
+
+def schema() -> Json:
+    """Return the JSON Schema of a config (draft 2020-12), made from the table of its keys.
+
+    Every config that loads fits it. What fits it may be wrong still, in a way that `explain`
+    knows: a state that there is not, say.
+    """
+    def below(key: str) -> Json:
+        kind = {"entry": "effects", "exit": "effects", "rules": "rule", "states": "state"}.get(
+            key, key)
+        return {"$ref": f"#/$defs/{kind}"} if kind in KEYS and kind != "config" else {}
+
+    def value(key: str, kinds: str) -> Json:
+        allowed = [word for kind, word in _JSON_TYPES.items() if kind in kinds]
+        single = [word for word in allowed if word != "array"]
+        found: Json = {"type": [*allowed, "null"]} if allowed else {}
+        if key == "states":
+            return {**found, "additionalProperties": {"type": ["object", "string"], **below(key)}}
+        if "array" in allowed:
+            single = single or ["object" if key == "rules" else "string"]
+            found["items"] = {"type": single, **below(key)}
+        return {**found, **(below(key) if "object" in allowed else {})}
+
+    def known(kind: str) -> Json:
+        kinds = dict.fromkeys(KEYS["rule"], "") | KEYS["note"] if kind == "rule" else KEYS[kind]
+        found = {"properties": {key: value(key, kinds[key]) for key in kinds},
+            "patternProperties": {"^x-": {}}, "additionalProperties": kind in _STRANGE_KEYS}
+        return {**found, "required": [*_REQUIRED[kind]]} if kind in _REQUIRED else found
+
+    kinds = [kind for kind in KEYS if kind not in ("config", "note")]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A FlexiFlow config", "type": "object", **known("config"),
+        "$defs": {kind: known(kind) for kind in kinds}}
 
 
 def one_edit(word: str, other: str) -> bool:
@@ -3788,9 +3832,7 @@ class AsyncComponent:
             raise ConfigError(f"State {self.state!r} of {self.name!r} would be gone",
                 fix="keep the state, let the component leave it first, or say in the config what"
                 f' became of it: "renamed": {{"{self.state}": ...}}', component=self.name)
-        while node.initial is not None:  # it has children by now
-            node = definition.nodes[node.initial]
-        return node
+        return definition.innermost(node.name)  # it may have children by now
 
     async def _be_born(self, holder: Turn, birth: Plan) -> None:
         """Turn 0: run the entry actions; write the component, its data and its timers."""
@@ -4053,9 +4095,9 @@ class FlexiFlowEngine:
             self.queue.close()
 
     def _say_what_is_lost(self) -> None:
-        """Warn of messages and timers that were kept in memory, and came to nobody."""
-        rows = self.queue.rows(
-            "SELECT component, COUNT(*) FROM flexiflow_messages WHERE dead IS NULL GROUP BY 1")
+        """Warn of messages that were kept in memory, and came to nobody; timers are no news."""
+        rows = self.queue.rows("SELECT component, COUNT(*) FROM flexiflow_messages"
+            " WHERE dead IS NULL AND state IS NULL GROUP BY 1")
         if rows:
             self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
                 f"{count} to {name!r}" for name, count in rows))
@@ -4893,6 +4935,8 @@ class ConfigExplanation:
             for one in sorted(self.states, key=operator.attrgetter("key")))
         states += [f"  OK {key} (from {self.state_providers[key]})"
             for key in sorted(self.state_providers)]
+        nested = [line for node in (self.definition.nodes.values() if self.definition else ())
+            if node.parent is None and node.children for line in _family_tree(node)]
         unchecked = [f"  {path}" for path in self.unchecked]
         warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
             for one in problems) for word, problems in (("WARN", self.warnings),
@@ -4905,11 +4949,19 @@ class ConfigExplanation:
             [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
                 *(states or ["  (no custom states)"]),
                 f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
+            nested and ["Nested states:", *nested],
             unchecked and ["Not checked (imports are off):", *unchecked],
             warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
             ["Status: OK - config will load" if self.is_valid
                 else f"Status: INVALID - {len(self.errors)} error(s) found"]]
         return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
+
+
+def _family_tree(node: Node, indent: str = "  ", mark: str = "") -> Iterator[str]:
+    """Yield a state and its children, a line each."""
+    yield indent + node.name + mark + " (final)" * node.final
+    for child in node.children:
+        yield from _family_tree(child, indent + "  ", " (initial)" * (child.name == node.initial))
 
 
 def explain(config: Path | Json, *, imports: bool = True,
@@ -4921,12 +4973,105 @@ def explain(config: Path | Json, *, imports: bool = True,
     """
     walk = _Walk(config, imports, allow_imports)
     found, good = walk.problems(), walk.good
+    if found.definition is not None:
+        found.warnings += _advice(found.definition, good["name"], found.states)
     return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
         rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
         builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
         state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
         initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
         unchecked=found.unchecked, definition=found.definition)
+
+
+def _reached(definition: Definition) -> set[str]:
+    """Return the states that can be reached, with those around them."""
+    found: set[str] = set()
+    ahead = [definition.birth.node]
+    while ahead:
+        node = ahead.pop()
+        if node.name not in found:
+            found.update(definition.sources(node.name))
+            ahead += [] if node.completes else _ways(definition, node)
+    return found
+
+
+def _ways(definition: Definition, leaf: Node) -> list[Node]:
+    """Return where a state can be left to; a class of the user's may lead anywhere."""
+    if not (leaf.declared or leaf.cls in BUILT_IN):
+        return [*definition.nodes.values()]
+    moves = [*map(DEFAULT_REGISTRY.get, getattr(leaf.cls, "moves", {}).values())]
+    targets = [node for node in definition.nodes.values() if moves and node.cls in moves]
+    targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
+    return [node for node in targets if node is not leaf]
+
+
+def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
+    return [rule for source in definition.sources(leaf.name)
+        for rule in definition.rules_of(source)]
+
+
+def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator[Diagnostic]:
+    """Yield what is odd about a good config; `given` are the states that it names itself."""
+    def warning(place: str, what: str, why: str | None = None,
+            fix: str | None = None) -> Diagnostic:
+        return Diagnostic("warning", f"{place}: {what}", why, fix, {"at": place})
+
+    reached = _reached(definition)
+    for key in given:
+        node, place = definition.nodes[key], f"states.{key}"
+        if key not in reached:
+            yield warning(place, "This state is never reached", fix="let a rule lead to it")
+        elif not (node.children or node.final or len(definition.nodes) == 1):
+            ways, rules = _ways(definition, node), _rules_for(definition, node)
+            if not ways:
+                yield warning(place, "This state cannot be left, and is not final",
+                    fix='"final": true, or a rule that leads on')
+            elif node.declared and all(rule.after and rule.guard for rule in rules if rule.to):
+                yield warning(place, "This state may never be left",
+                    "only timers lead on, and one whose guard is false is used up",
+                    "a rule without a guard, or one for a message")
+    for rule in definition.rules:
+        live = [source for source in rule.sources if source == "*" or (
+            source in reached and not definition.nodes[source].completes)]
+        if not live:
+            yield warning(f"rules[{rule.number}]", "This rule can never fire",
+                "where it stands is never reached, or final: " + ", ".join(rule.sources))
+        if rule.after and not (rule.to or any(rule.effects)):
+            yield warning(f"rules[{rule.number}]", "This timer does nothing",
+                fix="let it lead to a state, or have an effect")
+    for first, second in _near_types(definition.types):
+        yield warning("rules", f"Message types that differ by one letter: {first!r}, {second!r}",
+            fix="if they are the same, write them the same")
+    for place, text in _effects_of(definition.source):
+        sends = text.get("send") or []
+        for send in sends if isinstance(sends, list) else [sends]:
+            own, kind = send["to"] in ("$component", name), send["type"]
+            if own and not (definition.open or kind[:1] == "$" or kind in definition.types):
+                yield warning(f"{place}.send", f"Nobody takes {kind!r} here",
+                    "it would end as a dead letter", choose(kind, definition.types))
+
+
+def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
+    """Yield the place and the text of every part of a config that may have effects."""
+    yield from ((f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or []))
+    for name, state in (source.get("states") or {}).items():
+        for key in ("entry", "exit"):
+            if isinstance(state, dict) and state.get(key):
+                yield f"states.{name}.{key}", state[key]
+
+
+def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of message types of which one may be a slip of the pen for the other."""
+    like: dict[str, list[str]] = {}  # a type with one letter left out -> such types
+    for kind in sorted(types):
+        near = {other for at in range(len(kind) + 1)
+            for other in like.get(kind[:at] + kind[at + 1:], ())}
+        for other in sorted(near):
+            if (min(len(kind), len(other)) > 4 and kind[-1] == other[-1] and one_edit(kind, other)
+                    and re.sub("[^a-z]", "", kind) != re.sub("[^a-z]", "", other)):
+                yield other, kind
+        for at in range(len(kind) + 1):
+            like.setdefault(kind[:at] + kind[at + 1:], []).append(kind)
 
 
 def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
@@ -5058,6 +5203,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--allow-import": {"metavar": "MODULE", "action": "append",
         "help": "import code from this module only (again for more; '' for none)"},
     "--no-imports": {"action": "store_true", "help": "run none of the config's code"},
+    "--schema": {"action": "store_true", "help": "print the JSON Schema of configs, for editors"},
     "--start": {"action": "store_true", "help": 'send "start", if it has not begun yet'},
     "--update": {"action": "store_true", "help": "take over a config that has changed"},
     "--content": {"metavar": "TEXT", "help": "the message's content"},
@@ -5239,6 +5385,47 @@ async def _foreseen(args: Any, engine: FlexiFlowEngine, name: str, message: Json
     lines += [f"  timer   {_timer_text(one, now)}" for one in found["timers"]]
     lines += [f"  ends    {one['message']}" for one in found["ended"]]
     return tell(args, [found], lines, 0 if receipt or found["outcome"] == "class" else 3)
+
+
+STARTER = """{
+  "name": %s,
+  "description": "A question to the support. Make it a machine of your own",
+  "initial_state": "New",
+  "data": {"answers": 0},
+  "states": {
+    "New": {"description": "Somebody should answer"},
+    "Waiting": {"description": "For the customer"},
+    "Closed": {"final": true}
+  },
+  "rules": [
+    {"from": "New", "on": "answer", "guard": {"text": {"exists": true}}, "to": "Waiting",
+     "assign": {"answers": {"+": ["$data.answers", 1]}}},
+    {"from": "Waiting", "on": "reply", "to": "New"},
+    {"from": "Waiting", "after": "7d", "to": "Closed", "description": "No reply for a week"},
+    {"from": "*", "on": "close", "to": "Closed"}
+  ]
+}
+"""
+
+
+@command("init ticket.json", "write a config to start from, and say how to go on", "", "file")
+def cmd_init(args: Any) -> int:
+    path = args.file or "ticket.json"
+    name = os.path.splitext(os.path.basename(path))[0]
+    text = STARTER % json.dumps(name)
+    _looked_at(read_json(text, path, ConfigError))
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        raise PersistenceError(f"Cannot write {path!r}", why=str(error),
+            fix="name a new file, in a folder that is there") from error
+    flexiflow = "python -m flexiflow" if sys.argv[0].endswith(".py") else "flexiflow"
+    file_name, data = shlex.quote(path), """--data '{"text": "Try again"}'"""
+    steps = [f"explain {file_name}", f"handle --config {file_name} answer {data}",
+        f"status {shlex.quote(name)}"]
+    return tell(args, [{"config": path, "name": name}],
+        [f"{path} written; next:", *(f"  {flexiflow} {step}" for step in steps)])
 
 
 @command("register --config order.json", "create a component from a config, once", "make",
@@ -5600,8 +5787,10 @@ def _explained(args: Any) -> ConfigExplanation:
         allow_imports=args.allow_import)
 
 
-@command("explain order.json", "check a config and say what it means", "", _CHECKED)
+@command("explain order.json", "check a config and say what it means", "", f"{_CHECKED} --schema")
 def cmd_explain(args: Any) -> int:
+    if args.schema:
+        return tell(args, [schema()], json.dumps(schema(), indent=2).splitlines())
     found = _explained(args)
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
         0 if found.is_valid else 1)

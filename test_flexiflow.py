@@ -19,6 +19,8 @@ import logging
 import os
 import pickle
 import random
+import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -2517,7 +2519,8 @@ class Escapes(GuardCase):
             asyncio.run(main())
             """))
         self.assertEqual((child.stdout, child.stderr), (
-            "blocked ignored moved blocked moved stayed stayed moved StateError\n[]\n", ""))
+            "blocked ignored moved blocked moved stayed stayed moved StateError\n[]\n",
+            "Not delivered, and kept in memory only: 2 to 'm'\n"))
 
 
 class Predicates(GuardCase):
@@ -4321,7 +4324,81 @@ class Explaining(ConfigCase):
               OK Paid
               Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest
 
+            Nested states:
+              Open
+                Open.Unpaid (initial)
+                Open.Reminded
+
+            Warnings:
+              WARN states.Legacy: This state is never reached
+                Fix: let a rule lead to it
+
             Status: OK - config will load"""))
+
+    def odd(self, rules, states="AB", **settings):
+        """Return what is odd about a good config, a line each with its reason."""
+        states = states if isinstance(states, dict) else {name: {} for name in states}
+        found = explain({"name": "m", "initial_state": next(iter(states)), "states": states,
+            "rules": rules, **settings})
+        self.assertEqual(found.errors, [])
+        return [": ".join(filter(None, [one.what, one.why])) for one in found.warnings]
+
+    def test_states_and_rules_that_are_never_reached_are_odd(self):
+        self.assertEqual(self.odd(
+            [{"from": "A", "on": "go", "to": "D"}, {"from": ["B", "C"], "on": "go", "to": "A"},
+                {"from": "D", "on": "go", "to": "A"}, {"from": "*", "on": "end", "to": "D"}],
+            {"A": {}, "B": {}, "C": {"initial": "C.x"}, "C.x": {}, "D": {"final": True}}),
+            ["states.B: This state is never reached", "states.C: This state is never reached",
+             "states.C.x: This state is never reached",
+             "rules[1]: This rule can never fire: where it stands is never reached, or final: B, C",
+             "rules[2]: This rule can never fire: where it stands is never reached, or final: D"])
+
+    def test_a_class_of_the_users_may_lead_anywhere(self):
+        self.assertEqual(self.odd([{"from": "A", "on": "go", "to": "L"}],
+            {"A": {}, "L": self.code_path(), "B": {"final": True}}), [])
+
+    def code_path(self):
+        class Anywhere(State):
+            pass
+
+        module = sys.modules["anywhere_of_test"] = types.ModuleType("anywhere_of_test")
+        self.addCleanup(sys.modules.pop, "anywhere_of_test")
+        self.addCleanup(self.forget_states)
+        module.Anywhere = Anywhere
+        return "anywhere_of_test:Anywhere"
+
+    def test_states_that_cannot_be_left_are_odd(self):
+        go, back = {"from": "A", "on": "go", "to": "B"}, {"from": "B", "on": "back", "to": "A"}
+        odd = "states.B: This state cannot be left, and is not final"
+        for rules, expected in (
+            ([go, back], []), ([go, {"from": "B", "on": "go"}], [odd]),
+            ([go, {"from": "B", "on": "go", "to": "B"}], [odd]),
+            ([go, {"from": "*", "on": "back", "to": "A"}], []),
+            ([go, {"from": "B", "after": 5, "to": "A"}], []),
+            ([go, {"from": "B", "after": 5, "to": "A", "guard": {"data.n": 1}}],
+                ["states.B: This state may never be left: only timers lead on, and one whose guard"
+                 " is false is used up"]),
+        ):
+            with self.subTest(rules=rules):
+                self.assertEqual(self.odd(rules), expected)
+        self.assertEqual(self.odd([{"on": "add", "assign": {"n": 1}}], "A"), [])
+
+    def test_timers_without_effect_and_sends_to_nobody_are_odd(self):
+        self.assertEqual(self.odd([
+            {"from": "A", "after": 5}, {"from": "A", "on": "go", "to": "B"},
+            {"from": "B", "on": "back", "to": "A", "send": [{"to": "m", "type": "bakc"},
+                {"to": "other", "type": "bakc"}, {"to": "$component", "type": "go"}]}],
+            {"A": {"entry": {"send": {"to": "$component", "type": "gone"}}}, "B": {}}),
+            ["rules[0]: This timer does nothing",
+             "rules[2].send: Nobody takes 'bakc' here: it would end as a dead letter",
+             "states.A.entry.send: Nobody takes 'gone' here: it would end as a dead letter"])
+
+    def test_message_types_one_slip_apart_are_odd(self):
+        kinds = ("approve aprove item1 item2 items start strat state send_A send_B ship shop "
+            "cancel").split()
+        self.assertEqual(self.odd([{"from": "A", "on": kind} for kind in kinds], "A"),
+            ["rules: Message types that differ by one letter: 'approve', 'aprove'",
+             "rules: Message types that differ by one letter: 'start', 'strat'"])
 
     def test_a_bad_config_is_explained_with_all_that_is_wrong(self):
         config = {"states": {"A": {}, "B": "no_such:B"}, "colour": "red", "rules": [
@@ -4378,7 +4455,10 @@ class Explaining(ConfigCase):
                 [ff.StateResolution("A", None, True, True, None),
                  ff.StateResolution("B", "flexiflow:ErrorHandling", True, True, None)],
                 ["InitialState", "AwaitingConfirmation", "ProcessingRequest", "ErrorHandling"],
-                [], {}, [], ["packs", "builtin"], [], [], True))
+                [], {}, [], ["packs", "builtin"],
+                [ff.Diagnostic("warning", "states.B: This state cannot be left, and is not final",
+                    fix='"final": true, or a rule that leads on', context={"at": "states.B"})],
+                [], True))
 
     def test_a_diagnostic_is_printed_like_an_error(self):
         (error,) = explain({**self.M, "initial_state": "BB"}).errors
@@ -4545,9 +4625,63 @@ class Strangers(ConfigCase):
                             self.run_async(self.play(loaded))
             self.assertTrue(20 < good < 380, good)
 
+    @staticmethod
+    def fits(value, rule, root):
+        """Tell whether a value fits a JSON Schema, as far as ours go."""
+        types = {"string": str, "array": list, "object": dict, "boolean": bool, "null": type(None)}
+        words = rule.get("type", ["number", *types])
+        words = [words] if isinstance(words, str) else words
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and "number" in words or type(value) in {types.get(one) for one in words}):
+            return False
+        below = []  # what the value, and what is in it, must fit
+        if "$ref" in rule:
+            below.append((value, root["$defs"][rule["$ref"].rpartition("/")[2]]))
+        if isinstance(value, list) and "items" in rule:
+            below += [(inner, rule["items"]) for inner in value]
+        if isinstance(value, dict):
+            if not {*rule.get("required", ())} <= value.keys():
+                return False
+            for key, inner in value.items():
+                other = {} if key.startswith("x-") else rule.get("additionalProperties", {})
+                part = rule.get("properties", {}).get(key, other)
+                if part is False:
+                    return False
+                below.append((inner, {} if part is True else part))
+        return all(Strangers.fits(inner, part, root) for inner, part in below)
+
+    def test_whatever_loads_fits_the_schema_and_wrong_kinds_and_keys_do_not(self):
+        seed = int(os.environ.get("FLEXIFLOW_SEED") or random.randrange(2**32))
+        chance, schema, seen = random.Random(seed), ff.schema(), Counter()
+        for _ in range(1500):
+            config = json.loads(json.dumps(chance.choice([self.ORDER, self.M])))
+            for _ in range(chance.choice([0, 1, 1, 2])):
+                self.mutate(chance, config)
+            found, fits = explain(config, allow_imports=("flexiflow",)), self.fits(
+                config, schema, schema)
+            self.forget_states()
+            closed = any(re.search(r"(^retry|\.send|\.emit|\.entry|\.exit)(\[\d+\])?\.[^.]+: "
+                r"Unknown key|(?<!\.description): Not (text|a list|an object|a number|true or "
+                r"false)\b", one.what) and not re.search(r"\.(guard|assign|with)\b", one.what)
+                for one in found.errors)
+            with self.subTest(seed=seed, config=config, errors=[one.what for one in found.errors]):
+                self.assertTrue(fits or not found.is_valid)
+                self.assertFalse(fits and closed)
+            seen[fits, found.is_valid] += 1
+        self.assertTrue(min(seen[True, True], seen[False, False], seen[True, False]) > 20, seen)
+
+    def test_every_example_fits_the_schema(self):
+        schema = ff.schema()
+        for path in sorted(EXAMPLES.rglob("*.json")):
+            content = json.loads(path.read_text())
+            if isinstance(content, dict) and "initial_state" in content:
+                with self.subTest(path=path.name):
+                    self.assertTrue(self.fits(content, schema, schema))
+
     async def play(self, config):
         """Give a component every message that its rules name; only our own errors may come out."""
-        engine = FlexiFlowEngine(clock=Clock())
+        engine = FlexiFlowEngine(clock=Clock(), logger=logging.getLogger("quiet"))
+        engine.logger.addHandler(logging.NullHandler())
         component = engine.create_component(config)
         for message in ("add", "place", "pay", "cancel", "go"):
             with contextlib.suppress(FlexiFlowError):
@@ -4953,7 +5087,8 @@ class ConfigImports(ConfigCase):
             asyncio.run(main())
             print(json.dumps(seen))
         """), json.dumps(self.ORDER))
-        self.assertEqual((child.stdout, child.stderr), ("[]\n", ""))
+        self.assertEqual((child.stdout, child.stderr),
+            ("[]\n", "Not delivered, and kept in memory only: 1 to 'warehouse'\n" * 2))
 
 
 class Pictures(ConfigCase):
@@ -4975,7 +5110,7 @@ class Pictures(ConfigCase):
 
     def read(self, picture):
         """Return what a picture shows: labels by id, and edges; fail at a line that is odd."""
-        import re
+
 
         def unescaped(label):
             return re.sub(r"#(\d+);", lambda found: chr(int(found[1])), label)
@@ -7144,6 +7279,76 @@ class OutcomesStored(Outcomes):
     stored = True
 
 
+class Machines(EngineCase):
+    """Machines that standards and products describe, as configs."""
+
+    LEASE = {"t1": "$message.t1", "t2": {"-": ["$message.t2", "$message.t1"]},
+        "rest": {"-": ["$message.lease", "$message.t2"]}}  # how long each state may take
+    DHCP = {  # RFC 2131, section 4.4, figure 5; the timers of section 4.4.5
+        "name": "dhcp", "initial_state": "Init",
+        "states": dict.fromkeys(
+            "Init Selecting Requesting Bound Renewing Rebinding".split(), {}),
+        "rules": [
+            {"from": "Init", "on": "discover", "to": "Selecting"},
+            {"from": "Selecting", "on": "select", "to": "Requesting"},
+            {"from": ["Requesting", "Renewing", "Rebinding"], "on": "DHCPACK", "to": "Bound",
+                "assign": LEASE},
+            {"from": ["Requesting", "Renewing", "Rebinding"], "on": "DHCPNAK", "to": "Init"},
+            {"from": "Bound", "on": ["DHCPOFFER", "DHCPACK", "DHCPNAK"]},  # discarded
+            {"from": "Bound", "after": "$data.t1", "to": "Renewing"},
+            {"from": "Renewing", "after": "$data.t2", "to": "Rebinding"},
+            {"from": "Rebinding", "after": "$data.rest", "to": "Init"},
+        ],
+    }
+
+    async def test_a_dhcp_client_renews_rebinds_and_loses_its_lease_in_time(self):
+        start = self.clock.now
+        client = self.engine.create_component(self.DHCP)
+        for kind in ("discover", "select"):
+            await self.engine.handle_message("dhcp", kind)
+        lease = {"t1": 40, "t2": 70, "lease": 80}
+        await self.engine.handle_message("dhcp", "DHCPACK", **lease)
+        seen = []
+
+        async def wait_until(moment):
+            for self.clock.now in (start + moment - 0.1, start + moment):
+                await self.engine.run(until_idle=True)
+                seen.append((round(self.clock.now - start, 1), client.state))
+
+        await wait_until(40)
+        await self.engine.handle_message("dhcp", "DHCPACK", **lease)  # a new lease
+        for moment in (80, 110, 120):
+            await wait_until(moment)
+        self.assertEqual(seen, [
+            (39.9, "Bound"), (40, "Renewing"), (79.9, "Bound"), (80, "Renewing"),
+            (109.9, "Renewing"), (110, "Rebinding"), (119.9, "Rebinding"), (120, "Init")])
+
+    @unittest.skipUnless((SHARED / "machines.json").exists(), "no ../shared/data")
+    async def test_machines_of_standards_end_where_their_traces_say(self):
+        for machine in json.loads((SHARED / "machines.json").read_text(encoding="utf-8")):
+            ends = [rule[key] for rule in machine["transitions"] for key in ("from", "to")]
+            config = {"name": machine["name"], "initial_state": machine["initial"],
+                "states": {name: {"final": name in machine["final"]}
+                    for name in dict.fromkeys([machine["initial"], *ends, *machine["final"]])},
+                "rules": machine["transitions"]}
+            schema = ff.schema()
+            self.assertEqual((explain(config).errors, Strangers.fits(config, schema, schema)),
+                ([], True))
+            for number, trace in enumerate(machine["traces"]):
+                with self.subTest(machine=machine["name"], trace=number):
+                    name = f"{machine['name']}-{number}"
+                    component, unhandled = self.engine.create_component(config, name=name), 0
+                    for event in trace["events"]:
+                        receipt = await component.handle_message({"type": event}, _strict=False)
+                        unhandled += not receipt
+                    self.assertEqual((component.state, unhandled),
+                        (trace["end"], trace.get("unhandled", 0)))
+
+
+class MachinesStored(Machines):
+    stored = True
+
+
 class DryRuns(EngineCase):
     """What a message would do is told, and nothing of it is done."""
 
@@ -7938,6 +8143,7 @@ class Registering(EngineCase):
         (facts,) = self.engine.status("lamp")
         found = [facts[key] for key in ("name", "state", "seq", "data", "waiting", "dead")]
         self.assertEqual(found, ["lamp", "Off", 0, {"n": 0}, 0, 0])
+        del facts["accepts"]
         self.assertEqual(self.engine.status(), [facts])
 
     async def test_a_config_may_be_a_path_a_dict_or_a_loaded_config(self):
@@ -10403,7 +10609,7 @@ class Removing(EngineCase):
             self.clock.now += 0.001
             await self.engine.run(until_idle=True, component=name)
             await self.engine.send(name, "add", id="e")
-        (before,) = self.engine.status("two")
+        _, before = self.engine.status()
         await self.engine.remove("one")
         self.assertEqual(self.engine.status(), [before])
         self.assertEqual([one["component"] for one in self.engine.dead_letters()], ["two"])
@@ -10460,7 +10666,7 @@ class Removing(EngineCase):
         names = [one["name"] for one in self.engine.status()]
         if self.stored:
             self.assertEqual(str(task.exception()),
-                "Component 'm' is gone\nWhy: it was removed from the store")
+                "Component 'm' is gone\nWhy: it was removed")
             self.assertEqual(self.engine.get("lamp").seq, 0)
         self.assertEqual(names, ["lamp"])
 
@@ -10502,7 +10708,7 @@ class RemovingStored(Removing):
             with self.assertRaises(StateError) as caught:
                 await call
             self.assertEqual(str(caught.exception),
-                "Component 'clocked' is gone\nWhy: it was removed from the store")
+                "Component 'clocked' is gone\nWhy: it was removed")
 
     async def test_another_engine_goes_on_with_one_that_was_made_anew_meanwhile(self):
         """It knows the old one, with as many messages behind it as the new one has."""
@@ -13760,6 +13966,36 @@ class CommandSession(Shell):
         super().setUp()
         self.write("lamp.json", LAMP)
         self.lamp = ("--config", "lamp.json")
+
+    def test_init_writes_a_config_that_runs_and_says_how_to_go_on(self):
+        code, out, err = self.shown("init", "question.json")
+        self.assertEqual((code, out, err), (
+            0, "question.json written; next:\n"
+            "  python -m flexiflow explain question.json\n"
+            "  python -m flexiflow handle --config question.json answer"
+            " --data '{\"text\": \"Try again\"}'\n"
+            "  python -m flexiflow status question\n", ""))
+        steps = [shlex.split(line)[3:] for line in out.splitlines()[1:]]
+        explained, handled, status = found = [self.shown(*step) for step in steps]
+        self.assertEqual([(code, err) for code, _, err in found], [(0, "")] * 3)
+        self.assertEqual(handled[1], "answer: New -> Waiting  timer in 7d\n")
+        self.assertIn("Status: OK - config will load", explained[1])
+        self.assertNotIn("Warnings", explained[1])
+        self.assertEqual(status[1], "state  Waiting, version 1, since TIME (0s)\n"
+            "accepts  reply, close\ntimer  after 7d, in 7d\ndata  {\"answers\": 1}\n"
+            "queue  0 waiting, 0 dead\n")
+
+    def test_init_never_writes_over_a_file_or_makes_a_folder(self):
+        self.write("ticket.json", "mine")
+        found = self.shown("init"), self.shown("init", "there/x.json"), self.shown("init", "")
+        self.assertEqual([(code, err.splitlines()[0]) for code, _, err in found], [
+            (1, "error: Cannot write 'ticket.json'"), (1, "error: Cannot write 'there/x.json'"),
+            (1, "error: Cannot write 'ticket.json'")])
+        self.assertEqual(Path(self.path("ticket.json")).read_text(), "mine")
+
+    def test_explain_schema_prints_the_schema(self):
+        done = self.shown("explain", "--schema")
+        self.assertEqual((done[0], json.loads(done[1]), done[2]), (0, ff.schema(), ""))
 
     def test_register_makes_a_component_once(self):
         first = self.shown("register", *self.lamp)
