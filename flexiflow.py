@@ -1315,8 +1315,9 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     A failure inside the module is chained as the cause, SystemExit too.
     """
     def check(module: str) -> None:
-        allowed = (__name__, *(allow_imports or ())) if allow_imports is not None else (module,)
-        if not any((module + ".").startswith(one.rstrip(".") + ".") for one in allowed if one):
+        allowed = (__name__, *(allow_imports or ()))
+        if allow_imports is not None and not any(
+                (module + ".").startswith(one.rstrip(".") + ".") for one in allowed if one):
             raise ImportError_(f"Import not allowed: {dotted_path!r}",
                 why=f"the code of {module!r} may not be run here",
                 fix=f"allow it with allow_imports=({module!r},) or --allow-import {module}")
@@ -4984,11 +4985,16 @@ def explain(config: Path | Json, *, imports: bool = True,
 
 
 def _reached(definition: Definition) -> set[str]:
-    """Return the states that can be reached, with those around them."""
+    """Return the states that can be reached, with those around them.
+
+    All of them, where a class of the user's can be reached: it may lead anywhere.
+    """
     found: set[str] = set()
     ahead = [definition.birth.node]
     while ahead:
         node = ahead.pop()
+        if not (node.declared or node.cls in BUILT_IN):
+            return {*definition.nodes}
         if node.name not in found:
             found.update(definition.sources(node.name))
             ahead += [] if node.completes else _ways(definition, node)
@@ -4996,11 +5002,9 @@ def _reached(definition: Definition) -> set[str]:
 
 
 def _ways(definition: Definition, leaf: Node) -> list[Node]:
-    """Return where a state can be left to; a class of the user's may lead anywhere."""
-    if not (leaf.declared or leaf.cls in BUILT_IN):
-        return [*definition.nodes.values()]
+    """Return to which other states rules, or the table of a built-in class, lead from a state."""
     moves = [*map(DEFAULT_REGISTRY.get, getattr(leaf.cls, "moves", {}).values())]
-    targets = [node for node in definition.nodes.values() if moves and node.cls in moves]
+    targets = [node for node in definition.nodes.values() if node.cls in moves] if moves else []
     targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
     return [node for node in targets if node is not leaf]
 
@@ -5021,12 +5025,12 @@ def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator
         node, place = definition.nodes[key], f"states.{key}"
         if key not in reached:
             yield warning(place, "This state is never reached", fix="let a rule lead to it")
-        elif not (node.children or node.final or len(definition.nodes) == 1):
-            ways, rules = _ways(definition, node), _rules_for(definition, node)
-            if not ways:
+        elif node.declared and not (node.children or node.final or len(definition.nodes) == 1):
+            rules = _rules_for(definition, node)
+            if not _ways(definition, node):
                 yield warning(place, "This state cannot be left, and is not final",
                     fix='"final": true, or a rule that leads on')
-            elif node.declared and all(rule.after and rule.guard for rule in rules if rule.to):
+            elif all(rule.after and rule.guard for rule in rules if rule.to):
                 yield warning(place, "This state may never be left",
                     "only timers lead on, and one whose guard is false is used up",
                     "a rule without a guard, or one for a message")

@@ -4455,10 +4455,7 @@ class Explaining(ConfigCase):
                 [ff.StateResolution("A", None, True, True, None),
                  ff.StateResolution("B", "flexiflow:ErrorHandling", True, True, None)],
                 ["InitialState", "AwaitingConfirmation", "ProcessingRequest", "ErrorHandling"],
-                [], {}, [], ["packs", "builtin"],
-                [ff.Diagnostic("warning", "states.B: This state cannot be left, and is not final",
-                    fix='"final": true, or a rule that leads on', context={"at": "states.B"})],
-                [], True))
+                [], {}, [], ["packs", "builtin"], [], [], True))
 
     def test_a_diagnostic_is_printed_like_an_error(self):
         (error,) = explain({**self.M, "initial_state": "BB"}).errors
