@@ -193,6 +193,14 @@ class ErrorContext:
             for key, text in pairs)
 
 
+def _restore_error(kind: type[FlexiFlowError], what: str, attributes: dict[str, Any]) -> Any:
+    """Unpickle an error, whatever its subclass asks of a constructor."""
+    error = kind.__new__(kind, what)
+    error.args = (what,)  # which an OSError leaves out
+    error.__dict__.update(attributes)
+    return error
+
+
 class FlexiFlowError(Exception):
     """What every error of FlexiFlow is: `what`, `why`, `fix` and a `context` of values."""
 
@@ -214,14 +222,6 @@ class FlexiFlowError(Exception):
 
     def __reduce__(self) -> Any:
         return _restore_error, (type(self), self.what, self.__dict__)
-
-
-def _restore_error(kind: type[FlexiFlowError], what: str, attributes: dict[str, Any]) -> Any:
-    """Unpickle an error, whatever its subclass asks of a constructor."""
-    error = kind.__new__(kind, what)
-    error.args = (what,)  # which an OSError leaves out
-    error.__dict__.update(attributes)
-    return error
 
 
 class ConfigError(FlexiFlowError):
@@ -653,6 +653,13 @@ def _copier(data: Any) -> Callable[[Any], Any] | None:
     return fresh if data.__class__ in _NESTED else None
 
 
+def _is_own_failure(error: BaseException) -> bool:
+    """Tell a handler's failure from the cancellation of the task that publishes."""
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
+    return isinstance(error, Exception)
+
+
 class Subscription:
     """One handler of one event, and the handle that `unsubscribe` takes."""
 
@@ -857,13 +864,6 @@ class AsyncEventManager:
 
 
 _PUBLISH, _CALL = AsyncEventManager.publish.__code__, AsyncEventManager._call.__code__
-
-
-def _is_own_failure(error: BaseException) -> bool:
-    """Tell a handler's failure from the cancellation of the task that publishes."""
-    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
-        return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
-    return isinstance(error, Exception)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1258,6 +1258,17 @@ for _state in BUILT_IN:
     DEFAULT_REGISTRY.register(_state.__name__, _state)
 
 
+async def ask(state: State, message: dict[str, Any], component: Any) -> tuple[bool, State]:
+    """Return a state's answer to a message; raise StateError where it is not (bool, State)."""
+    answer = await state.handle_message(message, component)
+    if isinstance(answer, tuple) and len(answer) == 2:
+        if not answer[0] or isinstance(answer[1], State):
+            return (True, answer[1]) if answer[0] else (False, state)
+    raise StateError(f"State {type(state).__name__} answered {answer!r}",
+        why="an answer is a pair: accepted or not, and the next state",
+        fix="return True, NextState() or return False, self")
+
+
 class StateMachine:
     """The current state of one component, as an object.
 
@@ -1295,17 +1306,6 @@ class StateMachine:
         if proceed:
             self._state = state
         return proceed
-
-
-async def ask(state: State, message: dict[str, Any], component: Any) -> tuple[bool, State]:
-    """Return a state's answer to a message; raise StateError where it is not (bool, State)."""
-    answer = await state.handle_message(message, component)
-    if isinstance(answer, tuple) and len(answer) == 2:
-        if not answer[0] or isinstance(answer[1], State):
-            return (True, answer[1]) if answer[0] else (False, state)
-    raise StateError(f"State {type(state).__name__} answered {answer!r}",
-        why="an answer is a pair: accepted or not, and the next state",
-        fix="return True, NextState() or return False, self")
 
 
 def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) -> Any:
@@ -1414,6 +1414,20 @@ def load_pack(pack: Any, allow_imports: Sequence[str] | None = None) -> StatePac
     return found  # type: ignore[no-any-return]
 
 
+def pack_collisions(packs: Sequence[StatePack], builtin: set[str]) -> Iterator[ConfigError]:
+    """Yield an error for each state that two packs provide or that hides a built-in one."""
+    owners: dict[str, str] = {}
+    for pack in packs:
+        for key in pack.provides():
+            if key in owners:
+                yield ConfigError(f"State {key!r} is provided twice",
+                    why=f"by {owners[key]!r} and {pack.name!r}")
+            if key in builtin:
+                yield ConfigError(f"State {key!r} hides a built-in one",
+                    why=f"pack {pack.name!r} provides it")
+            owners.setdefault(key, pack.name)
+
+
 def load_packs(*, states: Mapping[str, type[State]] | None = None, packs: Sequence[Any]
         | None = None, builtin_keys: Iterable[str] | None = None) -> list[StatePack]:
     """Return packs, checked against each other: no state twice, none named like a built-in.
@@ -1427,20 +1441,6 @@ def load_packs(*, states: Mapping[str, type[State]] | None = None, packs: Sequen
     for problem in pack_collisions(loaded, set(builtin_keys or ())):
         raise problem
     return loaded
-
-
-def pack_collisions(packs: Sequence[StatePack], builtin: set[str]) -> Iterator[ConfigError]:
-    """Yield an error for each state that two packs provide or that hides a built-in one."""
-    owners: dict[str, str] = {}
-    for pack in packs:
-        for key in pack.provides():
-            if key in owners:
-                yield ConfigError(f"State {key!r} is provided twice",
-                    why=f"by {owners[key]!r} and {pack.name!r}")
-            if key in builtin:
-                yield ConfigError(f"State {key!r} hides a built-in one",
-                    why=f"pack {pack.name!r} provides it")
-            owners.setdefault(key, pack.name)
 
 
 def collect_provided_keys(packs: Sequence[StatePack]) -> dict[str, str]:
@@ -1683,35 +1683,6 @@ class Definition:
         return self._by_source.get(source, [])
 
 
-def decide(definition: Definition, leaf: str, scope: Scope,
-        timer: tuple[Rule, Passage] | None = None) -> Plan:
-    """Return what a message, or the firing of a timer, does in state `leaf`.
-
-    `scope` holds `message`, `data`, `component` (the name), `state`, `id`, `now` (epoch seconds)
-    and `self` (what Python guards are shown). The outcome is moved, stayed, blocked, ignored,
-    unknown, or "class" where the leaf's class is to be asked. A guard that raises, and an effect
-    whose value is missing, raise: no later candidate is tried.
-    """
-    kind = scope["message"]["type"]
-    refused: list[Rule] = []
-    for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
-        if rule.guard is None or rule.guard.holds(scope):
-            plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
-            plan.refused = refused
-            if passage.steps or passage.timers:
-                follow(plan, scope)
-            return plan
-        refused.append(rule)
-    plan = Plan("class", scope["data"])
-    plan.refused = refused
-    if timer or definition.nodes[leaf].declared:
-        known = definition.open or kind in definition.types
-        plan.outcome = "blocked" if refused else "ignored" if known else "unknown"
-        plan.reason = "; ".join(f"rules[{rule.number}] wants {rule.guard.seen(scope)}"
-            for rule in refused if rule.guard) or f"{leaf} does not take {kind!r}"
-    return plan
-
-
 def follow(plan: Plan, scope: Scope) -> None:
     """Work out the effects along a plan's passage: all values first, in order, then the actions.
 
@@ -1742,6 +1713,35 @@ def follow(plan: Plan, scope: Scope) -> None:
             + ", or give it a first value in the config's data" * str(error).startswith("$data"),
             component=scope["component"]) from None
     plan.data, plan.sends, plan.emits, plan.actions = scope["data"], sends, emits, actions
+
+
+def decide(definition: Definition, leaf: str, scope: Scope,
+        timer: tuple[Rule, Passage] | None = None) -> Plan:
+    """Return what a message, or the firing of a timer, does in state `leaf`.
+
+    `scope` holds `message`, `data`, `component` (the name), `state`, `id`, `now` (epoch seconds)
+    and `self` (what Python guards are shown). The outcome is moved, stayed, blocked, ignored,
+    unknown, or "class" where the leaf's class is to be asked. A guard that raises, and an effect
+    whose value is missing, raise: no later candidate is tried.
+    """
+    kind = scope["message"]["type"]
+    refused: list[Rule] = []
+    for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
+        if rule.guard is None or rule.guard.holds(scope):
+            plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
+            plan.refused = refused
+            if passage.steps or passage.timers:
+                follow(plan, scope)
+            return plan
+        refused.append(rule)
+    plan = Plan("class", scope["data"])
+    plan.refused = refused
+    if timer or definition.nodes[leaf].declared:
+        known = definition.open or kind in definition.types
+        plan.outcome = "blocked" if refused else "ignored" if known else "unknown"
+        plan.reason = "; ".join(f"rules[{rule.number}] wants {rule.guard.seen(scope)}"
+            for rule in refused if rule.guard) or f"{leaf} does not take {kind!r}"
+    return plan
 
 
 # --------------------------------------------------------------------------------------------
@@ -1825,13 +1825,6 @@ class MissingConfig(ConfigError, FileNotFoundError):
     """A config file that is not there; also a FileNotFoundError."""
 
 
-def read_config(path: Path) -> Any:
-    """Return the value in a config file; raise ConfigError if it cannot be read as JSON."""
-    content, name = read_file(path, "config", ConfigError, MissingConfig), os.fsdecode(path)
-    is_yaml = name.lower().endswith((".yaml", ".yml"))
-    return _read_yaml(content, name) if is_yaml else read_json(content, name, ConfigError)
-
-
 def _read_yaml(content: bytes, path: str) -> Any:
     try:
         import yaml  # type: ignore[import-untyped]
@@ -1852,6 +1845,13 @@ def _read_yaml(content: bytes, path: str) -> Any:
         return yaml.load(content, Reader) or {}
     except Exception as error:  # PyYAML lets through whatever converting a value raises
         raise ConfigError(f"Not valid YAML: {path!r}", why=str(error)) from error
+
+
+def read_config(path: Path) -> Any:
+    """Return the value in a config file; raise ConfigError if it cannot be read as JSON."""
+    content, name = read_file(path, "config", ConfigError, MissingConfig), os.fsdecode(path)
+    is_yaml = name.lower().endswith((".yaml", ".yml"))
+    return _read_yaml(content, name) if is_yaml else read_json(content, name, ConfigError)
 
 
 def schema() -> Json:
@@ -2227,6 +2227,22 @@ class _Walk:
         return send
 
 
+def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
+    """Return the first of the errors, ready to be raised, that names the others."""
+    error: FlexiFlowError = errors[0].error
+    values = {"config": path, "also": [other.what for other in errors[1:6]]}
+    error.context.items.update((key, value) for key, value in values.items() if value)
+    return error
+
+
+def _looked_at(config: Any, **how: Any) -> Any:
+    """Return what a walk finds in a config; raise the first error. `how`: see `_Walk`."""
+    found = _Walk(config, **how).problems()
+    if found.errors:
+        raise _as_error(found.errors, None)
+    return found
+
+
 class ConfigLoader:
     """Read and check configs."""
 
@@ -2268,14 +2284,6 @@ class ConfigLoader:
         _need(isinstance(rules, list), "No list of rules in %r", os.fspath(path),
             fix='{"rules": [...]}')
         return rules
-
-
-def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
-    """Return the first of the errors, ready to be raised, that names the others."""
-    error: FlexiFlowError = errors[0].error
-    values = {"config": path, "also": [other.what for other in errors[1:6]]}
-    error.context.items.update((key, value) for key, value in values.items() if value)
-    return error
 
 
 # --------------------------------------------------------------------------------------------
@@ -2350,29 +2358,14 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
     return ComponentSnapshot(**fields, id=id)
 
 
-def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
-    """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
-    write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
-
-
-def load_snapshot(path: Path) -> ComponentSnapshot:
-    """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
-    text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
-    return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
-
-
-def restore_component(snapshot: ComponentSnapshot, engine: Any,
-        registry: StateRegistry | None = None) -> Any:
-    """Make a component from a snapshot and register it; raise StateError for an unknown state.
-
-    Declared states come with the snapshot; classes are looked up in `registry`.
-    """
-    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
-    for name in snapshot.states:
-        known.register(name, type(name, (DeclaredState,), {}))
-    state = known.create(snapshot.current_state)
-    vars(state).update(fresh(snapshot.attributes))
-    return engine.restore(snapshot, StateMachine(state, known))
+@functools.cache
+def _sweep(folder: str) -> None:
+    """Remove what crashed processes left aside; being cached, it looks once in each folder."""
+    for entry in os.scandir(folder):
+        if re.fullmatch(r"\..+\.\d+\.tmp", entry.name):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > 60:
+                    os.unlink(entry.path)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -2408,14 +2401,29 @@ def write_file(path: Path, text: str) -> None:
             f"Cannot write {os.fspath(path)!r}", why=str(error), fix=fix) from error
 
 
-@functools.cache
-def _sweep(folder: str) -> None:
-    """Remove what crashed processes left aside; being cached, it looks once in each folder."""
-    for entry in os.scandir(folder):
-        if re.fullmatch(r"\..+\.\d+\.tmp", entry.name):
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > 60:
-                    os.unlink(entry.path)
+def save_component(component: Any, path: Path, metadata: Json | None = None) -> None:
+    """Save a component as a JSON file, durably; a crash leaves the old file or the new one."""
+    write_file(path, _snapshot_text(take_snapshot(component, metadata)) + "\n")
+
+
+def load_snapshot(path: Path) -> ComponentSnapshot:
+    """Read a snapshot file; raise PersistenceError, also a FileNotFoundError if there is none."""
+    text = read_file(path, "snapshot", PersistenceError, MissingSnapshot)
+    return _snapshot_from(text.rstrip(b"\n"), os.fspath(path))
+
+
+def restore_component(snapshot: ComponentSnapshot, engine: Any,
+        registry: StateRegistry | None = None) -> Any:
+    """Make a component from a snapshot and register it; raise StateError for an unknown state.
+
+    Declared states come with the snapshot; classes are looked up in `registry`.
+    """
+    known = StateRegistry(DEFAULT_REGISTRY if registry is None else registry)
+    for name in snapshot.states:
+        known.register(name, type(name, (DeclaredState,), {}))
+    state = known.create(snapshot.current_state)
+    vars(state).update(fresh(snapshot.attributes))
+    return engine.restore(snapshot, StateMachine(state, known))
 
 
 def _execute(conn: sqlite3.Connection, sql: str, *values: Any) -> Any:
@@ -2468,6 +2476,14 @@ def load_latest_snapshot_sqlite(conn: sqlite3.Connection,
     return None
 
 
+def _state_in(text: str) -> str:
+    """Read the state out of a snapshot of 1.0.1."""
+    try:
+        return _snapshot_from(text, "snapshot").current_state
+    except PersistenceError:
+        return "invalid"
+
+
 def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
         limit: int = 10) -> list[Json]:
     """Return `id`, `created_at` and `current_state` of the latest snapshots, newest first."""
@@ -2478,14 +2494,6 @@ def list_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
         found = _execute(conn, sql.format("NULL"), component_name, limit)
     return [{"id": id, "created_at": at, "current_state": state or _state_in(text)}
         for id, at, state, text in found.rows]
-
-
-def _state_in(text: str) -> str:
-    """Read the state out of a snapshot of 1.0.1."""
-    try:
-        return _snapshot_from(text, "snapshot").current_state
-    except PersistenceError:
-        return "invalid"
 
 
 def prune_snapshots_sqlite(conn: sqlite3.Connection, component_name: str, *,
@@ -3005,6 +3013,12 @@ _REMOVE = tuple(f"DELETE FROM flexiflow_{table} WHERE {column}=?" for table, col
 _EMPTY: Json = {}  # shared by all components without data; never changed in place
 
 
+# ----------------------------------------------------------------------------
+# 11.1 Messages and receipts
+# ----------------------------------------------------------------------------
+# What is given to a component, and what comes back.
+
+
 class Receipt(namedtuple("Receipt",
         "outcome component id from_state to_state seq reason data duplicate",
         defaults=(None, None, None, None, None, False))):
@@ -3083,6 +3097,12 @@ def _gone(name: str) -> StateError:
 
 def _no_turn(name: str, why: str) -> StateError:
     return StateError(f"No turn for {TURN_LIMIT:g} seconds: {name!r}", why=why, component=name)
+
+
+# ----------------------------------------------------------------------------
+# 11.2 A turn
+# ----------------------------------------------------------------------------
+# One message, from its arrival to its events: decided, claimed, acted, committed, announced.
 
 
 class Turn(Context):
@@ -3539,6 +3559,12 @@ class Turn(Context):
             (component.logger or logger).error("Event %r was not published", event, exc_info=error)
 
 
+# ----------------------------------------------------------------------------
+# 11.3 A component
+# ----------------------------------------------------------------------------
+# Who waits for its turn, and what a component is by now.
+
+
 def live_turn(component: AsyncComponent | None = None) -> Turn | None:
     """Return the innermost live turn, of any or of one component, that the running code is in."""
     context = _context.get()
@@ -3547,14 +3573,6 @@ def live_turn(component: AsyncComponent | None = None) -> Turn | None:
             return context
         context = context.parent
     return None
-
-
-def _looked_at(config: Any, **how: Any) -> Any:
-    """Return what a walk finds in a config; raise the first error. `how`: see `_Walk`."""
-    found = _Walk(config, **how).problems()
-    if found.errors:
-        raise _as_error(found.errors, None)
-    return found
 
 
 class AsyncComponent:
@@ -3919,19 +3937,10 @@ class AsyncComponent:
         return rows
 
 
-def _message(message: str | Json, fields: Json) -> Json:
-    """Return the message that a call names: by its type, or as a dict, and with fields."""
-    if isinstance(message, str):
-        return {**fields, "type": message}
-    return {**check_message(message), **fields} if fields else message
-
-
-def _check_query(name: Any, limit: Any) -> None:
-    """Raise ArgumentError unless these, where given, are a component's name and a count."""
-    if name is not None:
-        check_name(name)
-    if limit is not None:
-        check_count("limit", limit)
+# ----------------------------------------------------------------------------
+# 11.4 Replay
+# ----------------------------------------------------------------------------
+# A history decided again; nothing is run.
 
 
 def _on_paper(config: Any) -> tuple[Definition, str]:
@@ -4007,6 +4016,12 @@ def _replayed(name: str, history: list[Json], last: str,
     return {**answer, "would_be": leaf}
 
 
+# ----------------------------------------------------------------------------
+# 11.5 Delivery
+# ----------------------------------------------------------------------------
+# The messages and timers that are due, to all components that have some.
+
+
 def _recorded(row: Json) -> Json:
     """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
     with contextlib.suppress(ValueError, TypeError):  # None, or damaged
@@ -4018,6 +4033,138 @@ def _recorded(row: Json) -> Json:
 def _failures(row: Json) -> int:
     """Return how many of the attempts at a message of the queue have failed, and not died."""
     return int(_recorded(row).get("attempts", 0))
+
+
+class _Delivery:
+    """One `run` of an engine: a stream of messages for each component that has some."""
+
+    def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
+        self.engine, self.queue, self.component = engine, engine.queue, component
+        self.concurrency, self.called_off, self.alone = concurrency, False, False
+        self.streams: dict[str, asyncio.Task[Any]] = {}
+
+    async def run(self, until_idle: bool) -> int:
+        """Deliver until the engine is closed, or nothing is due; return how many messages."""
+        engine, delivered = self.engine, 0
+        try:
+            while True:
+                more = False
+                if engine._newcomers and "" not in self.streams:  # which names no component
+                    engine._newcomers = False
+                    self.streams[""] = asyncio.ensure_future(engine._settle())
+                if until_idle or not engine._stopping:
+                    ready, more = await self._ready()
+                    for name, rows in ready.items():
+                        self.streams[name] = asyncio.ensure_future(self._deliver(rows))
+                if not (self.streams or more) and (until_idle or engine._stopping):
+                    return delivered
+                await engine._sleep(0.02 if more else 1.0, *self.streams.values())
+                for name in [name for name, task in self.streams.items() if task.done()]:
+                    delivered += self.streams.pop(name).result() or 0
+        finally:
+            self.called_off = True
+            for task in self.streams.values():
+                task.cancel()
+            if self.streams:
+                await asyncio.wait(self.streams.values())
+
+    async def _ready(self) -> tuple[dict[str, list[Json]], bool]:
+        """Give what has come due its place; return rows to deliver, by component, in their order.
+
+        Also whether there is more, at which other processes are at work.
+        """
+        await self.queue.settled()
+        if self.engine._next_due() <= self.engine.clock():
+            await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
+        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
+        self.alone = self.alone and bool(self.streams)
+        room = 0 if self.alone else self.concurrency - len(self.streams)
+        rows = self._placed([*self.streams, *claimed]) if room else []
+        found: dict[str, list[Json]] = {}
+        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
+        if deadly:  # its process died of it twice: it would take down what runs beside it
+            self.alone = not self.streams
+            rows = deadly[:1] if self.alone else []
+        for row in rows:
+            if row["component"] in found or len(found) < room:
+                found.setdefault(row["component"], []).append(row)
+        return found, bool(claimed and not found and self._placed([*self.streams]))
+
+    def _placed(self, besides: list[str]) -> list[Json]:
+        """Return the first rows that may run, besides those of some components."""
+        foreign = self.engine._foreign
+        marks = [",".join("?" * len(values)) for values in (foreign, besides)]
+        return self.queue.messages(
+            f"place IS NOT NULL AND component IS{' NOT' * (self.component is None)} ?"
+            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
+            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
+            f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
+
+    async def _deliver(self, rows: list[Json]) -> int:
+        """Deliver rows of one component; what fails is tried again later, if it can be read."""
+        for count, row in enumerate(rows):
+            try:
+                await self._deliver_one(row)
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if self.called_off:
+                    self.engine._give_back(row)
+                    raise
+                if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
+                    self.engine._give_back(row)
+                    return count
+                await self.engine._failed(row, error)
+        return len(rows)
+
+    def _is_foreign(self, name: str, error: ImportError_) -> bool:
+        """Tell whether a component's own code is not to be had here; say so once."""
+        engine = self.engine
+        known, head = engine.components.get(name), engine.store and engine.store.head(name)
+        if not head or (known and known.definition.hash == head["definition"]):
+            return False
+        if head["definition"] not in engine._foreign:
+            engine._foreign.add(head["definition"])
+            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
+        return True
+
+    async def _deliver_one(self, row: Json) -> None:
+        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
+        engine, name = self.engine, row["component"]
+        try:
+            message = message_of(self.queue.sealed(row))
+        except (PersistenceError, ValueError) as error:
+            return await engine._failed(row, error, dead=True)
+        try:
+            component = engine._find(name)
+        except ConfigError as error:
+            return await engine._failed(row, error, dead=True)
+        await engine._announce()
+        if row["attempts"] >= engine._retry(name).max_attempts:
+            died = StateError(f"Its process died of it {row['attempts']} times",
+                why="each time it was begun, and neither done nor failed")
+            await engine._failed(row, died, dead=True)
+        else:
+            await component.handle_message(message, _row=row)
+
+
+# ----------------------------------------------------------------------------
+# 11.6 The engine
+# ----------------------------------------------------------------------------
+# What users call: everything above, by the name of a component.
+
+
+def _message(message: str | Json, fields: Json) -> Json:
+    """Return the message that a call names: by its type, or as a dict, and with fields."""
+    if isinstance(message, str):
+        return {**fields, "type": message}
+    return {**check_message(message), **fields} if fields else message
+
+
+def _check_query(name: Any, limit: Any) -> None:
+    """Raise ArgumentError unless these, where given, are a component's name and a count."""
+    if name is not None:
+        check_name(name)
+    if limit is not None:
+        check_count("limit", limit)
 
 
 class FlexiFlowEngine:
@@ -4757,117 +4904,6 @@ class FlexiFlowEngine:
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing
 
 
-class _Delivery:
-    """One `run` of an engine: a stream of messages for each component that has some."""
-
-    def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
-        self.engine, self.queue, self.component = engine, engine.queue, component
-        self.concurrency, self.called_off, self.alone = concurrency, False, False
-        self.streams: dict[str, asyncio.Task[Any]] = {}
-
-    async def run(self, until_idle: bool) -> int:
-        """Deliver until the engine is closed, or nothing is due; return how many messages."""
-        engine, delivered = self.engine, 0
-        try:
-            while True:
-                more = False
-                if engine._newcomers and "" not in self.streams:  # which names no component
-                    engine._newcomers = False
-                    self.streams[""] = asyncio.ensure_future(engine._settle())
-                if until_idle or not engine._stopping:
-                    ready, more = await self._ready()
-                    for name, rows in ready.items():
-                        self.streams[name] = asyncio.ensure_future(self._deliver(rows))
-                if not (self.streams or more) and (until_idle or engine._stopping):
-                    return delivered
-                await engine._sleep(0.02 if more else 1.0, *self.streams.values())
-                for name in [name for name, task in self.streams.items() if task.done()]:
-                    delivered += self.streams.pop(name).result() or 0
-        finally:
-            self.called_off = True
-            for task in self.streams.values():
-                task.cancel()
-            if self.streams:
-                await asyncio.wait(self.streams.values())
-
-    async def _ready(self) -> tuple[dict[str, list[Json]], bool]:
-        """Give what has come due its place; return rows to deliver, by component, in their order.
-
-        Also whether there is more, at which other processes are at work.
-        """
-        await self.queue.settled()
-        if self.engine._next_due() <= self.engine.clock():
-            await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
-        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
-        self.alone = self.alone and bool(self.streams)
-        room = 0 if self.alone else self.concurrency - len(self.streams)
-        rows = self._placed([*self.streams, *claimed]) if room else []
-        found: dict[str, list[Json]] = {}
-        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
-        if deadly:  # its process died of it twice: it would take down what runs beside it
-            self.alone = not self.streams
-            rows = deadly[:1] if self.alone else []
-        for row in rows:
-            if row["component"] in found or len(found) < room:
-                found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not found and self._placed([*self.streams]))
-
-    def _placed(self, besides: list[str]) -> list[Json]:
-        """Return the first rows that may run, besides those of some components."""
-        foreign = self.engine._foreign
-        marks = [",".join("?" * len(values)) for values in (foreign, besides)]
-        return self.queue.messages(
-            f"place IS NOT NULL AND component IS{' NOT' * (self.component is None)} ?"
-            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
-            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
-            f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
-
-    async def _deliver(self, rows: list[Json]) -> int:
-        """Deliver rows of one component; what fails is tried again later, if it can be read."""
-        for count, row in enumerate(rows):
-            try:
-                await self._deliver_one(row)
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
-                if self.called_off:
-                    self.engine._give_back(row)
-                    raise
-                if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
-                    self.engine._give_back(row)
-                    return count
-                await self.engine._failed(row, error)
-        return len(rows)
-
-    def _is_foreign(self, name: str, error: ImportError_) -> bool:
-        """Tell whether a component's own code is not to be had here; say so once."""
-        engine = self.engine
-        known, head = engine.components.get(name), engine.store and engine.store.head(name)
-        if not head or (known and known.definition.hash == head["definition"]):
-            return False
-        if head["definition"] not in engine._foreign:
-            engine._foreign.add(head["definition"])
-            engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
-        return True
-
-    async def _deliver_one(self, row: Json) -> None:
-        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
-        engine, name = self.engine, row["component"]
-        try:
-            message = message_of(self.queue.sealed(row))
-        except (PersistenceError, ValueError) as error:
-            return await engine._failed(row, error, dead=True)
-        try:
-            component = engine._find(name)
-        except ConfigError as error:
-            return await engine._failed(row, error, dead=True)
-        await engine._announce()
-        if row["attempts"] >= engine._retry(name).max_attempts:
-            died = StateError(f"Its process died of it {row['attempts']} times",
-                why="each time it was begun, and neither done nor failed")
-            await engine._failed(row, died, dead=True)
-        else:
-            await component.handle_message(message, _row=row)
-
-
 # --------------------------------------------------------------------------------------------
 # 12. Views: explain, Mermaid
 # --------------------------------------------------------------------------------------------
@@ -4900,6 +4936,13 @@ class PackInfo:
     provided_keys: list[str]
     transitions: list[TransitionSpec]
     depends_on: list[str]
+
+
+def _family_tree(node: Node, indent: str = "  ", mark: str = "") -> Iterator[str]:
+    """Yield a state and its children, a line each."""
+    yield indent + node.name + mark + " (final)" * node.final
+    for child in node.children:
+        yield from _family_tree(child, indent + "  ", " (initial)" * (child.name == node.initial))
 
 
 @dataclass
@@ -4958,30 +5001,17 @@ class ConfigExplanation:
         return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
 
 
-def _family_tree(node: Node, indent: str = "  ", mark: str = "") -> Iterator[str]:
-    """Yield a state and its children, a line each."""
-    yield indent + node.name + mark + " (final)" * node.final
-    for child in node.children:
-        yield from _family_tree(child, indent + "  ", " (initial)" * (child.name == node.initial))
+def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
+    return [rule for source in definition.sources(leaf.name)
+        for rule in definition.rules_of(source)]
 
 
-def explain(config: Path | Json, *, imports: bool = True,
-        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
-    """Say what a config means and whether it will load; never raises for what is wrong with it.
-
-    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
-    and lists what was therefore not checked.
-    """
-    walk = _Walk(config, imports, allow_imports)
-    found, good = walk.problems(), walk.good
-    if found.definition is not None:
-        found.warnings += _advice(found.definition, good["name"], found.states)
-    return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
-        rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
-        builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
-        state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
-        initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
-        unchecked=found.unchecked, definition=found.definition)
+def _ways(definition: Definition, leaf: Node) -> list[Node]:
+    """Return to which other states rules, or the table of a built-in class, lead from a state."""
+    moves = [*map(DEFAULT_REGISTRY.get, getattr(leaf.cls, "moves", {}).values())]
+    targets = [node for node in definition.nodes.values() if node.cls in moves] if moves else []
+    targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
+    return [node for node in targets if node is not leaf]
 
 
 def _reached(definition: Definition) -> set[str]:
@@ -5001,17 +5031,27 @@ def _reached(definition: Definition) -> set[str]:
     return found
 
 
-def _ways(definition: Definition, leaf: Node) -> list[Node]:
-    """Return to which other states rules, or the table of a built-in class, lead from a state."""
-    moves = [*map(DEFAULT_REGISTRY.get, getattr(leaf.cls, "moves", {}).values())]
-    targets = [node for node in definition.nodes.values() if node.cls in moves] if moves else []
-    targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
-    return [node for node in targets if node is not leaf]
+def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
+    """Yield the place and the text of every part of a config that may have effects."""
+    yield from ((f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or []))
+    for name, state in (source.get("states") or {}).items():
+        for key in ("entry", "exit"):
+            if isinstance(state, dict) and state.get(key):
+                yield f"states.{name}.{key}", state[key]
 
 
-def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
-    return [rule for source in definition.sources(leaf.name)
-        for rule in definition.rules_of(source)]
+def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of message types of which one may be a slip of the pen for the other."""
+    like: dict[str, list[str]] = {}  # a type with one letter left out -> such types
+    for kind in sorted(types):
+        near = {other for at in range(len(kind) + 1)
+            for other in like.get(kind[:at] + kind[at + 1:], ())}
+        for other in sorted(near):
+            if (min(len(kind), len(other)) > 4 and kind[-1] == other[-1] and one_edit(kind, other)
+                    and re.sub("[^a-z]", "", kind) != re.sub("[^a-z]", "", other)):
+                yield other, kind
+        for at in range(len(kind) + 1):
+            like.setdefault(kind[:at] + kind[at + 1:], []).append(kind)
 
 
 def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator[Diagnostic]:
@@ -5055,29 +5095,6 @@ def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator
                     "it would end as a dead letter", choose(kind, definition.types))
 
 
-def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
-    """Yield the place and the text of every part of a config that may have effects."""
-    yield from ((f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or []))
-    for name, state in (source.get("states") or {}).items():
-        for key in ("entry", "exit"):
-            if isinstance(state, dict) and state.get(key):
-                yield f"states.{name}.{key}", state[key]
-
-
-def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of message types of which one may be a slip of the pen for the other."""
-    like: dict[str, list[str]] = {}  # a type with one letter left out -> such types
-    for kind in sorted(types):
-        near = {other for at in range(len(kind) + 1)
-            for other in like.get(kind[:at] + kind[at + 1:], ())}
-        for other in sorted(near):
-            if (min(len(kind), len(other)) > 4 and kind[-1] == other[-1] and one_edit(kind, other)
-                    and re.sub("[^a-z]", "", kind) != re.sub("[^a-z]", "", other)):
-                yield other, kind
-        for at in range(len(kind) + 1):
-            like.setdefault(kind[:at] + kind[at + 1:], []).append(kind)
-
-
 def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
     """Yield how each state was found: by what is wrong at the place that names it."""
     wrong = {one.context.get("at"): one for one in reversed(walk.found.errors)}
@@ -5089,6 +5106,25 @@ def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
         yield StateResolution(key, path, is_state_subclass=checked and not problem,
             resolved=checked and not isinstance(problem and problem.error, ImportError_),
             error=problem and problem.what[len(place) + 2:])
+
+
+def explain(config: Path | Json, *, imports: bool = True,
+        allow_imports: Sequence[str] | None = None) -> ConfigExplanation:
+    """Say what a config means and whether it will load; never raises for what is wrong with it.
+
+    Dotted paths are imported, as loading will; `imports=False` runs none of the config's code
+    and lists what was therefore not checked.
+    """
+    walk = _Walk(config, imports, allow_imports)
+    found, good = walk.problems(), walk.good
+    if found.definition is not None:
+        found.warnings += _advice(found.definition, good["name"], found.states)
+    return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
+        rules_count=len(good.get("rules", ())), states=[*_resolutions(walk)],
+        builtin_states=[*BUILT_IN_NAMES], packs=[PackInfo(*pack) for pack in found.packs],
+        state_providers=found.providers, pack_order=[pack[0] for pack in found.packs],
+        initial_state_resolution=found.policy, warnings=found.warnings, errors=found.errors,
+        unchecked=found.unchecked, definition=found.definition)
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
