@@ -4038,12 +4038,14 @@ def _failures(row: Json) -> int:
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
-    def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int) -> None:
+    def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int,
+            until_idle: bool) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
+        self.until_idle, self.stops = until_idle, engine._stops
         self.concurrency, self.called_off, self.alone = concurrency, False, False
         self.streams: dict[str, asyncio.Task[Any]] = {}
 
-    async def run(self, until_idle: bool) -> int:
+    async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
         engine, delivered = self.engine, 0
         try:
@@ -4052,11 +4054,11 @@ class _Delivery:
                 if engine._newcomers and "" not in self.streams:  # which names no component
                     engine._newcomers = False
                     self.streams[""] = asyncio.ensure_future(engine._settle())
-                if until_idle or not engine._stopping:
+                if not self._stopped():
                     ready, more = await self._ready()
                     for name, rows in ready.items():
                         self.streams[name] = asyncio.ensure_future(self._deliver(rows))
-                if not (self.streams or more) and (until_idle or engine._stopping):
+                if not (self.streams or more) and (self.until_idle or self._stopped()):
                     return delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
@@ -4067,6 +4069,11 @@ class _Delivery:
                 task.cancel()
             if self.streams:
                 await asyncio.wait(self.streams.values())
+
+    def _stopped(self) -> bool:
+        """Tell whether to begin nothing more; what came before a run until idle does not count."""
+        engine = self.engine
+        return engine._stops > self.stops or (engine._stopping and not self.until_idle)
 
     async def _ready(self) -> tuple[dict[str, list[Json]], bool]:
         """Give what has come due its place; return rows to deliver, by component, in their order.
@@ -4103,6 +4110,8 @@ class _Delivery:
     async def _deliver(self, rows: list[Json]) -> int:
         """Deliver rows of one component; what fails is tried again later, if it can be read."""
         for count, row in enumerate(rows):
+            if self._stopped():
+                return count
             try:
                 await self._deliver_one(row)
             except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -4202,6 +4211,7 @@ class FlexiFlowEngine:
         self._warned: set[str] = set()  # components whose config differs
         self._alarm: asyncio.Future[None] | None = None
         self._stopping = False
+        self._stops = 0  # how often that was told: it ends what was begun before
 
     async def __aenter__(self) -> FlexiFlowEngine:
         self._stopping = False
@@ -4252,7 +4262,7 @@ class FlexiFlowEngine:
 
     def _stop(self) -> None:
         """Let `run` end when what it is at work on is done."""
-        self._stopping = True
+        self._stopping, self._stops = True, self._stops + 1
         self._wake()
 
     # ---- components
@@ -4567,7 +4577,7 @@ class FlexiFlowEngine:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         self._newcomers = False
         await self._settle()  # what has come due by now runs in due order
-        return await _Delivery(self, component, concurrency).run(until_idle)
+        return await _Delivery(self, component, concurrency, until_idle).run()
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""

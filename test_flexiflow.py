@@ -9136,6 +9136,36 @@ class FoundByAttack(Case):
         self.assertEqual(self.run_async(run()),
             [[5, 4], [3, 2], [1, 0], [], [5, 4], [5, 4]])
 
+    def test_a_stop_ends_a_run_until_idle_when_what_runs_is_done(self):
+        module = sys.modules["acts_slow"] = types.ModuleType("acts_slow")
+        self.addCleanup(sys.modules.pop, "acts_slow", None)
+
+        async def run():
+            begun, go = asyncio.Event(), asyncio.Event()
+
+            async def act(message, component):
+                begun.set()
+                await go.wait()
+
+            module.act = act
+            engine = FlexiFlowEngine(self.path())
+            engine.create_component(self.config({"on": "go", "action": "acts_slow:act"}))
+            for _ in range(3):
+                await engine.send("a", "go")
+            worker = asyncio.ensure_future(engine.run(until_idle=True))
+            await begun.wait()
+            closing = asyncio.ensure_future(engine.close())
+            await asyncio.sleep(0)
+            go.set()
+            delivered = await worker
+            await closing
+            (facts,) = engine.status("a")
+            delivered_later = await engine.run(until_idle=True)
+            await engine.close()
+            return delivered, facts["waiting"], delivered_later
+
+        self.assertEqual(self.run_async(run()), (1, 2, 2))
+
     def test_a_delay_is_written_in_plain_digits(self):
         with self.assertRaisesRegex(StateError, "Not a delay"):
             ff.seconds("\u0663s")
