@@ -2368,6 +2368,16 @@ def _sweep(folder: str) -> None:
                     os.unlink(entry.path)
 
 
+def _sync(path: str) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    if os.name != "nt":  # there, a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     fix = "the old file is untouched"
@@ -2390,12 +2400,7 @@ def write_file(path: Path, text: str) -> None:
                 os.unlink(aside)
             raise
         fix = "the new file is there, but might not survive a power cut"
-        if os.name != "nt":  # there, a folder cannot be opened
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _sync(folder)
     except (OSError, ValueError) as error:
         raise PersistenceError(
             f"Cannot write {os.fspath(path)!r}", why=str(error), fix=fix) from error
@@ -2777,7 +2782,9 @@ class SQLiteStore:
         try:
             with contextlib.closing(sqlite3.connect(aside)) as copy_of_it:
                 self.db.backup(copy_of_it)
+            _sync(aside)
             os.replace(aside, path)
+            _sync(os.path.dirname(path) or ".")
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)

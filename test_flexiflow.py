@@ -31,6 +31,7 @@ import textwrap
 import time
 import types
 import unittest
+import unittest.mock
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -10760,6 +10761,22 @@ class BackingUp(StoreCase):
         with self.assertRaises(FlexiFlowError) as caught:
             await engine.backup(path)
         return str(caught.exception)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no fsync of a folder")
+    async def test_the_copy_is_on_disk_before_it_has_its_name_and_then_its_name_is(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        done = []
+        for name in ("fsync", "replace"):
+            def call(*args, _real=getattr(os, name), _name=name):
+                done.append(_name)
+                return _real(*args)
+
+            patch = unittest.mock.patch.object(os, name, call)
+            patch.start()
+            self.addCleanup(patch.stop)
+        await self.engine.backup(self.path("copy.db"))
+        self.assertEqual(done, ["fsync", "replace", "fsync"])
 
     async def test_a_file_that_is_there_is_not_overwritten(self):
         self.engine.create_component(self.LAMP)
