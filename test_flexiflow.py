@@ -10767,15 +10767,13 @@ class BackingUp(StoreCase):
         self.engine.create_component(self.LAMP)
         await self.engine.run(until_idle=True)
         done = []
-        for name in ("fsync", "replace"):
-            def call(*args, _real=getattr(os, name), _name=name):
-                done.append(_name)
-                return _real(*args)
-
-            patch = unittest.mock.patch.object(os, name, call)
-            patch.start()
-            self.addCleanup(patch.stop)
-        await self.engine.backup(self.path("copy.db"))
+        fsync, replace = os.fsync, os.replace
+        with (
+            unittest.mock.patch("os.fsync", lambda *args: (done.append("fsync"), fsync(*args))),
+            unittest.mock.patch(
+                "os.replace", lambda *args: (done.append("replace"), replace(*args))),
+        ):
+            await self.engine.backup(self.path("copy.db"))
         self.assertEqual(done, ["fsync", "replace", "fsync"])
 
     async def test_a_file_that_is_there_is_not_overwritten(self):
