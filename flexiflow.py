@@ -5270,6 +5270,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--limit": {"type": int, "default": 50, "help": "how many steps (default 50)"},
     "--before": {"type": int, "metavar": "NUMBER", "help": "only what came before this entry"},
     "--since": {"metavar": "AGE", "help": "only what is newer: 90s, 15m, 2h, 30d"},
+    "--by-state": {"action": "store_true", "help": "count the components in each state"},
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
     "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
     "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
@@ -5614,10 +5615,18 @@ class _Intake:
         counts = ", ".join(f"{n:,} {what}" for what, n in sorted(self.counts.items()) + late if n)
         yield (f"{_counted(sum(self.counts.values()), 'message')} to "
             f"{_counted(len(self.seen), 'component')}" + ": " * bool(counts) + counts)
-        states = collections.Counter(component.state for component in self.seen.values())
+        states = _ranked(component.state for component in self.seen.values())
         if states:
-            ranked = sorted(states.items(), key=lambda item: (-item[1], item[0]))
-            yield from table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
+            yield from _state_table(states)
+
+
+def _ranked(states: Iterable[str]) -> list[tuple[str, int]]:
+    """Return each state with how often it is there, the most frequent first."""
+    return sorted(collections.Counter(states).items(), key=lambda item: (-item[1], item[0]))
+
+
+def _state_table(ranked: Iterable[tuple[str, int]]) -> Iterator[str]:
+    return table(("STATE", "COMPONENTS"), [(state, f"{n:,}") for state, n in ranked])
 
 
 @command("update_rules --name order-17 new_rules.json", "add rules, or replace them", "make",
@@ -5671,8 +5680,13 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
         yield "store", _error_text(error, "; "), False
 
 
-@command("status order-17", "list the components, or show all about one", "read", "component")
+@command("status order-17", "list the components, or show all about one", "read",
+    "component --by-state")
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.by_state:
+        states = _ranked(one["state"] for one in engine.status(args.component))
+        return tell(args, [{"state": state, "components": n} for state, n in states],
+            _state_table(states))
     found, now = engine.status(args.component), engine.clock()
     every = args.component is None
     return tell(args, found, _overview(found, now) if every else _details(found[0], now))

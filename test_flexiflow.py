@@ -14212,6 +14212,15 @@ class CommandSession(Shell):
         ])
         self.assertEqual(Path(self.path("flexiflow.db")).read_bytes(), before)
 
+    def test_status_by_state_counts_components(self):
+        for name in ("a", "b", "c"):
+            self.shown("register", *self.lamp, "--name", name)
+        self.shown("handle", "--name", "b", "press")
+        self.assertEqual(
+            (self.shown("status", "--by-state"), self.shown("status", "--by-state", "--json")),
+            ((0, "STATE  COMPONENTS\nOff  2\nOn  1\n", ""),
+             (0, '{"state": "Off", "components": 2}\n{"state": "On", "components": 1}\n', "")))
+
     def test_status_json_is_one_object_a_line(self):
         self.shown("register", *self.lamp)
         self.shown("register", *self.lamp, "--name", "lamp-2")
