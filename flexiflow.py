@@ -5396,7 +5396,7 @@ class Request:
                 path = path[len(prefix.rstrip("/")):]
                 break
         self.method: str = scope["method"]
-        self.steps = [urllib_parse.unquote(step) for step in path.strip("/").split("/")]
+        self.steps = [urllib_parse.unquote(step) for step in path[1:].removesuffix("/").split("/")]
         query = scope.get("query_string", b"").decode("latin-1")
         self.query = dict(urllib_parse.parse_qsl(query))
         self.headers = [(key.decode("latin-1").lower(), value.decode("latin-1"))
@@ -5417,6 +5417,15 @@ class Request:
         if not re.fullmatch("[0-9]{1,15}", text) or not int(text):
             raise Refused(400, f"{name} is a whole number from 1: {text!r}")
         return int(text)
+
+    def length(self) -> int | None:
+        """Return the length of the body, if it is told; refuse one that is too long."""
+        text = self.header("content-length")
+        if text is not None and not re.fullmatch("[0-9]{1,15}", text):
+            raise Refused(400, f"Not a length: {text!r}")
+        if int(text or 0) > MAX_JSON:
+            raise Refused(413, f"More than {MAX_JSON} bytes")
+        return None if text is None else int(text)
 
     @property
     def limit(self) -> int:
@@ -5521,8 +5530,7 @@ class HttpApp:
             kind = (request.header("content-type") or "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise Refused(415, f"Not JSON: {kind!r}", fix="Content-Type: application/json")
-            if int(request.count("content-length") or 0) > MAX_JSON:
-                raise Refused(413, f"More than {MAX_JSON} bytes")
+            request.length()
             if self.readonly:
                 raise Refused(403, "Nothing can be changed here", why="it is served read-only")
 
@@ -5755,7 +5763,7 @@ class HttpServer:
     def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8765) -> None:
         self.app, self.host, self.port = app, host, port
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.unread: list[asyncio.Task[Any]] = []  # those that wait for the request, oldest first
+        self.unread: dict[asyncio.StreamWriter, None] = {}  # who has not asked yet, oldest first
 
     async def __aenter__(self) -> HttpServer:
         try:
@@ -5770,8 +5778,8 @@ class HttpServer:
     async def __aexit__(self, *failure: Any) -> None:
         """Take nothing more; let what runs end, streams of events apart."""
         self.server.close()
-        for task in [*self.unread]:
-            task.cancel()
+        for writer in self.unread:
+            writer.transport.abort()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=0.5)
         for task in self.tasks:
@@ -5782,27 +5790,24 @@ class HttpServer:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
         if len(self.tasks) >= CONNECTIONS:  # the slowest of those who have not asked yet must go
-            for slow in self.unread[:1]:
-                slow.cancel()
+            for slow in [*self.unread][:1]:
+                del self.unread[slow]
+                slow.transport.abort()
         self.tasks.add(task)
-        self.unread.append(task)
+        self.unread[writer] = None
         answer = _Answer(writer)
         try:
-            await self._serve(task, reader, answer)
+            await self._serve(reader, answer)
         except Refused as error:
             await answer.refuse(error)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client went away, or had to
         finally:
             self.tasks.discard(task)
-            self._has_asked(task)
+            self.unread.pop(writer, None)
             writer.close()
 
-    def _has_asked(self, task: Any) -> None:
-        if task in self.unread:
-            self.unread.remove(task)
-
-    async def _serve(self, task: Any, reader: asyncio.StreamReader, answer: _Answer) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, answer: _Answer) -> None:
         """Read a request, and let the app answer it."""
         end = time.monotonic() + PATIENCE
         try:
@@ -5814,14 +5819,17 @@ class HttpServer:
         scope, length = self._scope(head)
         left = [length]  # of the body; empty when that has been read
         if not length:
-            self._has_asked(task)
+            self.unread.pop(answer.writer, None)
 
         async def receive() -> Json:
             if not left:
                 await reader.read()
                 return {"type": "http.disconnect"}
-            body = await reader.readexactly(left.pop())
-            self._has_asked(task)
+            try:
+                body = await reader.readexactly(left.pop())
+            except (OSError, asyncio.IncompleteReadError):
+                return {"type": "http.disconnect"}
+            self.unread.pop(answer.writer, None)
             return {"type": "http.request", "body": body}
 
         serving = self.app(scope, receive, answer.send)
@@ -5848,18 +5856,14 @@ class HttpServer:
             raise Refused(400, "No valid Host")
         if request.header("transfer-encoding") is not None:
             raise Refused(411, "A body without a length", fix="send Content-Length")
-        length = request.header("content-length")
+        length = request.length()
         if length is None and found[1] not in ("GET", "HEAD"):
             raise Refused(411, "A request without a length", fix="send Content-Length")
-        if not re.fullmatch("[0-9]{1,15}", length or "0"):
-            raise Refused(400, f"Not a length: {length!r}")
-        if int(length or 0) > MAX_JSON:
-            raise Refused(413, f"More than {MAX_JSON} bytes")
         path, _, query = found[2].partition("?")
         return {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1",
             "method": found[1], "scheme": "http", "path": urllib_parse.unquote(path),
             "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-            "headers": headers, "server": (self.host, self.port)}, int(length or 0)
+            "headers": headers, "server": (self.host, self.port)}, length or 0
 
 
 def _stamps(path: Path) -> Json:
@@ -6483,6 +6487,8 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
             fix="--token SECRET, or leave --host out")
     hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
     app = create_app(engine, hosts, args.token, readonly=args.read_only)
+    if args.read_only:
+        engine.queue.rows("PRAGMA user_version")  # raises if there is no store
     path = _config_path(args, needed=args.watch)
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
