@@ -5857,7 +5857,7 @@ class HttpServer:
         if request.header("transfer-encoding") is not None:
             raise Refused(411, "A body without a length", fix="send Content-Length")
         length = request.length()
-        if length is None and found[1] not in ("GET", "HEAD"):
+        if length is None and found[1] == "POST":
             raise Refused(411, "A request without a length", fix="send Content-Length")
         path, _, query = found[2].partition("?")
         return {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1",
