@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
+    import bisect
     import collections
     import datetime
     import difflib
@@ -133,7 +134,7 @@ else:
             setattr(self._make(self._name), attribute, value)
 
     for _name in (
-            "argparse asyncio base64 collections datetime difflib hashlib hmac http inspect "
+            "argparse asyncio base64 bisect collections datetime difflib hashlib hmac http inspect "
             "logging random shlex signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
     urllib_parse = _Later("urllib_parse", lambda name: importlib.import_module("urllib.parse"))
@@ -3619,6 +3620,10 @@ class AsyncComponent:
     def __repr__(self) -> str:
         return f"<AsyncComponent {self.name!r} in {self.state!r}>"
 
+    def _repr_svg_(self) -> str | None:
+        """What a notebook shows: a picture, drawn by section 12."""
+        return picture(self) if self.definition is not None else None
+
     # ---- what users see
 
     seq = property(lambda self: self.head.seq, doc="How many things have happened to it.")
@@ -5001,7 +5006,7 @@ _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers
 
 
 # --------------------------------------------------------------------------------------------
-# 12. Views: explain, Mermaid
+# 12. Views: explain, Mermaid, SVG, text
 # --------------------------------------------------------------------------------------------
 # What a config means, as values, text and a picture. All is made from what the walk has found, so
 # it shows what will be executed. Whatever a name holds, it stays a label.
@@ -5064,6 +5069,10 @@ class ConfigExplanation:
     def is_valid(self) -> bool:
         """Whether the config will load."""
         return not self.errors
+
+    def _repr_svg_(self) -> str | None:
+        """What a notebook shows: a picture of a good config."""
+        return visualize(self, format="svg") if self.definition is not None else None
 
     def format(self) -> str:
         """Return the explanation as text, in blocks of lines; what is empty is left out."""
@@ -5223,16 +5232,34 @@ def explain(config: Path | Json, *, imports: bool = True,
         unchecked=found.unchecked, definition=found.definition)
 
 
-def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
-        format: str = "mermaid", active: str | None = None) -> str:
-    """Return a Mermaid flowchart of a config: states, rules, packs; `active` marks a state."""
-    if format != "mermaid":
-        raise ArgumentError(f"Unknown format: {format!r}", fix="mermaid")
-    found = config if isinstance(config, ConfigExplanation) else explain(config)
-    return "\n".join(_Mermaid(found).lines(active))
+class _Graph:
+    """What a picture shows: states, and the ways between them."""
+
+    def __init__(self, found: ConfigExplanation) -> None:
+        self.found, definition = found, found.definition
+        self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
+        self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
+        self.roots = [node for node in self.nodes.values() if node.parent is None]
+
+    def edges(self) -> Iterator[tuple[str, str, str, str]]:
+        """Yield source, cause, guard and target of what packs, rules and classes tell."""
+        for edge in self.pack_edges:
+            yield edge.from_state, edge.on_message, edge.guard or "", edge.to_state
+        for rule in self.rules:
+            cause = ", ".join(rule.on) or rule.timer_type
+            guard = rule.text.get("guard")
+            text = "" if guard is None else guard_text(guard)
+            yield from ((source, cause, text, rule.to or source) for source in rule.sources)
+        for node in self.nodes.values():
+            for kind, target in getattr(node.cls, "moves", {}).items():
+                yield node.name, kind, "", target
 
 
-class _Mermaid:
+def _with_guard(cause: str, guard: str) -> str:
+    return f"{cause} [{guard}]" if guard else cause
+
+
+class _Mermaid(_Graph):
     """One flowchart being drawn."""
 
     WORDS = frozenset("end graph flowchart subgraph class classdef click style linkstyle default "
@@ -5242,10 +5269,8 @@ class _Mermaid:
     UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
 
     def __init__(self, found: ConfigExplanation) -> None:
-        self.found, definition = found, found.definition
+        super().__init__(found)
         self.ids: dict[str, str] = {}
-        self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
-        self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
         self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
 
     def lines(self, active: str | None) -> Iterator[str]:
@@ -5269,7 +5294,8 @@ class _Mermaid:
         yield ""
         if self.nodes and found.initial_state:
             yield f"start_(( )) --> {self.id_of(found.initial_state)}"
-        for source, label, target in self.edges():
+        for source, cause, guard, target in self.edges():
+            label = _with_guard(cause, guard)
             if source == "*" and "*" not in self.ids:
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
@@ -5300,19 +5326,384 @@ class _Mermaid:
         else:
             yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
 
-    def edges(self) -> Iterator[tuple[str, str, str]]:
-        """Yield source, label and target of what packs, rules and classes tell."""
-        for edge in self.pack_edges:
-            label = edge.on_message + (f" [{edge.guard}]" if edge.guard else "")
-            yield edge.from_state, label, edge.to_state
-        for rule in self.rules:
-            label = ", ".join(rule.on) or rule.timer_type
-            if rule.text.get("guard") is not None:
-                label += f" [{guard_text(rule.text['guard'])}]"
-            yield from ((source, label, rule.to or source) for source in rule.sources)
-        for node in self.nodes.values():
-            for kind, target in getattr(node.cls, "moves", {}).items():
-                yield node.name, kind, target
+
+class _Layers:
+    """Boxes in layers, joined by edges whose labels are boxes of their own: nothing overlaps.
+
+    After Sugiyama, Tagawa and Toda (1981): break circles, rank, order, place. `sizes` are (width,
+    height) of boxes by name; an edge is (source, target, size of its label), never to itself.
+    """
+
+    GAP = 20.0
+
+    def __init__(self, sizes: dict[Any, tuple[float, float]],
+            edges: list[tuple[Any, Any, tuple[float, float]]]) -> None:
+        self.sizes, self.edges = dict(sizes), edges
+        self.near: dict[int, dict[Any, list[Any]]] = {-1: {}, 1: {}}  # neighbours above and below
+        self.layers: dict[int, list[Any]] = {}
+        self.back, order = self._walk()
+        rank = self._ranks(order)
+        for name in order:
+            self.layers.setdefault(rank[name], []).append(name)
+        self.chains = [self._chain(number, rank) for number in range(len(edges))]
+        rounds = max(2, min(60, 40_000 // (len(self.sizes) + 1)))
+        self._order(min(rounds, 16))
+        self.x = self._place(rounds)
+        self.y, self.height = self._heights()
+        left = min((at - self.sizes[one][0] / 2 for one, at in self.x.items()), default=0.0)
+        self.x = {one: at - left for one, at in self.x.items()}
+        self.width = max((at + self.sizes[one][0] / 2 for one, at in self.x.items()), default=0.0)
+
+    def _walk(self) -> tuple[set[int], list[Any]]:
+        """Go depth first; return which edges close a circle, and the boxes in their order."""
+        ahead: dict[Any, list[int]] = {name: [] for name in self.sizes}
+        for number, (source, _, _) in enumerate(self.edges):
+            ahead[source].append(number)
+        self.ahead = ahead
+        back: set[int] = set()
+        on_the_way: set[Any] = set()
+        done: dict[Any, None] = {}  # in the order in which they were left
+        for first in self.sizes:
+            stack = [] if first in done else [(first, iter(ahead[first]))]
+            on_the_way.update(name for name, _ in stack)
+            while stack:
+                name, rest = stack[-1]
+                number = next(rest, -1)
+                if number < 0:
+                    on_the_way.discard(name)
+                    done[name] = None
+                    stack.pop()
+                    continue
+                target = self.edges[number][1]
+                if target in on_the_way:
+                    back.add(number)
+                elif target not in done:
+                    on_the_way.add(target)
+                    stack.append((target, iter(ahead[target])))
+        return back, [*done][::-1]
+
+    def _ranks(self, order: list[Any]) -> dict[Any, int]:
+        """Return the layer of each box: even ones, the longest way from the top; labels between."""
+        rank = dict.fromkeys(order, 0)
+        for name in order:
+            for number in self.ahead[name]:
+                if number not in self.back:
+                    target = self.edges[number][1]
+                    rank[target] = max(rank[target], rank[name] + 2)
+        return rank
+
+    def _chain(self, number: int, rank: dict[Any, int]) -> list[Any]:
+        """Lay an edge through the layers between; return its boxes, bends and label, from above."""
+        source, target, label = self.edges[number]
+        above, below = (target, source) if number in self.back else (source, target)
+        bends = [(number, layer) for layer in range(rank[above] + 1, rank[below])]
+        middle = bends[len(bends) // 4 * 2]  # where no boxes are
+        for bend in bends:
+            self.sizes[bend] = label if bend == middle else (4.0, 0.0)
+            self.layers.setdefault(bend[1], []).append(bend)
+        chain = [above, *bends, below]
+        for upper, lower in zip(chain, chain[1:]):
+            self.near[1].setdefault(upper, []).append(lower)
+            self.near[-1].setdefault(lower, []).append(upper)
+        return chain
+
+    def _order(self, rounds: int) -> None:
+        """Put the boxes of each layer in the order of their neighbours; keep the best of it."""
+        best, kept = math.inf, self.layers
+        for turn in range(rounds):
+            side = 1 if turn % 2 else -1
+            for rank in sorted(self.layers, reverse=side > 0):
+                there = {one: at for at, one in enumerate(self.layers.get(rank + side, ()))}
+                means = {}
+                for at, one in enumerate(self.layers[rank]):
+                    near = [there[other] for other in self.near[side].get(one, ())]
+                    means[one] = sum(near) / len(near) if near else at
+                self.layers[rank] = sorted(self.layers[rank], key=means.__getitem__)
+            crossings = self._crossings()
+            if crossings < best:
+                best, kept = crossings, dict(self.layers)
+        self.layers = kept
+
+    def _crossings(self) -> int:
+        total = 0
+        for rank, layer in self.layers.items():
+            there = {one: at for at, one in enumerate(self.layers.get(rank + 1, ()))}
+            seen: list[int] = []
+            for one in layer:
+                ends = sorted(there[other] for other in self.near[1].get(one, ()))
+                total += sum(len(seen) - bisect.bisect_right(seen, end) for end in ends)
+                for end in ends:
+                    bisect.insort(seen, end)
+        return total
+
+    def _place(self, rounds: int) -> dict[Any, float]:
+        """Draw every box towards its neighbours, bends most of all; keep order and distance."""
+        at: dict[Any, float] = {}
+        for layer in self.layers.values():
+            right = 0.0
+            for one in layer:
+                at[one] = right + self.sizes[one][0] / 2
+                right += self.sizes[one][0] + self.GAP
+        for turn in range(rounds):
+            for rank in sorted(self.layers, reverse=turn % 2 == 1):
+                layer = self.layers[rank]
+                low = [self._wish(one, at) for one in layer]
+                high, gaps = low[:], [(self.sizes[one][0] + self.sizes[two][0]) / 2 + self.GAP
+                    for one, two in zip(layer, layer[1:])]
+                for left, gap in enumerate(gaps):
+                    low[left + 1] = max(low[left + 1], low[left] + gap)
+                for left in reversed(range(len(gaps))):
+                    high[left] = min(high[left], high[left + 1] - gaps[left])
+                at.update((one, (a + b) / 2) for one, a, b in zip(layer, low, high))
+        return at
+
+    def _wish(self, one: Any, at: dict[Any, float]) -> float:
+        """Return where a box would like to be."""
+        near = self.near[-1].get(one, []) + self.near[1].get(one, [])
+        weights = [8 if isinstance(one, tuple) and isinstance(other, tuple) else 1
+            for other in near]
+        pulls = sum(at[other] * weight for other, weight in zip(near, weights))
+        return pulls / sum(weights) if near else at[one]
+
+    def _heights(self) -> tuple[dict[Any, float], float]:
+        """Return the middle of each box, and the height of all."""
+        found, top = {}, 0.0
+        for rank in sorted(self.layers):
+            height = max(self.sizes[one][1] for one in self.layers[rank])
+            found.update(dict.fromkeys(self.layers[rank], top + height / 2))
+            top += height + self.GAP
+        return found, max(0.0, top - self.GAP)
+
+    def way(self, number: int) -> str:
+        """Return the path of an edge, as SVG writes it."""
+        chain, down = self.chains[number], number not in self.back
+        points = [(self.x[one], self.y[one]) for one in chain]
+        points[0] = (points[0][0], points[0][1] + self.sizes[chain[0]][1] / 2)
+        points[-1] = (points[-1][0], points[-1][1] - self.sizes[chain[-1]][1] / 2)
+        points = points if down else points[::-1]
+        steps = [(c - a) / (d - b) for (a, b), (c, d) in zip(points, points[1:])]
+        # Straight out of a box and into one; between, never further out than a bend is.
+        slopes = [0.0, *(2 * a * b / (a + b) if a * b > 0 else 0.0
+            for a, b in zip(steps, steps[1:])), 0.0]
+        text = f"M{points[0][0]:.1f},{points[0][1]:.1f}"
+        for (a, b), (c, d), out, into in zip(points, points[1:], slopes, slopes[1:]):
+            reach = 0.4 * (d - b)
+            text += (f"C{a + out * reach:.1f},{b + reach:.1f} {c - into * reach:.1f},"
+                f"{d - reach:.1f} {c:.1f},{d:.1f}")
+        return text
+
+    def label(self, number: int) -> tuple[float, float]:
+        """Return the middle of an edge's label."""
+        bends = self.chains[number][1:-1]
+        middle = bends[len(bends) // 4 * 2]
+        return self.x[middle], self.y[middle]
+
+
+class _Svg(_Graph):
+    """A picture being drawn: layers of boxes, and layers within the boxes that have children."""
+
+    STYLE = (
+        ".flexiflow{--ink:#1e293b;--soft:#475569;--line:#94a3b8;--fill:#fff;--paper:#fff;"
+        "--lit:#dbeafe;--lit-line:#2563eb;--nest:#f8fafc;font:13px system-ui,sans-serif}"
+        "@media(prefers-color-scheme:dark){.flexiflow{--ink:#e2e8f0;--soft:#a9b6c8;--line:#64748b;"
+        "--fill:#1e293b;--paper:#0f172a;--lit:#1e3a8a;--lit-line:#60a5fa;--nest:#162033}}"
+        ".flexiflow text{fill:var(--ink)}.flexiflow .label{font-size:11.5px;fill:var(--soft);"
+        "paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}"
+        ".flexiflow rect{fill:var(--fill);stroke:var(--line);stroke-width:1.4}"
+        ".flexiflow .nest>rect{fill:var(--nest)}.flexiflow .nest>text{fill:var(--soft)}"
+        ".flexiflow .any rect{stroke-dasharray:4 3}.flexiflow .inner{fill:none}"
+        ".flexiflow .active>rect{fill:var(--lit);stroke:var(--lit-line);stroke-width:2.2}"
+        ".flexiflow .around>rect{stroke:var(--lit-line)}"
+        ".flexiflow .edge{fill:none;stroke:var(--line);stroke-width:1.4}"
+        ".flexiflow .tip{fill:var(--line)}.flexiflow .start{fill:var(--ink)}")
+    MOST = 40  # characters of a label; all of it stands in its <title>
+
+    def text(self, active: str | None) -> str:
+        """Return the picture."""
+        node = self.nodes.get(active or "")
+        self.lit = {one.name: " around" for one in node.lineage()} if node else {}
+        self.lit[active or ""] = " active"
+        self.joined: dict[Any, dict[tuple[str, str], list[str]]] = {}
+        for source, cause, guard, target in self.edges():
+            self._join(source, _with_guard(cause, guard), target)
+        lines, width, height = self._inside(None, self.roots, self.found.initial_state)
+        size = f"{width + 32:.0f}", f"{height + 32:.0f}"
+        name = _xml(self.found.name or "FlexiFlow")
+        return "\n".join([
+            '<svg xmlns="http://www.w3.org/2000/svg" class="flexiflow" role="img" width="{}"'
+            ' height="{}" viewBox="-16 -16 {} {}">'.format(*size, *size), f"<title>{name}</title>",
+            f"<style>{self.STYLE}</style>", '<defs><marker id="flexiflow-tip" viewBox="0 0 8 8"'
+            ' refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="tip"'
+            ' d="M0,0L8,4L0,8z"/></marker></defs>', *lines, "</svg>"])
+
+    def _line(self, name: str) -> list[str]:
+        """Return a state and what is around it, outermost first."""
+        node = self.nodes.get(name)
+        return [one.name for one in node.lineage()][::-1] if node else [name]
+
+    def _join(self, source: str, label: str, target: str) -> None:
+        """Note an edge where it is drawn: between two boxes that stand in the same one."""
+        a, b = self._line(source), self._line(target)
+        same = len([1 for one, two in zip(a, b) if one == two])
+        at = min(same, len(a) - 1, len(b) - 1)
+        label = f"{self._short(source)}: {label}" if len(a) > at + 1 else label
+        label += f" → {self._short(target)}" if len(b) > at + 1 else ""
+        ends = self.joined.setdefault(a[at - 1] if at else None, {})
+        ends.setdefault((a[at], b[at]), []).append(label)
+
+    def _short(self, name: str) -> str:
+        """Return a state's name without that of its parent."""
+        node = self.nodes.get(name)
+        return name[len(node.parent.name) + 1:] if node and node.parent else name
+
+    def _inside(self, owner: str | None, nodes: list[Node],
+            initial: str | None) -> tuple[list[str], float, float]:
+        """Draw what stands in a box, or in the whole picture; return lines, width and height."""
+        joined = self.joined.get(owner, {})
+        drawn = {node.name: self._state(node) for node in nodes}
+        for end in itertools.chain.from_iterable(joined):
+            drawn[end] = drawn.get(end) or self._box(end, "any")
+        first = self._line(initial or "")[0 if owner is None else len(self._line(owner))]
+        sizes = {"": (10.0, 10.0)} if first in drawn else {}
+        edges = [("", first, (4.0, 0.0))] if sizes else []
+        labels: list[list[str]] = [[]] * len(edges)
+        for name in [first] * bool(sizes) + [one for one in drawn if one != first]:
+            loop = _label_size(joined.get((name, name), []))[0]
+            sizes[name] = drawn[name][1] + 2 * (loop and loop + 30), drawn[name][2]
+        for (source, target), texts in joined.items():
+            if source != target:
+                edges.append((source, target, _label_size(texts)))
+                labels.append(texts)
+        layers = _Layers(sizes, edges)
+        lines = [f'<path class="edge" d="{layers.way(number)}" marker-end="url(#flexiflow-tip)"/>'
+            for number in range(len(edges))]
+        if "" in sizes:
+            x, y = layers.x[""], layers.y[""]
+            lines.append(f'<circle class="start" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        for name, (inner, width, height) in drawn.items():
+            x, y = layers.x[name], layers.y[name]
+            lines += [f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">',
+                *inner, "</g>"]
+            if (name, name) in joined:
+                right = x + width / 2
+                lines.append(f'<path class="edge" d="M{right:.1f},{y - 7:.1f}c24,-12 24,26 1,14"'
+                    ' marker-end="url(#flexiflow-tip)"/>')
+                lines += self._label(joined[name, name], right + 24, y, "start")
+        for number, texts in enumerate(labels):
+            lines += self._label(texts, *layers.label(number))
+        return lines, layers.width, layers.height
+
+    def _state(self, node: Node) -> tuple[list[str], float, float]:
+        """Draw a state; one with children is a box around them."""
+        if not node.children:
+            return self._box(node.name, "state", node.final)
+        lines, width, height = self._inside(node.name, node.children, node.initial)
+        width = max(width, _text_width(self._short(node.name))) + 32
+        inner = ['<g transform="translate(16,36)">', *lines, "</g>"]
+        return self._box(node.name, "nest", False, width, height + 52, inner)
+
+    def _box(self, name: str, kind: str, final: bool = False, width: float = 0.0,
+            height: float = 34.0, inner: Sequence[str] = ()) -> tuple[list[str], float, float]:
+        """Draw a box with its name: in the middle, or above what is in it."""
+        text = _xml(self._short(name))
+        width = width or max(64.0, _text_width(self._short(name)) + 28)
+        x, y, anchor = (16.0, 22.0, "start") if inner else (width / 2, 21.5, "middle")
+        kind += self.lit.get(name, "") + " final" * final
+        lines = [f'<g class="{kind}" data-state="{_xml(name)}"><rect width="{width:.1f}"'
+            f' height="{height:.1f}" rx="9"/>']
+        lines += [f'<rect class="inner" x="3.5" y="3.5" width="{width - 7:.1f}"'
+            f' height="{height - 7:.1f}" rx="6"/>'] * final
+        return [*lines, f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>', *inner,
+            "</g>"], width, height
+
+    def _label(self, texts: list[str], x: float, y: float,
+            anchor: str = "middle") -> Iterator[str]:
+        """Write the lines of a label around a point."""
+        for at, text in enumerate(texts):
+            line = y + 15 * (at - (len(texts) - 1) / 2) + 4
+            yield (f'<text class="label" x="{x:.1f}" y="{line:.1f}" text-anchor="{anchor}">'
+                f"<title>{_xml(text)}</title>{_xml(_cut(text))}</text>")
+
+
+def _xml(text: str) -> str:
+    """Return text that is text in XML, whatever it holds."""
+    shown = re.sub("[\ufffe\uffff]", "\ufffd", printable(text))
+    return shown.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;"})
+
+
+def _cut(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= _Svg.MOST else shown[:_Svg.MOST - 1] + "…"
+
+
+def _text_width(text: str, size: float = 7.4) -> float:
+    """Return about how wide a text is, in pixels; wide characters take two places."""
+    shown = printable(text)
+    return size * sum(1.0 if ord(one) < 0x1100 else 1.9 for one in shown)
+
+
+def _label_size(texts: list[str]) -> tuple[float, float]:
+    widths = [_text_width(_cut(text), 6.6) for text in texts]
+    return max(widths, default=0.0) + 6 * bool(texts), 15.0 * len(texts)
+
+
+def _table_of(graph: _Graph, active: str | None) -> Iterator[str]:
+    """Yield a table of states and ways, a way a line: `>` is where it begins, `*` where it is."""
+    ways: dict[str, list[tuple[str, ...]]] = {}
+    for source, *way in graph.edges():
+        ways.setdefault(source, []).append(tuple(way))
+    rows: list[tuple[str, ...]] = [("STATE", "ON", "GUARD", "TO")]
+    tree = [node for root in graph.roots for node in _with_children(root)]
+    for name in dict.fromkeys([*(node.name for node in tree), *ways]):
+        node = graph.nodes.get(name)
+        mark = "* " if name == active else "> " if name == graph.found.initial_state else "  "
+        shown = mark + "  " * (len([*node.lineage()]) - 1 if node else 0) + name
+        shown += " (final)" * bool(node and node.final)
+        for cause, guard, target in ways.get(name) or [("-", "", "")]:
+            rows.append((shown, cause, guard or "-", target if target != name else "(stays)"))
+    yield from columns(rows)
+
+
+def _with_children(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _with_children(child)
+
+
+def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield rows of cells as lines, each column as wide as its widest cell."""
+    lines = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+
+
+FORMATS: dict[str, Callable[[ConfigExplanation, str | None], str]] = {
+    "mermaid": lambda found, active: "\n".join(_Mermaid(found).lines(active)),
+    "svg": lambda found, active: _Svg(found).text(active),
+    "text": lambda found, active: "\n".join(_table_of(_Graph(found), active))}
+
+
+def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
+        format: str = "mermaid", active: str | None = None) -> str:
+    """Return a picture of a config: a Mermaid flowchart, an SVG document, or a table of text.
+
+    It shows states, rules and packs; `active` marks a state. Raises ArgumentError for another
+    `format`.
+    """
+    if format not in FORMATS:
+        raise ArgumentError(f"Unknown format: {format!r}", fix=f"one of {', '.join(FORMATS)}")
+    return FORMATS[format](config if isinstance(config, ConfigExplanation) else explain(config),
+        active)
+
+
+def picture(component: AsyncComponent, format: str = "svg") -> str:
+    """Return a picture of a component's machine, its state lit; see `visualize`."""
+    definition = component.definition
+    if definition is None:
+        raise StateError(f"{component.name!r} was made by hand: there is no picture of it")
+    found = ConfigExplanation("", component.name, definition.birth.node.name, definition=definition)
+    return visualize(found, format=format, active=component.state)
 
 
 # --------------------------------------------------------------------------------------------
@@ -5622,12 +6013,7 @@ class HttpApp:
     async def diagram(self, request: Request, name: str) -> Any:
         """The picture of a component's machine, its state lit."""
         self._known(name)
-        component = self.engine._current(name)
-        if component.definition is None:
-            raise Refused(404, f"{name!r} was made by hand: it has no picture")
-        picture = visualize(ConfigExplanation("", name, component.definition.birth.node.name,
-            definition=component.definition), format="svg", active=component.state)
-        return 200, "image/svg+xml", picture.encode()
+        return 200, "image/svg+xml", picture(self.engine._current(name)).encode()
 
     async def message(self, request: Request, name: str, message: Json) -> Any:
         """Hand a message to a component, and return the receipt."""
@@ -5991,7 +6377,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--completed": {"action": "store_true", "help": "remove completed components, too"},
     "--dry-run": {"action": "store_true", "help": "only say what would be done"},
     "--yes": {"action": "store_true", "help": "do not ask"},
-    "--format": {"default": "mermaid", "help": "mermaid"},
+    "--format": {"metavar": "FORMAT", "help": "mermaid, svg or text (else by the output's name)"},
     "-o/--output": {"metavar": "FILE", "help": "write to a file"},
 }
 
@@ -6058,13 +6444,10 @@ def hint(text: str, end: str = "\n") -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield a header and rows in columns, as wide as the output shows them."""
+    """Return a header and rows in columns, as wide as the output shows them."""
     code = getattr(sys.stdout, "encoding", None) or "utf-8"
-    lines = [[printable(cell).encode(code, "backslashreplace").decode(code) for cell in row]
-        for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+    return columns([printable(cell).encode(code, "backslashreplace").decode(code) for cell in row]
+        for row in (header, *rows))
 
 
 def age(seconds: float) -> str:
@@ -6614,15 +6997,25 @@ def cmd_explain(args: Any) -> int:
         0 if found.is_valid else 1)
 
 
-@command("visualize order.json", "draw a config", "", f"{_CHECKED} --format -o/--output")
+@command("visualize order.json -o order.svg", "draw a config, or a component where it stands", "",
+    f"{_CHECKED} --name --db --format -o/--output")
 def cmd_visualize(args: Any) -> int:
-    found = _explained(args)
-    if found.errors:
-        raise _as_error(found.errors, found.config_path)
-    text = visualize(found, format=args.format)
+    suffix = os.path.splitext(args.output or "")[1].lower()
+    format = args.format or {".svg": "svg", ".txt": "text"}.get(suffix, "mermaid")
+    if args.name:
+        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
+            text = picture(FlexiFlowEngine(store)._find(args.name), format)
+    else:
+        found = _explained(args)
+        if found.errors:
+            raise _as_error(found.errors, found.config_path)
+        text = visualize(found, format=format)
     if args.output:
+        folder = os.path.dirname(args.output) or "."
+        if not os.path.isdir(folder):
+            raise PersistenceError(f"No folder: {folder!r}", fix="make it first")
         write_file(args.output, text + "\n")
-    return tell(args, [{"format": args.format, "output": args.output, "text": text}],
+    return tell(args, [{"format": format, "output": args.output, "text": text}],
         () if args.output else text.splitlines())
 
 

@@ -40,6 +40,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from urllib.parse import quote, unquote
+from xml.etree import ElementTree
 
 import flexiflow as ff
 from flexiflow import (
@@ -5226,12 +5227,150 @@ class Pictures(ConfigCase):
     def test_another_format_is_refused(self):
         error = self.raises(ValueError, ff.visualize, self.M, format="dot")
         self.assertEqual((str(error), isinstance(error, FlexiFlowError)),
-            ("Unknown format: 'dot'\nFix: mermaid", True))
+            ("Unknown format: 'dot'\nFix: one of mermaid, svg, text", True))
 
 
 # --------------------------------------------------------------------------------------------
 # 9. Snapshots: JSON file, SQLite history
 # --------------------------------------------------------------------------------------------
+
+
+class SvgPictures(ConfigCase):
+    """`visualize(format="svg")`: a picture in which nothing lies on anything else."""
+
+    NEST = {"name": "deep", "initial_state": "Off", "states": {
+        "Off": {}, "On": {"initial": "On.Idle"}, "On.Idle": {}, "On.Work": {"initial": "On.Work.A"},
+        "On.Work.A": {}, "On.Work.B": {}, "Gone": {"final": True}}, "rules": [
+        {"from": "Off", "on": "power", "to": "On"}, {"from": "On", "on": "power", "to": "Off"},
+        {"from": "On.Idle", "on": "start", "to": "On.Work"},
+        {"from": "On.Work.A", "after": "10s", "to": "On.Work.B"},
+        {"from": "On.Work.B", "on": "break", "to": "Gone"},
+        {"from": "On.Work.A", "on": "wide", "to": "On.Idle"},
+        {"from": "On", "on": "again", "to": "On.Work.B"},
+        {"from": "*", "on": "kill", "to": "Gone"}]}
+
+    def drawn(self, config, active=None):
+        """Return boxes and labels of a picture: (x, y, width, height) by state; and by label."""
+        found = ff.visualize(config, format="svg", active=active)
+        self.assertEqual(found, ff.visualize(config, format="svg", active=active))
+        boxes, labels = {}, []
+
+        def look(element, x, y):
+            tag = element.tag.rpartition("}")[2]
+            self.assertIn(tag, {"svg", "title", "style", "defs", "marker", "path", "g", "rect",
+                "text", "circle"})
+            self.assertEqual([key for key in element.attrib if key.startswith("on")], [])
+            moved = re.fullmatch(
+                r"translate\((-?[\d.]+),(-?[\d.]+)\)", element.get("transform", ""))
+            if moved:
+                x, y = x + float(moved[1]), y + float(moved[2])
+            if element.get("data-state") is not None:
+                size = element[0].attrib
+                boxes[element.get("data-state")] = (
+                    x, y, float(size["width"]), float(size["height"]), element.get("class"))
+            if element.get("class") == "label":
+                width = max(6.0 * len(element[0].tail), 1)
+                left = x + float(element.get("x")) - (
+                    width / 2 if element.get("text-anchor") == "middle" else 0)
+                labels.append((left, y + float(element.get("y")) - 9, width, 11, element[0].text))
+            for inner in element:
+                look(inner, x, y)
+
+        look(ElementTree.fromstring(found), 0.0, 0.0)
+        return boxes, labels
+
+    def overlap(self, one, other):
+        return (one[0] < other[0] + other[2] and other[0] < one[0] + one[2]
+            and one[1] < other[1] + other[3] and other[1] < one[1] + one[3])
+
+    def check(self, config, active=None):
+        """Check that no two labels, and no label and no leaf, lie on each other."""
+        boxes, labels = self.drawn(config, active)
+        leaves = [box for box in boxes.values() if not box[4].startswith("nest")]
+        for one, other in itertools.combinations([*labels, *leaves], 2):
+            self.assertFalse(self.overlap(one, other), (one, other))
+        for name, box in boxes.items():
+            outer = boxes.get(name.rpartition(".")[0])
+            if outer and outer[4].startswith("nest"):
+                self.assertTrue(outer[0] < box[0] and box[0] + box[2] < outer[0] + outer[2]
+                    and outer[1] + 24 < box[1] and box[1] + box[3] < outer[1] + outer[3])
+        return boxes, labels
+
+    def test_nothing_lies_on_anything_else(self):
+        for config in (self.ORDER, self.M, self.NEST, json.loads(
+                (EXAMPLES / "sepsis.json").read_text()), json.loads(
+                (EXAMPLES / "order.json").read_text())):
+            with self.subTest(config["name"]):
+                self.check(config)
+
+    def test_nothing_lies_on_anything_else_whatever_the_machine(self):
+        seed = int(os.environ.get("FLEXIFLOW_SEED") or random.randrange(2**32))
+        chance = random.Random(seed)
+        for _ in range(25):
+            names = [f"S{number}" + "x" * chance.randrange(9) for number in range(
+                chance.choice([1, 2, 3, 5, 8, 13, 40]))]
+            parents = {name: [] for name in names if chance.random() < 0.2}
+            for name in parents:
+                parents[name] = [f"{name}.{one}" for one in "ab"[:chance.randrange(1, 3)]]
+            states = {name: {"initial": parents[name][0]} if name in parents else {}
+                for name in names}
+            states.update((child, {}) for name in parents for child in parents[name])
+            rules = [{"from": chance.choice([*states, "*"]), "on": f"m{number}" * chance.choice(
+                [1, 1, 4]), "to": chance.choice([*states]), "guard": {"data.n": number}}
+                for number in range(chance.randrange(3 * len(names)))]
+            config = {"name": "m", "initial_state": names[0], "states": states, "rules": rules}
+            with self.subTest(seed=seed, config=config):
+                boxes, labels = self.check(config, chance.choice([*states]))
+                self.assertEqual({*states} - {*boxes}, set())
+                self.assertEqual(len(labels), len(rules))
+
+    def test_the_current_state_and_what_is_around_it_are_marked(self):
+        boxes, _ = self.drawn(self.NEST, "On.Work.B")
+        self.assertEqual({name: box[4] for name, box in boxes.items()}, {
+            "Off": "state", "Gone": "state final", "*": "any", "On": "nest around",
+            "On.Idle": "state", "On.Work": "nest around", "On.Work.A": "state",
+            "On.Work.B": "state active"})
+
+    def test_labels_tell_cause_guard_and_where_deeper_ends_are(self):
+        _, labels = self.drawn(self.NEST)
+        self.assertEqual(sorted(label[4] for label in labels), [
+            "A: wide", "B: break", "after 10s",
+            "again → B", "kill", "power", "power", "start"])
+        _, labels = self.drawn(self.ORDER)
+        self.assertIn("place [message.total > 0]", [label[4] for label in labels])
+
+    def test_a_long_label_is_cut_and_told_in_its_title(self):
+        kind = "x" * 99
+        text = ff.visualize({"name": "m", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"from": "A", "on": kind, "to": "B"}]}, format="svg")
+        self.assertIn(f"<title>{kind}</title>{'x' * 39}…</text>", text)
+
+    def test_names_of_any_characters_are_text(self):
+        names = ["<script>alert(1)</script>", "a\"b'c&d", "\x1b[31m", "\u202eevil", "\uffff", "]]>",
+             "<!--", "日本語", "\U0001f600", "a\nb", "{{x}}", "&lt;", "javascript:x"]
+        config = {"name": names[0], "initial_state": names[0], "states": {n: {} for n in names},
+            "rules": [{"from": one, "on": other, "to": other, "guard": {"x": one}}
+                for one, other in zip(names, names[1:])]}
+        boxes, labels = self.check(config, names[1])
+        self.assertEqual((len(boxes), len(labels)), (len(names), len(names) - 1))
+        self.assertNotIn("<script", ff.visualize(config, format="svg"))
+
+    def test_packs_classes_and_unknown_ends_are_drawn(self):
+        boxes, labels = self.check({"name": "m"})
+        self.assertEqual(({*boxes}, len(labels)), ({"InitialState", "AwaitingConfirmation",
+            "ProcessingRequest", "ErrorHandling"}, 6))
+
+    def test_a_bad_config_has_an_empty_picture(self):
+        self.assertEqual(self.drawn({"name": "m", "initial_state": "X", "states": {"A": {}}}),
+            ({}, []))
+
+    def test_a_notebook_shows_explanations_and_components(self):
+        found = explain(self.ORDER)
+        self.assertEqual(found._repr_svg_(), ff.visualize(found, format="svg"))
+        self.assertIsNone(explain({"name": ""})._repr_svg_())
+        component = FlexiFlowEngine().create_component(self.ORDER)
+        self.assertIn('class="state active" data-state="Draft"', component._repr_svg_())
+        self.assertIsNone(AsyncComponent("x")._repr_svg_())
 
 
 class TallyState(State):
@@ -14004,6 +14143,45 @@ class Shell(Case):
         return "".join(
             (one if isinstance(one, str) else json.dumps(one)) + "\n" for one in messages
         )
+
+
+class TextPictures(Shell):
+    """`visualize --format text`, and what the command line writes."""
+
+    def test_a_table_of_states_and_ways(self):
+        self.assertEqual(ff.visualize(EXAMPLES / "order.json", format="text",
+            active="Open.Unpaid"), textwrap.dedent("""\
+            STATE              ON        GUARD                    TO
+            > Draft            add       -                        (stays)
+            > Draft            place     message.total > 0        Open
+              Open             pay       amount >= "$data.total"  Paid
+            *   Open.Unpaid    after 1d  -                        Open.Reminded
+                Open.Reminded  after 7d  -                        Closed
+              Paid             deliver   -                        Closed
+              Closed (final)   -         -
+              *                cancel    -                        Closed"""))
+
+    def test_the_output_has_the_format_of_its_name(self):
+        order = str(EXAMPLES / "order.json")
+        for name, format in (("a.svg", "svg"), ("a.txt", "text"), ("a.mmd", "mermaid")):
+            self.assertEqual(self.shown("visualize", order, "-o", name), (0, "", ""))
+            self.assertEqual(Path(self.path(name)).read_text(encoding="utf-8"),
+                ff.visualize(order, format=format) + "\n")
+        self.assertEqual(self.flexiflow("visualize", order, "--format", "svg").stdout,
+            ff.visualize(order, format="svg") + "\n")
+        self.assertEqual(self.shown("visualize", order, "-o", "there/a.svg"),
+            (1, "", "error: No folder: 'there'\nFix: make it first\n"))
+        self.assertEqual(self.shown("visualize", order, "--format", "dot"),
+            (1, "", "error: Unknown format: 'dot'\nFix: one of mermaid, svg, text\n"))
+
+    def test_a_component_of_the_store_is_drawn_where_it_stands(self):
+        order = str(EXAMPLES / "order.json")
+        self.shown("handle", "--config", order, "place", "--data", '{"total": 5}')
+        found = self.flexiflow("visualize", "--name", "order", "--format", "text").stdout
+        table = ff.visualize(order, format="text", active="Open.Unpaid")
+        self.assertEqual(sorted(found.splitlines()), sorted(table.splitlines()))
+        self.assertEqual(self.shown("visualize", "--name", "oder")[2],
+            "error: Unknown component: 'oder'\nFix: did you mean 'order'?\n")
 
 
 class CommandSession(Shell):
