@@ -92,10 +92,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import base64
     import collections
     import datetime
     import difflib
     import hashlib
+    import hmac
+    import http
     import inspect
     import logging
     import random
@@ -106,6 +109,7 @@ if TYPE_CHECKING:
     import traceback
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any, TypeVar, Union
+    from urllib import parse as urllib_parse
 
     Function = TypeVar("Function", bound=Callable[..., Any])
     Json = dict[str, Any]  # an object
@@ -129,9 +133,10 @@ else:
             setattr(self._make(self._name), attribute, value)
 
     for _name in (
-            "argparse asyncio collections datetime difflib hashlib inspect logging "
-            "random shlex signal sqlite3 threading traceback").split():
+            "argparse asyncio base64 collections datetime difflib hashlib hmac http inspect "
+            "logging random shlex signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
+    urllib_parse = _Later("urllib_parse", lambda name: importlib.import_module("urllib.parse"))
 
 __all__ = [
     # engine
@@ -147,6 +152,8 @@ __all__ = [
     # errors
     "FlexiFlowError", "ConfigError", "StateError", "PersistenceError", "ImportError_",
     "ArgumentError", "ErrorContext",
+    # HTTP, reloading
+    "create_app", "watch_path", "run_hot_reload",
     # events, retry, logging
     "AsyncEventManager", "Subscription", "SubscriptionHandle", "retry_async", "RetryConfig",
     "get_logger", "set_correlation_id", "get_correlation_id", "CorrelationIdFilter",
@@ -3226,7 +3233,7 @@ class Turn(Context):
 
     async def run(self) -> Receipt:
         """Decide, act, commit and announce; in a store again, while other processes are quicker."""
-        component, store = self.component, self.engine.store
+        component, store, begun = self.component, self.engine.store, time.perf_counter()
         given = self.id = self.message.get("id")
         try:
             if store is not None:
@@ -3267,10 +3274,12 @@ class Turn(Context):
         except BaseException as error:
             self.end(failed=True)
             if isinstance(error, (Exception, SystemExit)):
+                self.engine.count("failed", begun)
                 await self.publish("component.message.received", message=self.message)
                 await self.settled()
             raise
         outcome, before = plan.outcome, self.leaf
+        self.engine.count(outcome, begun)
         after = self.machine.registry.name_of(self.state) if outcome == "moved" else before
         id, seq = (None, None) if outcome == "unknown" else (self.id, self.head.seq)
         receipt: Receipt = tuple.__new__(Receipt, (  # quicker than calling Receipt
@@ -4219,14 +4228,25 @@ class FlexiFlowEngine:
         self._alarm: asyncio.Future[None] | None = None
         self._stopping = False
         self._stops = 0  # how often that was told: it ends what was begun before
+        self._worker: asyncio.Task[Any] | None = None
+        self.outcomes: dict[str, int] = {}  # of the messages handled here: outcome -> how many
+        self.handling = 0.0  # seconds that they took
+        self.reload_error: str | None = None  # why `watch_config` did not take over a config
 
     async def __aenter__(self) -> FlexiFlowEngine:
-        self._stopping = False
-        self._spawn(self._work)
+        self.start()
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
         await self.close()
+
+    def start(self) -> bool:
+        """Begin to deliver, as `async with` does; return False if it does already."""
+        if self._worker is not None and not self._worker.done():
+            return False
+        self._stopping = False
+        self._worker = self._spawn(self._work)
+        return True
 
     async def _work(self) -> None:
         """Deliver until `close`: a full disk, say, is not the end of it."""
@@ -4308,6 +4328,28 @@ class FlexiFlowEngine:
             self.logger.warning("Component %r goes on with its own definition, which differs from"
                 " the config", known.name)
         return known
+
+    async def adopt(self, config: Path | Json | ComponentConfig, name: str | None = None) -> None:
+        """Take over a config for a component (by default the config's), and all that are like it.
+
+        Like it are those that have its definition. Raises ConfigError, when it has done the
+        others, for one whose state would be gone.
+        """
+        loaded = self._config(config)
+        known = self.get(loaded.name if name is None else name)
+        alike = [known.name] if known is not None else []
+        if known is not None and self.store is not None:
+            alike += [one for (one,) in self.store.rows("SELECT name FROM flexiflow_components"
+                " WHERE definition=? AND name<>?", (known.definition.hash, known.name))]
+        refused = []
+        for one in alike:
+            try:
+                self.create_component(loaded, name=one, update=True)
+            except ConfigError as error:
+                refused.append(error)
+        await self._settle()
+        for first in refused:
+            raise first
 
     def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
@@ -4419,10 +4461,11 @@ class FlexiFlowEngine:
             component._birth, component._unready = plan, True
             self._unborn[component.name] = component
 
-    def _spawn(self, work: Callable[[], Any]) -> None:
-        task = asyncio.get_running_loop().create_task(work())
+    def _spawn(self, work: Callable[[], Any]) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _announce(self) -> None:
         """Publish which components are new here, and let run what waited for them."""
@@ -4691,16 +4734,23 @@ class FlexiFlowEngine:
 
     # ---- dead letters, rules, history
 
-    def dead_letters(self, name: str | None = None, *, limit: int | None = None) -> list[Json]:
+    def count(self, outcome: str, begun: float) -> None:
+        """Note how a message came out that was begun at a moment of `time.perf_counter`."""
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.handling += time.perf_counter() - begun
+
+    def dead_letters(self, name: str | None = None, *, limit: int | None = None,
+            after: int | None = None) -> list[Json]:
         """Return the messages that were given up, the oldest first, as dicts.
 
         Each has number, component, id, correlation_id, message (text where it is damaged),
         attempts, error, traceback (its end), state (at the failure), sent and dead (epoch seconds).
+        `after` is the number of the last one that has been seen.
         """
         _check_query(name, limit)
         letters = self.queue.messages(
-            f"dead IS NOT NULL AND component IS{' NOT' * (name is None)} ?"
-            " ORDER BY number LIMIT COALESCE(?, -1)", (name, limit))
+            f"dead IS NOT NULL AND component IS{' NOT' * (name is None)} ? AND number>?"
+            " ORDER BY number LIMIT COALESCE(?, -1)", (name, after or 0, limit))
         keys = "number component id correlation_id message attempts sent dead".split()
         found = []
         for letter in letters:
@@ -4889,15 +4939,44 @@ class FlexiFlowEngine:
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
         timers: dicts of message, due, id and state (whose timer it is); that of one component
-        also what it `accepts`, None where its code is not to be had here. Raises StateError for
-        an unknown name.
+        also what it `accepts`, None where its code is not to be had here, and its queue: dicts of
+        number, message, due, id and attempts. Raises StateError for an unknown name.
         """
         if name is None:
             return [self._facts(one) for one in sorted(self._names())]
-        facts = {**self._facts(name), "accepts": None}
+        waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
+            " ORDER BY place IS NULL, place, due, number", (name,))
+        queue = [{key: self.queue.sealed(row)[key] for key in (
+            "number", "message", "due", "id", "attempts")} for row in waiting]
+        facts = {**self._facts(name), "accepts": None, "queue": queue}
         with contextlib.suppress(ImportError_):
             facts["accepts"] = self.accepts(name)
         return [facts]
+
+    def find(self, part: str = "", *, state: str | None = None, failed: bool = False,
+            waiting: bool = False, after: str = "", limit: int = -1) -> tuple[list[str], int]:
+        """Return the names, in order, of components that there are, and how many in all.
+
+        Those whose name has a `part`, that are in a `state`, `failed` (they have dead letters),
+        `waiting` (they have timers). `after` is the last name that has been seen.
+        """
+        if self.store is None:
+            names = [one["name"] for one in self.status() if part.lower() in one["name"].lower()
+                and state in (None, one["state"]) and (one["dead"] or not failed)
+                and (one["timers"] or not waiting)]
+            later = [name for name in names if name > after]
+            return later[:limit] if limit > 0 else later, len(names)
+        where = "instr(lower(name), lower(?)) AND COALESCE(?, state)=state"
+        for wanted, what in ((failed, "m.dead IS NOT NULL"),
+                (waiting, "m.dead IS NULL AND m.state IS NOT NULL")):
+            if wanted:
+                where += (" AND EXISTS (SELECT 1 FROM flexiflow_messages AS m"
+                    f" WHERE m.component=name AND {what})")
+        ((total,),) = self.store.rows(
+            f"SELECT COUNT(*) FROM flexiflow_components WHERE {where}", (part, state))
+        found = self.store.rows(f"SELECT name FROM flexiflow_components WHERE {where}"
+            " AND name>? ORDER BY name LIMIT ?", (part, state, after, limit))
+        return [name for (name,) in found], total
 
     def _facts(self, name: str) -> Json:
         check_name(name)
@@ -5237,11 +5316,630 @@ class _Mermaid:
 
 
 # --------------------------------------------------------------------------------------------
+# 13. HTTP: ASGI app, the small server, hot reload
+# --------------------------------------------------------------------------------------------
+# The routes only print what the engine's views say. One callable serves under any ASGI server,
+# mounted in another app, or under the small server below, which is for local use: put a grown
+# one before it on the open internet. Whatever is not in order is refused before a body is read.
+# GET changes nothing; no config and no dotted path comes in by HTTP.
+
+PATIENCE = 10.0  # seconds that a request may take
+CONNECTIONS = 64  # that the small server has at once
+MAX_HEAD = 1 << 14  # bytes
+PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
+POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
+STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
+_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
+_HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Refused(FlexiFlowError):
+    """A request that is not served; `status` is its HTTP status."""
+
+    def __init__(self, status: int, what: str, **details: Any) -> None:
+        super().__init__(what, **details)
+        self.status = status
+
+
+def _error_facts(error: Exception) -> Json:
+    """Return What, Why, Fix and Context of an error; and its receipt, if it has one."""
+    if not isinstance(error, FlexiFlowError):
+        return {"what": f"{type(error).__name__}: {error}", "why": None,
+            "fix": "look into the log of the server", "context": {}}
+    facts = {"what": error.what, "why": error.why, "fix": error.fix,
+        "context": {key: str(value) for key, value in error.context.items.items()}}
+    receipt = getattr(error, "receipt", None)
+    return {**facts, "receipt": receipt.as_dict()} if receipt is not None else facts
+
+
+@functools.lru_cache(8)
+def _policy(content: bytes) -> str:
+    """Return a content security policy that allows a page its own scripts and styles alone."""
+    def hashes(tag: bytes) -> str:
+        found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), content, re.S)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'"
+            for one in found) or "'none'"
+
+    return ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        f" connect-src 'self'; img-src 'self' data:; script-src {hashes(b'script')};"
+        f" style-src {hashes(b'style')}")
+
+
+async def _start(send: Any, status: int, kind: str, content: bytes | None,
+        extra: list[tuple[str, str]]) -> None:
+    """Send the head of an answer; one without content is a stream."""
+    headers = [("content-type", kind), ("cache-control", "no-store"),
+        ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
+        ("content-security-policy", _policy(content if kind[:4] in ("text", "imag") and content
+            else b"")), *extra]
+    if content is not None:
+        headers.append(("content-length", str(len(content))))
+    await send({"type": "http.response.start", "status": status,
+        "headers": [(key.encode(), value.encode("latin-1", "replace")) for key, value in headers]})
+
+
+async def _disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Request:
+    """What a request says, apart from its body."""
+
+    def __init__(self, scope: Json) -> None:
+        root = scope.get("root_path") or ""
+        path = scope.get("raw_path") or urllib_parse.quote(scope["path"]).encode()
+        path = path.decode("latin-1").partition("?")[0]
+        for prefix in (root, urllib_parse.quote(root)):  # of where it is mounted
+            if prefix and (path + "/").startswith(prefix.rstrip("/") + "/"):
+                path = path[len(prefix.rstrip("/")):]
+                break
+        self.method: str = scope["method"]
+        self.steps = [urllib_parse.unquote(step) for step in path[1:].removesuffix("/").split("/")]
+        query = scope.get("query_string", b"").decode("latin-1")
+        self.query = dict(urllib_parse.parse_qsl(query))
+        self.headers = [(key.decode("latin-1").lower(), value.decode("latin-1"))
+            for key, value in scope["headers"]]
+
+    def header(self, name: str) -> str | None:
+        """Return the value of a header, or None; refuse what comes twice."""
+        values = [value for key, value in self.headers if key == name]
+        if len(values) > 1:
+            raise Refused(400, f"More than one header {name!r}")
+        return values[0] if values else None
+
+    def count(self, name: str, default: int | None = None) -> int | None:
+        """Return a whole number of the query, from 1."""
+        text = self.query.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch("[0-9]{1,15}", text) or not int(text):
+            raise Refused(400, f"{name} is a whole number from 1: {text!r}")
+        return int(text)
+
+    def length(self) -> int | None:
+        """Return the length of the body, if it is told; refuse one that is too long."""
+        text = self.header("content-length")
+        if text is not None and not re.fullmatch("[0-9]{1,15}", text):
+            raise Refused(400, f"Not a length: {text!r}")
+        if int(text or 0) > MAX_JSON:
+            raise Refused(413, f"More than {MAX_JSON} bytes")
+        return None if text is None else int(text)
+
+    @property
+    def limit(self) -> int:
+        """How many entries of a list are asked for."""
+        return min(self.count("limit", PAGE) or PAGE, 10 * PAGE)
+
+
+def _json_answer(value: Any, status: int = 200) -> tuple[int, str, bytes]:
+    return status, "application/json", json.dumps(value, default=_plain).encode()
+
+
+class HttpApp:
+    """The ASGI application; see `create_app`."""
+
+    def __init__(self, engine: FlexiFlowEngine, hosts: Iterable[str] | None,
+            token: str | None, readonly: bool) -> None:
+        self.engine, self.token, self.readonly = engine, token, readonly
+        self.hosts = None if hosts is None else {host.lower() for host in hosts}
+        self.routes: list[tuple[str, str, Callable[..., Any]]] = [
+            ("GET", "", self.page), ("GET", "health", self.health),
+            ("GET", "metrics", self.metrics), ("GET", "events", self.events),
+            ("GET", "components", self.components), ("GET", "components/*", self.component),
+            ("GET", "components/*/history", self.history),
+            ("GET", "components/*/diagram.svg", self.diagram),
+            ("POST", "components/*/message", self.message),
+            ("GET", "dead-letters", self.dead_letters),
+            ("POST", "dead-letters/*/redrive", self.redrive)]
+
+    async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
+        """Serve one request, or the life of the server."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._answer(Request(scope), receive, send)
+        else:
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _live(self, receive: Any, send: Any) -> None:
+        begun = False
+        while True:
+            event = (await receive())["type"]
+            if event == "lifespan.startup" and not self.readonly:
+                begun = self.engine.start()
+            if event == "lifespan.shutdown" and begun:
+                await self.engine.close()
+            await send({"type": f"{event}.complete"})
+            if event == "lifespan.shutdown":
+                return
+
+    async def _answer(self, request: Request, receive: Any, send: Any) -> None:
+        correlation_id = set_correlation_id(self._correlation_id(request))
+        extra: list[tuple[str, str]] = []
+        try:
+            self._check(request)
+            call, names = self._route(request)
+            body = await self._body(request, receive) if request.method == "POST" else None
+            if request.method == "POST" and not self.readonly:
+                self.engine.start()
+            if call == self.events:
+                return await self.events(request, receive, send)
+            status, kind, content = await call(request, *names, *[] if body is None else [body])
+        except ConnectionError:  # the client went away
+            return
+        except Exception as error:
+            status = self._status(error)
+            if status == 500:
+                self.engine.logger.error("A request failed", exc_info=error)
+            extra += getattr(error, "headers", [])
+            status, kind, content = _json_answer(_error_facts(error), status)
+        extra.append(("x-correlation-id", correlation_id))
+        await _start(send, status, kind, content, extra)
+        await send({"type": "http.response.body",
+            "body": b"" if request.method == "HEAD" else content})
+
+    # ---- what is refused
+
+    @staticmethod
+    def _correlation_id(request: Request) -> str | None:
+        given = [value for key, value in request.headers if key == "x-correlation-id"]
+        return given[0][:200] if given and given[0].isascii() and given[0].isprintable() else None
+
+    def _check(self, request: Request) -> None:
+        """Refuse who may not ask, before anything is done."""
+        host = request.header("host") or ""
+        name = re.fullmatch(_HOST, host)
+        if self.hosts is not None and (not name or name[1].lower() not in self.hosts):
+            raise Refused(403 if name else 400, f"Not a host of ours: {host!r}",
+                why="another site may have led a browser here")
+        origin, site = request.header("origin"), request.header("sec-fetch-site")
+        visit = request.method == "GET" and request.header("sec-fetch-mode") == "navigate"
+        if (origin is not None and origin.partition("://")[2].lower() != host.lower()) or (
+                site not in (None, "same-origin", "none") and not visit):
+            raise Refused(403, "A page of another site asks", why=f"its origin is {origin!r}")
+        if self.token is not None and request.steps not in ([""], ["health"]):
+            given = (request.header("authorization") or "").encode()
+            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+                error = Refused(401, "No valid token", fix="send Authorization: Bearer TOKEN")
+                error.headers = [("www-authenticate", "Bearer")]  # type: ignore[attr-defined]
+                raise error
+        if request.method == "POST":
+            kind = (request.header("content-type") or "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refused(415, f"Not JSON: {kind!r}", fix="Content-Type: application/json")
+            request.length()
+            if self.readonly:
+                raise Refused(403, "Nothing can be changed here", why="it is served read-only")
+
+    def _route(self, request: Request) -> tuple[Callable[..., Any], list[str]]:
+        """Return what serves a request, and the names in its path."""
+        method = "GET" if request.method == "HEAD" else request.method
+        allowed = []
+        for verb, path, call in self.routes:
+            pattern = path.split("/")
+            if len(pattern) == len(request.steps) and all(
+                    part in ("*", step) for part, step in zip(pattern, request.steps)):
+                if verb == method:
+                    return call, [step for part, step in zip(pattern, request.steps) if part == "*"]
+                allowed.append(verb)
+        if not allowed:
+            raise Refused(404, f"Nothing here: {'/'.join(request.steps)!r}")
+        error = Refused(405, f"Not with {request.method}", fix=f"use {' or '.join(allowed)}")
+        error.headers = [("allow", ", ".join(allowed))]  # type: ignore[attr-defined]
+        raise error
+
+    @staticmethod
+    async def _body(request: Request, receive: Any) -> Json:
+        """Return the object that a body holds; an empty body is an empty object."""
+        body = b""
+        while True:
+            part = await receive()
+            if part["type"] == "http.disconnect":
+                raise ConnectionError
+            body += part.get("body", b"")
+            if len(body) > MAX_JSON:
+                raise Refused(413, f"More than {MAX_JSON} bytes")
+            if not part.get("more_body"):
+                break
+        value = read_json(body, "body", ArgumentError) if body.strip() else {}
+        if not isinstance(value, dict):
+            raise ArgumentError("A body is an object", fix='{"type": "start"}')
+        return value
+
+    @staticmethod
+    def _status(error: Exception) -> int:
+        """Return the HTTP status of an error."""
+        if isinstance(error, Refused):
+            return error.status
+        if hasattr(error, "receipt"):
+            return 422
+        if isinstance(error, ArgumentError):
+            return 400
+        return 503 if isinstance(error, PersistenceError) else 500
+
+    def _known(self, name: str) -> Json:
+        """Return the facts of a component; refuse a name that there is not."""
+        try:
+            return self.engine.status(name)[0]
+        except (StateError, ArgumentError) as error:
+            raise Refused(404, error.what, why=error.why, fix=error.fix) from error
+
+    # ---- routes
+
+    async def page(self, request: Request) -> Any:
+        """The inspector."""
+        return 200, "text/html; charset=utf-8", INSPECTOR_PAGE.encode()
+
+    async def health(self, request: Request) -> Any:
+        """1.0.1's sign of life."""
+        return _json_answer({"status": "ok"})
+
+    async def components(self, request: Request) -> Any:
+        """A page of components by name; filters q, state, failed=1, waiting=1."""
+        query, limit = request.query, request.limit
+        names, total = self.engine.find(after=query.get("after", ""), limit=limit + 1,
+            part=query.get("q", ""), state=query.get("state"), failed=query.get("failed") == "1",
+            waiting=query.get("waiting") == "1")
+        found = [self.engine._facts(name) for name in names[:limit]]
+        return _json_answer({"components": found, "total": total,
+            "next": names[limit - 1] if len(names) > limit else None, "readonly": self.readonly,
+            "reload_error": self.engine.reload_error})
+
+    async def component(self, request: Request, name: str) -> Any:
+        """All about a component."""
+        return _json_answer({**self._known(name), "dead_letters": self.engine.dead_letters(name)})
+
+    async def history(self, request: Request, name: str) -> Any:
+        """A page of a component's history, the newest first."""
+        self._known(name)
+        found = self.engine.history(name, limit=request.limit + 1, before=request.count("before"))
+        return _json_answer({"history": found[:request.limit],
+            "next": found[request.limit - 1]["number"] if len(found) > request.limit else None})
+
+    async def diagram(self, request: Request, name: str) -> Any:
+        """The picture of a component's machine, its state lit."""
+        self._known(name)
+        component = self.engine._current(name)
+        if component.definition is None:
+            raise Refused(404, f"{name!r} was made by hand: it has no picture")
+        picture = visualize(ConfigExplanation("", name, component.definition.birth.node.name,
+            definition=component.definition), format="svg", active=component.state)
+        return 200, "image/svg+xml", picture.encode()
+
+    async def message(self, request: Request, name: str, message: Json) -> Any:
+        """Hand a message to a component, and return the receipt."""
+        self._known(name)
+        key = request.header("idempotency-key")
+        if key is not None and message.setdefault("id", key) != key:
+            raise Refused(400, "Two ids for a message: in it, and as Idempotency-Key")
+        message.setdefault("correlation_id", get_correlation_id())
+        receipt = await self.engine.handle_message(name, message)
+        status = STATUS[receipt.outcome]
+        return _json_answer(
+            {"status": "sent" if status < 300 else "refused", **receipt.as_dict()}, status)
+
+    async def dead_letters(self, request: Request) -> Any:
+        """A page of dead letters, the oldest first."""
+        found = self.engine.dead_letters(limit=request.limit + 1, after=request.count("after"))
+        return _json_answer({"dead_letters": found[:request.limit],
+            "next": found[request.limit - 1]["number"] if len(found) > request.limit else None})
+
+    async def redrive(self, request: Request, number: str, body: Json) -> Any:
+        """Give a dead letter back to the queue."""
+        if not re.fullmatch("[0-9]{1,15}", number):
+            raise Refused(404, f"No dead letter has the number {number!r}")
+        try:
+            letters = await self.engine.redrive(int(number))
+        except StateError as error:
+            raise Refused(404, error.what, fix=error.fix) from error
+        return _json_answer({"status": "redriven", "dead_letters": letters})
+
+    async def metrics(self, request: Request) -> Any:
+        """Counters of this process, and the queue, in the text format of Prometheus."""
+        engine = self.engine
+        ((depth, oldest, dead),) = engine.queue.rows(
+            "SELECT SUM(dead IS NULL AND state IS NULL), MIN(CASE WHEN dead IS NULL THEN due END),"
+            " COUNT(dead) FROM flexiflow_messages")
+        waited = max(0.0, engine.clock() - oldest) if oldest is not None else 0.0
+        found: list[tuple[str, str, Any, str]] = [
+            ("messages_total", f'{{outcome="{outcome}"}}', count, "counter")
+            for outcome, count in sorted(engine.outcomes.items())]
+        found += [("queue_depth", "", depth or 0, "gauge"),
+            ("oldest_due_seconds", "", waited, "gauge"), ("dead_letters", "", dead, "gauge")]
+        lines = []
+        for name, labels, value, kind in found:
+            if f"# TYPE flexiflow_{name} {kind}" not in lines:
+                lines.append(f"# TYPE flexiflow_{name} {kind}")
+            lines.append(f"flexiflow_{name}{labels} {value}")
+        lines += ["# TYPE flexiflow_handling_seconds summary",
+            f"flexiflow_handling_seconds_sum {engine.handling}",
+            f"flexiflow_handling_seconds_count {sum(engine.outcomes.values())}"]
+        return 200, "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]).encode()
+
+    async def events(self, request: Request, receive: Any, send: Any) -> None:
+        """Send journal rows as they come, of every process; see the HTML standard, section 9.2."""
+        last = request.header("last-event-id") or request.query.get("after") or ""
+        number = int(last) if re.fullmatch("[0-9]{1,15}", last) else self._newest()
+        await _start(send, 200, "text/event-stream", None, [])
+        await send({"type": "http.response.body", "body": b": hello\n\n", "more_body": True})
+        gone = asyncio.ensure_future(_disconnected(receive))
+        quiet = time.monotonic()
+        try:
+            while not gone.done() and request.method != "HEAD":
+                entries = await self._entries(number)
+                text = "".join(f"id: {one['number']}\ndata: {json.dumps(one)}\n\n"
+                    for one in entries)
+                number = entries[-1]["number"] if entries else number
+                if text or time.monotonic() - quiet > PATIENCE:
+                    quiet = time.monotonic()
+                    await send({"type": "http.response.body", "more_body": True,
+                        "body": (text or ": still here\n\n").encode()})
+                if not entries:
+                    await asyncio.wait([gone], timeout=POLL)
+        finally:
+            gone.cancel()
+        await send({"type": "http.response.body", "body": b""})
+
+    def _newest(self) -> int:
+        if self.engine.store is None:
+            return 0
+        ((number,),) = self.engine.store.rows("SELECT MAX(number) FROM flexiflow_journal")
+        return number or 0
+
+    async def _entries(self, number: int) -> list[Json]:
+        """Return the journal's next rows after one."""
+        store = self.engine.store
+        if store is None:
+            return []
+        await store.settled()
+        found = store.rows("SELECT number FROM flexiflow_journal WHERE number>?"
+            f" ORDER BY number LIMIT {PAGE}", (number,))
+        return found and store.journal(  # type: ignore[no-any-return]
+            None, None, "number BETWEEN ? AND ?", (*found[0], *found[-1]))[::-1]
+
+
+def create_app(engine: FlexiFlowEngine, hosts: Iterable[str] | None = None,
+        token: str | None = None, *, readonly: bool = False) -> HttpApp:
+    """Return an ASGI application that shows an engine, and hands messages to it.
+
+    `hosts` are the names under which it may be called (None: any); with a `token`, requests
+    need the header `Authorization: Bearer TOKEN`. `readonly` refuses every POST. The engine
+    begins to deliver with the application, or where nobody tells it to start, with the first POST.
+    """
+    return HttpApp(engine, hosts, token, readonly)
+
+
+class _Answer:
+    """What goes back over a connection."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer, self.begun = writer, False
+
+    async def send(self, event: Json) -> None:
+        """Write an ASGI event."""
+        if event["type"] == "http.response.start":
+            self.begun, status = True, event["status"]
+            lines = [b"HTTP/1.1 %d %s" % (status, http.HTTPStatus(status).phrase.encode()),
+                *(b"%s: %s" % header for header in event["headers"]), b"connection: close"]
+            self.writer.write(b"\r\n".join([*lines, b"", b""]))
+        else:
+            self.writer.write(event.get("body", b""))
+        await self.writer.drain()
+
+    async def refuse(self, error: Refused) -> None:
+        """Answer with an error, unless an answer has begun."""
+        if not self.begun:
+            status, kind, content = _json_answer(_error_facts(error), error.status)
+            await _start(self.send, status, kind, content, [])
+            await self.send({"type": "http.response.body", "body": content})
+
+
+class HttpServer:
+    """An ASGI server on asyncio streams, for local use: one request a connection."""
+
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8765) -> None:
+        self.app, self.host, self.port = app, host, port
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.unread: dict[asyncio.StreamWriter, None] = {}  # who has not asked yet, oldest first
+
+    async def __aenter__(self) -> HttpServer:
+        try:
+            self.server = await asyncio.start_server(
+                self._connected, self.host, self.port, limit=MAX_HEAD)
+        except (OSError, OverflowError) as error:
+            raise PersistenceError(f"Cannot listen on {self.host}, port {self.port}",
+                why=str(error), fix="another --port") from error
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *failure: Any) -> None:
+        """Take nothing more; let what runs end, streams of events apart."""
+        self.server.close()
+        for writer in self.unread:
+            writer.transport.abort()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=0.5)
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        if len(self.tasks) >= CONNECTIONS:  # the slowest of those who have not asked yet must go
+            for slow in [*self.unread][:1]:
+                del self.unread[slow]
+                slow.transport.abort()
+        self.tasks.add(task)
+        self.unread[writer] = None
+        answer = _Answer(writer)
+        try:
+            await self._serve(reader, answer)
+        except Refused as error:
+            await answer.refuse(error)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client went away, or had to
+        finally:
+            self.tasks.discard(task)
+            self.unread.pop(writer, None)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, answer: _Answer) -> None:
+        """Read a request, and let the app answer it."""
+        end = time.monotonic() + PATIENCE
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"A head of more than {MAX_HEAD} bytes") from None
+        except asyncio.TimeoutError:
+            return
+        scope, length = self._scope(head)
+        left = [length]  # of the body; empty when that has been read
+        if not length:
+            self.unread.pop(answer.writer, None)
+
+        async def receive() -> Json:
+            if not left:
+                await reader.read()
+                return {"type": "http.disconnect"}
+            try:
+                body = await reader.readexactly(left.pop())
+            except (OSError, asyncio.IncompleteReadError):
+                return {"type": "http.disconnect"}
+            self.unread.pop(answer.writer, None)
+            return {"type": "http.request", "body": body}
+
+        serving = self.app(scope, receive, answer.send)
+        try:
+            await (serving if scope["path"].endswith("/events")
+                else asyncio.wait_for(serving, end - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise Refused(408, f"It took more than {PATIENCE:g} s") from None
+
+    def _scope(self, head: bytes) -> tuple[Json, int]:
+        """Return the ASGI scope that a head means, and the length of its body."""
+        first, *lines = head[:-4].decode("latin-1").split("\r\n")
+        found = re.fullmatch(rf"({_TOKEN}) (/[!-~]*) HTTP/1\.[01]", first)
+        if not found:
+            raise Refused(400, f"Not a request: {first[:80]!r}")
+        headers = []
+        for line in lines:
+            field = re.fullmatch(rf"({_TOKEN}):[ \t]*([\t -~\x80-\xff]*?)[ \t]*", line)
+            if not field:
+                raise Refused(400, f"Not a header: {line[:80]!r}")
+            headers.append((field[1].lower().encode(), field[2].encode("latin-1")))
+        request = Request({"method": found[1], "path": "/", "headers": headers})
+        if re.fullmatch(_HOST, request.header("host") or "") is None:
+            raise Refused(400, "No valid Host")
+        if request.header("transfer-encoding") is not None:
+            raise Refused(411, "A body without a length", fix="send Content-Length")
+        length = request.length()
+        if length is None and found[1] not in ("GET", "HEAD"):
+            raise Refused(411, "A request without a length", fix="send Content-Length")
+        path, _, query = found[2].partition("?")
+        return {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1",
+            "method": found[1], "scheme": "http", "path": urllib_parse.unquote(path),
+            "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+            "headers": headers, "server": (self.host, self.port)}, length or 0
+
+
+def _stamps(path: Path) -> Json:
+    """Return what tells whether a file, or those in a folder, may have changed: name -> stamps."""
+    found = {}
+    names = [path] if not os.path.isdir(path) else [
+        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for name in names:
+        with contextlib.suppress(OSError):  # gone, or about to be replaced
+            about = os.stat(name)
+            found[os.fspath(name)] = (about.st_mtime_ns, about.st_size, about.st_ino)
+    return found
+
+
+def _contents(stamps: Json) -> Json:
+    found = {}
+    for name in stamps:
+        with contextlib.suppress(OSError), open(name, "rb") as file:
+            found[name] = zlib.crc32(file.read())
+    return found
+
+
+async def watch_path(path: Path, on_change: Callable[[], Any]) -> None:
+    """Call `on_change` whenever the content of a file, or of files in a folder, has changed.
+
+    It may be a coroutine function. One that fails is logged, and watching goes on; until it is
+    cancelled. A file that is not there is waited for.
+    """
+    stamps = _stamps(path)
+    contents = _contents(stamps)
+    while True:
+        await asyncio.sleep(POLL)
+        before, stamps = stamps, _stamps(path)
+        if stamps in (before, {}):
+            continue
+        changed = _contents(stamps)
+        if changed == contents:
+            continue
+        contents = changed
+        try:
+            answer = on_change()
+            if inspect.isawaitable(answer):
+                await answer
+        except Exception as error:
+            logger.error("Reloading %s failed", os.fspath(path), exc_info=error)
+
+
+def run_hot_reload(path: Path, on_change: Callable[[], Any]) -> None:
+    """Watch a path for ever, in a loop of its own; see `watch_path`."""
+    asyncio.run(watch_path(path, on_change))
+
+
+async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = None) -> None:
+    """Keep components on a config's file: now, and whenever it changes.
+
+    They are the one of this name (by default the config's), and all that share its definition.
+    A file that is not good, or would take away a component's state, changes nothing:
+    `engine.reload_error` and the log say why.
+    """
+    async def adopt() -> None:
+        engine.reload_error = None
+        try:
+            await engine.adopt(path, name)
+        except FlexiFlowError as error:
+            engine.reload_error = str(error)
+            engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
+
+    await adopt()
+    await watch_path(path, adopt)
+
+
+# --------------------------------------------------------------------------------------------
 # 14. Inspector page
 # --------------------------------------------------------------------------------------------
-# What is stuck, what happens, and why: one page that asks only the routes of its own server. It
-# loads nothing, works offline and under any mount, and puts names and payloads in as text only;
-# the headers that go with it allow no more than this very script and style.
+# What `/` shows: what is stuck, what happens, and why. It asks the routes above and nothing else,
+# works offline and under any mount, and puts names and payloads in as text, never as markup.
 
 INSPECTOR_PAGE = r"""<!doctype html>
 <html lang="en">
@@ -5348,8 +6046,10 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
 .row:focus-visible { outline-offset: -2px; }
 .row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row > time { color: var(--muted); text-align: right; }
-.row > .sub { display: flex; flex-wrap: wrap; gap: 2px 6px; grid-column: 1 / -1;
-  color: var(--muted); font-size: 13px; white-space: normal; overflow-wrap: anywhere; }
+.row > .sub {
+  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 2px 6px; grid-column: 1 / -1;
+  color: var(--muted); font-size: 13px; white-space: normal; overflow-wrap: anywhere;
+}
 .sub > :first-child { margin-right: auto; }
 
 #facts { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; color: var(--muted); }
@@ -5377,6 +6077,7 @@ mark { background: var(--mark); color: inherit; }
 #empty { max-width: 640px; margin: 12vh auto; padding: 0 24px; }
 #empty pre { margin: 16px 0; }
 
+@media (min-width: 1800px) { main { grid-template-columns: 360px minmax(0, 1fr) 520px; } }
 @media (max-width: 1180px) {
   main { grid-template: minmax(0, 3fr) minmax(0, 2fr) / 280px minmax(0, 1fr); }
   nav { grid-row: 1 / 3; }
@@ -5905,7 +6606,7 @@ function choose() {
   for (const id of ["messages", "letters", "timers", "queue", "older"]) $(id).hidden = true;
   $("one").hidden = chosen === null;
   $("overview").hidden = chosen !== null;
-  $("history-title").textContent = chosen === null ? "Live" : "History";
+  $("history-title").textContent = chosen === null ? "Activity" : "History";
   $("title").textContent = show(chosen || "");
   $("picture").removeAttribute("src");
   reload();
@@ -5997,7 +6698,7 @@ listen();
 
 
 # --------------------------------------------------------------------------------------------
-# 13. Command line, `main`, 1.0.1's import paths
+# 15. Command line, `main`, 1.0.1's import paths
 # --------------------------------------------------------------------------------------------
 # A command is a function: its options stand on it, it prints data to stdout and talk to stderr,
 # and returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 message not accepted, 130
@@ -6031,6 +6732,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--before": {"type": int, "metavar": "NUMBER", "help": "only what came before this entry"},
     "--since": {"metavar": "AGE", "help": "only what is newer: 90s, 15m, 2h, 30d"},
     "--by-state": {"action": "store_true", "help": "count the components in each state"},
+    "--host": {"default": "127.0.0.1", "help": "the address to listen on (default 127.0.0.1)"},
+    "--port": {"type": int, "default": 8765, "help": "the port (default 8765; 0: any)"},
+    "--token": {"metavar": "SECRET", "help": "what requests must carry as a bearer token"},
+    "--read-only": {"action": "store_true", "help": "change nothing, deliver nothing"},
+    "--watch": {"action": "store_true", "help": "take over the config whenever its file changes"},
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
     "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
     "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
@@ -6500,10 +7206,12 @@ def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
 
 
 @command("run --until-idle", "deliver messages and timers when they are due, until Ctrl-C", "write",
-    "--until-idle --concurrency --allow-import")
+    "--until-idle --concurrency --allow-import --watch --config --name")
 async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     dead: list[Any] = []
     start, seen = time.monotonic(), itertools.count(1)
+    watch = args.watch and asyncio.ensure_future(
+        watch_config(engine, _config_path(args), args.name))
 
     await engine.event_bus.subscribe("message.dead", "run", dead.append)
     if sys.stderr is not None and sys.stderr.isatty():
@@ -6515,11 +7223,44 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     try:
         await asyncio.wait([work])
     finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
+        if watch:
+            watch.cancel()
         engine._stop()
         delivered, spent = await work, time.monotonic() - start
         hint("\r", end="")
         tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
             [f"{delivered:,} delivered, {len(dead):,} dead, {spent:.2f} s"])
+    return 0
+
+
+@command("serve --port 8765", "show what goes on in a browser, and answer HTTP", "make",
+    "--config --name --allow-import --host --port --token --read-only --watch")
+async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
+    if args.host not in _LOOPBACK and not args.token:
+        raise UsageError(f"{args.host} can be reached by others",
+            fix="--token SECRET, or leave --host out")
+    hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
+    app = create_app(engine, hosts, args.token, readonly=args.read_only)
+    if args.read_only:
+        engine.queue.rows("PRAGMA user_version")  # raises if there is no store
+    path = _config_path(args, needed=args.watch)
+    if path and not args.read_only:
+        await engine.register_async(engine.create_component(path, name=args.name))
+        engine.start()
+    stop, work = asyncio.Event(), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _on_signal(number, stop.set)
+    async with HttpServer(app, args.host, args.port) as server:
+        if args.watch:
+            work.append(asyncio.ensure_future(watch_config(engine, path, args.name)))
+        if not args.read_only:
+            engine.start()
+        url = f"http://{args.host}:{server.port}/"
+        tell(args, [{"url": url}], [f"FlexiFlow inspector on {url} (Ctrl-C stops)"])
+        put(end="", flush=True)
+        await stop.wait()
+    for task in work:
+        task.cancel()
     return 0
 
 
@@ -6671,6 +7412,8 @@ def _run(args: Any) -> Any:
     opens, call = args.command.opens, args.command.run
     if not opens:
         return call(args)
+    if getattr(args, "read_only", False):
+        opens = "read"
     if getattr(args, "dry_run", False):
         exists = opens == "write" or os.path.exists(_store_path(args))
         opens = "read" if exists else "nothing"

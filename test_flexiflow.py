@@ -11,7 +11,9 @@ import asyncio
 import base64
 import contextlib
 import functools
+import hashlib
 import html.parser
+import http.client
 import inspect
 import io
 import itertools
@@ -24,11 +26,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import types
 import unittest
@@ -36,6 +40,7 @@ import unittest.mock
 import zlib
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import flexiflow as ff
 from flexiflow import (
@@ -15187,6 +15192,713 @@ class InspectorPage(Case):
 
 
 # ---- 13. One file: 1.0.1's import paths, one identity, everywhere
+
+
+class HttpCase(EngineCase):
+    """Requests to the application, as an ASGI server makes them."""
+
+    ORDER = {
+        "name": "order", "initial_state": "Open", "data": {"n": 0},
+        "states": {"Open": {}, "Paid": {}, "Closed": {"final": True}},
+        "rules": [
+            {"from": "Open", "on": "pay", "to": "Paid", "guard": {"amount": {">": 0}},
+                "assign": {"n": "$message.amount"}},
+            {"from": "Open", "on": "fail", "assign": {"x": "$message.x"}},
+            {"from": "Paid", "after": "1d", "to": "Closed"},
+        ],
+    }
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.app = ff.create_app(self.engine)
+
+    async def ask(self, method, path, body=None, *, app=None, parts=1, **headers):
+        """Make a request; return status, headers and body, decoded where it is JSON."""
+        content = b"" if body is None else (
+            body if isinstance(body, bytes) else json.dumps(body).encode())
+        path, _, query = path.partition("?")
+        given = {"host": "testserver", **({"content-type": "application/json"}
+            if method == "POST" else {}), **{k.replace("_", "-"): v for k, v in headers.items()}}
+        scope = {"type": "http", "method": method, "path": unquote(path),
+            "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+            "headers": [(k.encode(), v.encode("latin-1")) for k, v in given.items()
+                if v is not None]}
+        size = -(-len(content) // parts) or 1
+        pieces = [content[at:at + size] for at in range(0, len(content), size)] or [b""]
+        events = [{"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]}
+            for piece in pieces]
+        sent = []
+
+        async def receive():
+            return events.pop(0) if events else {"type": "http.disconnect"}
+
+        async def send(event):
+            sent.append(event)
+
+        await (app or self.app)(scope, receive, send)
+        if not sent:
+            return None
+        answer = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        found = b"".join(one.get("body", b"") for one in sent[1:])
+        self.assertEqual(int(answer.get("content-length", len(found))),
+            len(found) if method != "HEAD" else int(answer["content-length"]))
+        if answer["content-type"] == "application/json" and method != "HEAD":
+            found = json.loads(found)
+        return sent[0]["status"], answer, found
+
+    async def status(self, *args, **kwargs):
+        return (await self.ask(*args, **kwargs))[0]
+
+
+class HttpRoutes(HttpCase):
+    """What each route answers."""
+
+    stored = True
+
+    async def test_the_calls_of_1_0_1(self):
+        self.engine.create_component(self.ORDER)
+        self.assertEqual((await self.ask("GET", "/health"))[2], {"status": "ok"})
+        status, _, answer = await self.ask(
+            "POST", "/components/order/message", {"type": "pay", "amount": 5, "id": "k"})
+        self.assertEqual((status, answer), (200, {
+            "status": "sent", "outcome": "moved", "component": "order", "id": "k",
+            "from_state": "Open", "to_state": "Paid", "seq": 1, "reason": None,
+            "data": {"n": 5}, "duplicate": False}))
+
+    async def test_each_outcome_has_its_status(self):
+        async def loop(message, component):
+            receipt = await component.handle_message({"type": "pay", "amount": 1})
+            self.assertEqual(receipt.outcome, "queued")
+
+        self.engine.create_component(self.ORDER)
+        path, found = "/components/order/message", []
+        for message in (
+            {"type": "pay", "amount": 0}, {"type": "pya"}, {"type": "fail"}, {"type": ""}, {},
+            [1], b"{", b'{"type": "pay", "type": "x"}', {"type": "pay", "amount": 2},
+            {"type": "pay", "amount": 2},
+        ):
+            status, _, answer = await self.ask("POST", path, message)
+            found.append((status, answer.get("status"), answer.get("outcome"), answer.get("what")))
+        self.assertEqual(found, [
+            (409, "refused", "blocked", None),
+            (422, None, None, "Unknown message: 'pya'"),
+            (500, None, None, "No value at $message.x"),
+            (400, None, None, "The 'type' of a message is text, and not empty: ''"),
+            (400, None, None, "The 'type' of a message is text, and not empty: None"),
+            (400, None, None, "A body is an object"),
+            (400, None, None, "Not valid JSON: body"), (400, None, None, "Not valid JSON: body"),
+            (200, "sent", "moved", None), (409, "refused", "ignored", None)])
+
+    async def test_an_unknown_message_tells_what_why_and_fix(self):
+        self.engine.create_component(self.ORDER)
+        status, _, answer = await self.ask("POST", "/components/order/message", {"type": "pya"})
+        receipt = answer.pop("receipt")
+        self.assertEqual((status, answer, receipt["outcome"]), (422, {
+            "what": "Unknown message: 'pya'", "why": "no rule of 'order' takes it in any state",
+            "fix": "did you mean 'pay'?", "context": {"component": "order", "state": "Open"}},
+            "unknown"))
+
+    async def test_the_idempotency_key_is_the_id_of_the_message(self):
+        self.engine.create_component(self.ORDER)
+        send = functools.partial(self.ask, "POST", "/components/order/message",
+            {"type": "pay", "amount": 5}, idempotency_key="k-1")
+        first, again = (await send())[2], (await send())[2]
+        self.assertEqual((first["id"], again), ("k-1", {**first, "duplicate": True}))
+        self.assertEqual(await self.status("POST", "/components/order/message",
+            {"type": "pay", "amount": 5, "id": "other"}, idempotency_key="k-1"), 400)
+
+    async def test_the_correlation_id_comes_and_goes(self):
+        self.engine.create_component(self.ORDER)
+        _, headers, _ = await self.ask("POST", "/components/order/message",
+            {"type": "pay", "amount": 5}, x_correlation_id="c-7")
+        self.assertEqual((headers["x-correlation-id"],
+            self.engine.history("order")[0]["correlation_id"]), ("c-7", "c-7"))
+        _, headers, _ = await self.ask("GET", "/health", x_correlation_id="evil\r\nx: y")
+        self.assertRegex(headers["x-correlation-id"], r"\A[0-9a-f-]+\Z")
+
+    async def test_components_come_in_pages_and_filtered(self):
+        for number in range(7):
+            await self.engine.register_async(
+                self.engine.create_component(self.ORDER, name=f"o{number}"))
+        await self.engine.handle_message("o3", "pay", amount=1)
+        await self.engine.send("o5", "nonsense")
+        await self.engine.run(until_idle=True)
+        pages, after = [], ""
+        while after is not None:
+            _, _, found = await self.ask("GET", f"/components?limit=3&after={after}")
+            pages.append([one["name"] for one in found["components"]])
+            after = found["next"]
+        self.assertEqual(pages, [["o0", "o1", "o2"], ["o3", "o4", "o5"], ["o6"]])
+        for query, expected in (("q=O3", ["o3"]), ("state=Paid", ["o3"]), ("failed=1", ["o5"]),
+                ("waiting=1", ["o3"]), ("failed=1&waiting=1", []), ("q=o&state=Open&limit=2",
+                ["o0", "o1"])):
+            with self.subTest(query=query):
+                _, _, found = await self.ask("GET", f"/components?{query}")
+                self.assertEqual([one["name"] for one in found["components"]], expected)
+        self.assertEqual((found["total"], found["next"], found["readonly"], found["reload_error"]),
+            (6, "o1", False, None))
+        for query in ("limit=0", "limit=x", "limit=-1", "limit=1e9"):
+            self.assertEqual(await self.status("GET", f"/components?{query}"), 400)
+
+    async def test_a_component_shows_all_about_it(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        await self.engine.handle_message("order", "pay", amount=1)
+        await self.engine.send("order", "pay", delay=60, id="later")
+        _, _, found = await self.ask("GET", "/components/order")
+        (timer,) = found.pop("timers")
+        (waiting,) = found.pop("queue")
+        self.assertEqual(
+            (found, timer["message"], timer["due"], waiting["message"], waiting["id"]), ({
+                "name": "order", "state": "Paid", "seq": 1, "data": {"n": 1},
+                "since": self.clock.now, "completed": None, "waiting": 1, "dead": 0,
+                "accepts": [], "dead_letters": []},
+                "after 1d", self.clock.now + 86400, {"type": "pay"}, "later"))
+
+    async def test_history_comes_in_pages_the_newest_first(self):
+        self.engine.create_component(self.ORDER)
+        for _ in range(4):
+            await self.engine.handle_message("order", "pay", amount=0)
+        pages, before = [], ""
+        while before is not None:
+            _, _, found = await self.ask("GET", f"/components/order/history?limit=2{before}")
+            pages.append([one["seq"] for one in found["history"]])
+            before = found["next"] and f"&before={found['next']}"
+        self.assertEqual(pages, [[4, 3], [2, 1], [0]])
+
+    async def test_dead_letters_are_shown_and_given_back(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        for _ in range(3):
+            await self.engine.send("order", "nonsense")
+        await self.engine.run(until_idle=True)
+        _, _, first = await self.ask("GET", "/dead-letters?limit=2")
+        _, _, second = await self.ask("GET", f"/dead-letters?limit=2&after={first['next']}")
+        numbers = [one["number"] for one in first["dead_letters"] + second["dead_letters"]]
+        status, _, answer = await self.ask("POST", f"/dead-letters/{numbers[1]}/redrive")
+        _, _, third = await self.ask("GET", "/dead-letters")
+        left = [one["number"] for one in third["dead_letters"]]
+        self.assertEqual((status, answer["status"], [one["number"] for one in
+            answer["dead_letters"]], left, second["next"]),
+            (200, "redriven", [numbers[1]], [numbers[0], numbers[2]], None))
+        for number in (numbers[1], "x", "-1", "999"):
+            self.assertEqual(
+                await self.status("POST", f"/dead-letters/{number}/redrive", {}), 404)
+
+    async def test_metrics_count_what_happened(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        for amount in (0, 0, 1):
+            await self.engine.handle_message("order", "pay", amount=amount)
+        with contextlib.suppress(StateError):
+            await self.engine.handle_message("order", "nonsense")
+        await self.engine.send("gone", "x")
+        self.clock.now += 7
+        _, headers, text = await self.ask("GET", "/metrics")
+        lines = [line for line in text.decode().splitlines() if "_sum" not in line]
+        self.assertEqual((headers["content-type"], lines), (
+            "text/plain; version=0.0.4; charset=utf-8", [
+                "# TYPE flexiflow_messages_total counter",
+                'flexiflow_messages_total{outcome="blocked"} 2',
+                'flexiflow_messages_total{outcome="moved"} 1',
+                'flexiflow_messages_total{outcome="unknown"} 1',
+                "# TYPE flexiflow_queue_depth gauge", "flexiflow_queue_depth 1",
+                "# TYPE flexiflow_oldest_due_seconds gauge", "flexiflow_oldest_due_seconds 7.0",
+                "# TYPE flexiflow_dead_letters gauge", "flexiflow_dead_letters 0",
+                "# TYPE flexiflow_handling_seconds summary",
+                "flexiflow_handling_seconds_count 4"]))
+
+    async def test_names_of_any_characters_are_found_in_the_path(self):
+        for name in ("a/b", "ä ö", "..", "a?b#c", "%2F", "\u2028", "<b>"):
+            await self.engine.register_async(self.engine.create_component(self.ORDER, name=name))
+            with self.subTest(name=name):
+                path = f"/components/{quote(name, safe='')}"
+                _, _, found = await self.ask("GET", path)
+                self.assertEqual((found["name"], await self.status("POST", f"{path}/message",
+                    {"type": "pay", "amount": 1})), (name, 200))
+
+    async def test_what_is_not_there_is_404_and_a_wrong_method_405(self):
+        self.engine.create_component(self.ORDER)
+        for method, path, status in (
+            ("GET", "/nothing", 404), ("GET", "/components/x", 404), ("GET", "/components//", 404),
+            ("GET", "/components/x/history", 404), ("GET", "/components/x/diagram.svg", 404),
+            ("POST", "/components/x/message", 404), ("GET", "/components/order/message", 405),
+            ("POST", "/components", 405), ("DELETE", "/components/order", 405),
+            ("PUT", "/", 405), ("GET", "/components/order/message/x", 404),
+            ("GET", "/dead-letters/1/redrive", 405), ("GET", "/%2e%2e/etc/passwd", 404),
+        ):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(await self.status(method, path, {"type": "pay"}
+                    if method == "POST" else None), status)
+        self.assertEqual((await self.ask("PUT", "/health"))[1]["allow"], "GET")
+
+    async def test_head_is_get_without_a_body(self):
+        get, head = await self.ask("GET", "/health"), await self.ask("HEAD", "/health")
+        self.assertEqual((head[0], head[2], head[1]["content-length"]),
+            (200, b"", get[1]["content-length"]))
+
+    async def test_the_page_and_its_policy(self):
+        status, headers, page = await self.ask("GET", "/")
+        policy = dict(part.strip().split(" ", 1) for part in
+            headers["content-security-policy"].split(";"))
+        for tag in (b"script", b"style"):
+            found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)
+            hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'"
+                for one in found] or ["'none'"]
+            self.assertEqual(policy[f"{tag.decode()}-src"].split(), hashes)
+        self.assertEqual((status, policy["default-src"], headers["x-content-type-options"],
+            headers["cache-control"]), (200, "'none'", "nosniff", "no-store"))
+
+    async def test_get_changes_nothing(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        before = self.picture()
+        for path in ("/", "/health", "/components", "/components/order", "/metrics",
+                "/components/order/history", "/dead-letters"):
+            self.assertEqual(await self.status("GET", path), 200)
+        self.assertEqual(self.picture(), before)
+
+    async def test_read_only_refuses_every_post(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        app = ff.create_app(self.engine, readonly=True)
+        before = self.picture()
+        for path in ("/components/order/message", "/dead-letters/1/redrive"):
+            self.assertEqual(await self.status("POST", path, {"type": "pay"}, app=app), 403)
+        self.assertEqual(self.picture(), before)
+        self.assertTrue((await self.ask("GET", "/components", app=app))[2]["readonly"])
+
+    async def test_a_mounted_app_takes_its_own_part_of_the_path(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        for path, raw in (("/x/components/order", b"/x/components/order"),
+                ("/components/order", b"/x/components/order"), ("/components/order", None)):
+            sent = []
+
+            async def send(event, sent=sent):
+                sent.append(event)
+
+            await self.app({"type": "http", "method": "GET", "path": path, "raw_path": raw,
+                "root_path": "/x", "query_string": b"", "headers": []}, None, send)
+            self.assertEqual(sent[0]["status"], 200)
+
+    async def test_lifespan_starts_and_ends_the_engine(self):
+        events, sent = ["lifespan.startup", "lifespan.shutdown"], []
+
+        async def receive():
+            return {"type": events.pop(0)}
+
+        async def send(event):
+            sent.append((event["type"], self.engine._worker is not None
+                and not self.engine._worker.done()))
+
+        await self.app({"type": "lifespan"}, receive, send)
+        self.assertEqual(sent, [
+            ("lifespan.startup.complete", True), ("lifespan.shutdown.complete", False)])
+
+    async def test_without_lifespan_the_first_post_starts_delivery(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        await self.ask("GET", "/health")
+        self.assertIsNone(self.engine._worker)
+        await self.ask("POST", "/components/order/message", {"type": "pay", "amount": 1})
+        self.assertFalse(self.engine._worker.done())
+
+    async def test_a_client_that_goes_away_in_the_middle_of_a_body_changes_nothing(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        before, events = self.picture(), [
+            {"type": "http.request", "body": b'{"type": "pay", "amount": 1}', "more_body": True},
+            {"type": "http.disconnect"}]
+
+        async def receive():
+            return events.pop(0)
+
+        headers = [(b"content-type", b"application/json")]
+        await self.app({"type": "http", "method": "POST", "path": "/components/order/message",
+            "query_string": b"", "headers": headers}, receive, None)
+        self.assertEqual(self.picture(), before)
+
+    async def test_events_are_journal_rows_and_resume(self):
+        self.engine.create_component(self.ORDER)
+        for amount in (0, 1):
+            await self.engine.handle_message("order", "pay", amount=amount)
+        sent, gone = [], asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(event):
+            sent.append(event.get("body", b"").decode())
+            if any('"seq": 3' in one for one in sent):
+                gone.set()
+
+        streaming = asyncio.ensure_future(self.app({"type": "http", "method": "GET",
+            "path": "/events", "query_string": b"", "headers": [(b"last-event-id", b"2")]},
+            receive, send))
+        await self.passes()
+        other = self.open()  # as another process would
+        await other.handle_message("order", "pay")
+        await asyncio.wait_for(streaming, 30)
+        found = re.findall(r"id: (\d+)\ndata: (.*)\n\n", "".join(sent))
+        self.assertEqual([(int(id), json.loads(data)["seq"], json.loads(data)["number"])
+            for id, data in found], [(3, 2, 3), (4, 3, 4)])
+
+
+class HttpRefusals(HttpCase):
+    """What is refused, before a body is read."""
+
+    async def refused(self, **headers):
+        """Return the status of a POST, whose body must not be asked for if it is refused."""
+        sent = []
+
+        async def receive():
+            self.fail("The body was read")
+
+        async def send(event):
+            sent.append(event)
+
+        given = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()
+            if v is not None]
+        app = ff.create_app(self.engine, ["testserver", "[::1]"], headers.pop("token", None))
+        await app({"type": "http", "method": "POST", "path": "/components/x/message",
+            "query_string": b"", "headers": given}, receive, send)
+        return sent[0]["status"]
+
+    async def test_hosts_of_others(self):
+        for host in (None, "", "evil", "evil:80", "testserver.evil", "evil.testserver",
+                "testserver@evil", "127.0.0.1", "[::2]", "a b", "testserver:x",
+                "testserver:999999"):
+            with self.subTest(host=host):
+                self.assertIn(await self.refused(host=host, content_type="application/json"),
+                    (400, 403))
+
+    async def test_pages_of_others(self):
+        good = {"host": "testserver", "content_type": "application/json"}
+        for headers in ({"origin": "null"}, {"origin": "http://evil"},
+                {"origin": "http://testserver.evil"}, {"origin": "testserver"},
+                {"sec_fetch_site": "cross-site"}, {"sec_fetch_site": "same-site"},
+                {"host": "evil", "origin": "http://evil"}):
+            with self.subTest(headers=headers):
+                self.assertEqual(await self.refused(**{**good, **headers}), 403)
+
+    async def test_kinds_of_bodies_that_a_form_can_send(self):
+        for kind in (None, "", "text/plain", "application/x-www-form-urlencoded",
+                "multipart/form-data; boundary=x", "text/json"):
+            with self.subTest(kind=kind):
+                self.assertEqual(await self.refused(host="testserver", content_type=kind), 415)
+
+    async def test_too_much(self):
+        self.assertEqual(await self.refused(host="testserver", content_type="application/json",
+            content_length="1000000000"), 413)
+        app = ff.create_app(self.engine)
+        self.assertEqual(await self.status("POST", "/components/x/message", b" " * 1_100_000,
+            app=app, parts=50, content_length=None), 413)
+
+    async def test_a_token_is_needed_for_all_but_the_page(self):
+        app = ff.create_app(self.engine, token="s3cret")
+        found = [(await self.ask("GET", "/components", app=app, authorization=given))[0]
+            for given in (None, "", "s3cret", "Bearer s3cre", "Bearer s3crett", "Bearer \xe9",
+                "Bearer s3cret")]
+        free = [await self.status("GET", path, app=app) for path in ("/", "/health")]
+        self.assertEqual((found, free), ([401] * 6 + [200], [200, 200]))
+
+    async def test_a_link_from_elsewhere_may_open_the_page(self):
+        for site, mode, status in (("cross-site", "navigate", 200), ("cross-site", "cors", 403),
+                ("same-origin", "cors", 200), ("none", "navigate", 200)):
+            self.assertEqual(await self.status("GET", "/", sec_fetch_site=site,
+                sec_fetch_mode=mode), status)
+
+    async def test_a_failing_action_is_500_and_told_to_the_log(self):
+        def act(message, component):
+            raise ValueError("no shop")
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        with self.assertLogs("flexiflow", "ERROR"):
+            status, _, answer = await self.ask("POST", "/components/m/message", {"type": "go"})
+        self.assertEqual((status, answer["what"]), (500, "ValueError: no shop"))
+
+
+class HttpServing(Shell):
+    """The small server, in a process of its own."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("lamp.json", LAMP)
+
+    def serve(self, *args, **settings):
+        """Start `serve`; return the process, when it listens."""
+        child = subprocess.Popen([sys.executable, "-m", "flexiflow", "serve", "--port", "0", *args],
+            cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+        for stream in (child.stdout, child.stderr):
+            self.addCleanup(stream.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        line = child.stdout.readline()
+        self.port = int(re.search(r":(\d+)/", line)[1])
+        return child
+
+    def connect(self):
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        self.addCleanup(connection.close)
+        return connection
+
+    def raw(self, data, *, then_end=False):
+        """Send bytes; return the status of the answer, or None."""
+        with contextlib.closing(self.connect()) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+                if then_end:
+                    connection.shutdown(socket.SHUT_WR)
+            found = b""
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    part = connection.recv(65536)
+                    if not part:
+                        break
+                    found += part
+        return int(found.split()[1]) if found else None
+
+    def ask(self, method, path, body=None, **headers):
+        """Make a request; return status and JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            given = {"Content-Type": "application/json"} if method == "POST" else {}
+            connection.request(method, path, body and json.dumps(body), {**given, **headers})
+            answer = connection.getresponse()
+            content = answer.read()
+            is_json = answer.getheader("Content-Type") == "application/json"
+            return answer.status, json.loads(content) if is_json else content
+
+    def test_a_component_is_served_and_the_rest_is_as_by_command_line(self):
+        child = self.serve("--config", "lamp.json")
+        status, answer = self.ask("POST", "/components/lamp/message", {"type": "press"})
+        self.assertEqual((status, answer["to_state"]), (200, "On"))
+        self.assertEqual(self.shown("status", "lamp")[1].splitlines()[0],
+            "state  On, version 1, since TIME (0s)")
+        self.assertEqual(self.shown("handle", "--name", "lamp", "press")[1], "press: On -> Off\n")
+        status, answer = self.ask("GET", "/components/lamp")
+        self.assertEqual((answer["state"], answer["seq"]), ("Off", 2))
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual((child.wait(30), child.stderr.read()), (0, ""))
+
+    def test_read_only_needs_a_store_and_changes_nothing(self):
+        self.assertEqual(self.shown("serve", "--read-only", "--port", "0")[0], 1)
+        self.shown("register", "--config", "lamp.json")
+        before = Path(self.path("flexiflow.db")).read_bytes()
+        self.serve("--read-only")
+        self.assertEqual(self.ask("POST", "/components/lamp/message", {"type": "press"})[0], 403)
+        self.assertEqual(self.ask("GET", "/components/lamp")[1]["state"], "Off")
+        self.assertEqual(Path(self.path("flexiflow.db")).read_bytes(), before)
+
+    def test_what_cannot_be_served_is_said(self):
+        child = self.serve()
+        port = self.port
+        found = [self.shown("serve", *args) for args in (
+            ("--host", "0.0.0.0"), ("--port", str(port)), ("--port", "99999"), ("--watch",))]
+        self.assertEqual([(code, err.splitlines()[0]) for code, _, err in found], [
+            (2, "error: 0.0.0.0 can be reached by others"),
+            (1, f"error: Cannot listen on 127.0.0.1, port {port}"),
+            (1, "error: Cannot listen on 127.0.0.1, port 99999"),
+            (1, "error: No config given")])
+        self.assertIsNone(child.poll())
+
+    def test_hostile_requests_are_refused_and_change_nothing(self):
+        self.serve("--config", "lamp.json")
+        body = b'{"type": "press"}'
+        post = b"POST /components/lamp/message HTTP/1.1\r\n"
+        host, kind = b"Host: 127.0.0.1\r\n", b"Content-Type: application/json\r\n"
+        length = b"Content-Length: %d\r\n" % len(body)
+
+        def request(*lines, first=post, body=body):
+            return first + b"".join(lines) + b"\r\n" + body
+
+        refused = {
+            "no host": (request(kind, length), 400),
+            "two hosts": (request(host, host, kind, length), 400),
+            "evil host": (request(b"Host: evil\r\n", kind, length), 403),
+            "evil port": (request(b"Host: evil:8765\r\n", kind, length), 403),
+            "longer host": (request(b"Host: 127.0.0.1.evil\r\n", kind, length), 403),
+            "other loopback": (request(b"Host: 127.0.0.2\r\n", kind, length), 403),
+            "user in host": (request(b"Host: a@127.0.0.1\r\n", kind, length), 400),
+            "empty host": (request(b"Host:\r\n", kind, length), 400),
+            "rebinding": (request(b"Host: evil\r\nOrigin: http://evil\r\n", kind, length), 403),
+            "null origin": (request(host, kind, length, b"Origin: null\r\n"), 403),
+            "evil origin": (request(host, kind, length, b"Origin: http://evil\r\n"), 403),
+            "form": (request(host, length, b"Content-Type: text/plain\r\n"), 415),
+            "no length": (request(host, kind), 411),
+            "negative": (request(host, kind, b"Content-Length: -1\r\n"), 400),
+            "underscore": (request(host, kind, b"Content-Length: 1_0\r\n"), 400),
+            "letters": (request(host, kind, b"Content-Length: abc\r\n"), 400),
+            "plus": (request(host, kind, b"Content-Length: +17\r\n"), 400),
+            "float": (request(host, kind, b"Content-Length: 9e9\r\n"), 400),
+            "huge": (request(host, kind, b"Content-Length: 99999999999\r\n"), 413),
+            "two lengths": (request(host, kind, length, length), 400),
+            "chunked": (request(host, kind, b"Transfer-Encoding: chunked\r\n",
+                body=b"11\r\n" + body + b"\r\n0\r\n\r\n"), 411),
+            "both": (request(host, kind, length, b"Transfer-Encoding: chunked\r\n"), 411),
+            "long line": (request(host, b"X: " + b"x" * 65536 + b"\r\n", kind, length), 431),
+            "many headers": (request(host, *[b"X: y\r\n"] * 100_000, kind, length), 431),
+            "folded": (request(host, kind, b"X: a\r\n b\r\n", length), 400),
+            "space before colon": (request(host, kind, b"X : a\r\n", length), 400),
+            "control": (request(host, kind, b"X: a\x00b\r\n", length), 400),
+            "bare line feed": (request(host, kind, b"X: a\nY: b\r\n", length), 400),
+            "HTTP/0.9": (b"GET /\r\n\r\n", 400),
+            "HTTP/2": (b"GET / HTTP/2.0\r\nHost: 127.0.0.1\r\n\r\n", 400),
+            "proxy": (b"GET http://evil/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 400),
+            "space in path": (b"GET /a b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 400),
+            "up": (b"GET /%2e%2e/x HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 404),
+            "line in path": (b"GET /%0d%0aX:y HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 404),
+            "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        }
+        for name, (data, status) in refused.items():
+            with self.subTest(name):
+                self.assertIn(self.raw(data), {status, None} if status == 431 else {status})
+        self.assertEqual(self.ask("GET", "/components/lamp")[1]["seq"], 0)
+        two = request(host, kind, length) * 2  # pipelined: the first is answered, then it closes
+        self.assertEqual((self.raw(two), self.ask("GET", "/components/lamp")[1]["seq"]), (200, 1))
+        half = request(host, kind, length)
+        self.assertEqual(self.raw(half, then_end=True), 200)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
+    def test_slow_clients_hinder_nobody_and_leave_nothing(self):
+        child = self.serve("--config", "lamp.json")
+        files = f"/proc/{child.pid}/fd"
+        self.ask("GET", "/health")
+        before = len(os.listdir(files))
+        slow, kinds = [], (b"", b"GET / HTTP", b"POST /components/lamp/message HTTP/1.1\r\n"
+            b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        for number in range(500):
+            slow.append(self.connect())
+            slow[-1].sendall(kinds[number % 3])
+        for _ in range(5):
+            self.assertEqual(self.ask("GET", "/health")[0], 200)
+        end = time.monotonic() + 5  # before their time is over
+        while len(os.listdir(files)) > before + 70 and time.monotonic() < end:
+            self.ask("GET", "/health")
+        self.assertLess(len(os.listdir(files)), before + 70)
+        for one in slow:
+            one.close()
+        end = time.monotonic() + 30
+        while len(os.listdir(files)) > before and time.monotonic() < end:
+            self.ask("GET", "/health")
+        self.assertLessEqual(len(os.listdir(files)), before)
+
+    def test_another_process_is_seen_in_the_events(self):
+        self.serve("--config", "lamp.json")
+        connection = self.connect()
+        connection.sendall(b"GET /events HTTP/1.1\r\nHost: 127.0.0.1\r\nLast-Event-ID: 1\r\n\r\n")
+        self.shown("handle", "--name", "lamp", "press")
+        found = b""
+        while b'"to_state": "On"' not in found:
+            part = connection.recv(65536)
+            self.assertTrue(part, found)
+            found += part
+        self.assertIn(b"content-type: text/event-stream", found)
+        self.assertIn(b"\nid: 2\n", found)
+
+    def test_a_term_signal_lets_a_request_end(self):
+        self.write("slow_acts.py", "import asyncio\n\nasync def act(message, component):\n"
+            "    open('begun', 'w').close()\n    await asyncio.sleep(0.3)\n")
+        self.write("slow.json", {"name": "slow", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"from": "A", "on": "go", "to": "B", "action": "slow_acts:act"}]})
+        child = self.serve("--config", "slow.json")
+        stream = self.connect()
+        stream.sendall(b"GET /events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        connection, body = self.connect(), b'{"type": "go"}'
+        connection.sendall(b"POST /components/slow/message HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        while not os.path.exists(self.path("begun")):
+            self.assertIsNone(child.poll())
+        child.send_signal(signal.SIGTERM)
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                found += part
+        self.assertEqual((child.wait(30), child.stderr.read()), (0, ""))
+        self.assertIn(b'"outcome": "moved"', found)
+
+
+class Reloading(EngineCase):
+    """`watch_path`, and configs that change while they are in use."""
+
+    stored = True
+
+    async def watching(self, path, on_change):
+        self.patch("POLL", 0.005)
+        task = asyncio.ensure_future(ff.watch_path(path, on_change))
+        self.addCleanup(task.cancel)
+        await asyncio.sleep(0)
+        return task
+
+    async def until(self, condition):
+        for _ in range(2000):
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+        self.fail("It did not come to be")
+
+    async def test_a_callback_that_fails_is_logged_and_watching_goes_on(self):
+        path, seen = self.write("a.json", "1"), []
+
+        async def on_change():
+            seen.append(Path(path).read_text())
+            if len(seen) == 1:
+                raise ValueError("not yet")
+
+        await self.watching(path, on_change)
+        with self.assertLogs("flexiflow", "ERROR") as logs:
+            for text in ("2", "3", "4"):
+                self.write("a.json", text)
+                await self.until(lambda text=text: seen[-1:] == [text])
+        self.assertEqual((seen, len(logs.records)), (["2", "3", "4"], 1))
+
+    async def test_renaming_counts_and_the_same_content_does_not(self):
+        path, seen = self.write("a.json", "1"), []
+        await self.watching(path, lambda: seen.append(Path(path).read_text()))
+        os.utime(path, (1, 1))
+        await asyncio.sleep(0.05)
+        os.unlink(path)
+        await asyncio.sleep(0.05)
+        self.assertEqual(seen, [])
+        os.replace(self.write("b.json", "2"), path)
+        await self.until(lambda: seen == ["2"])
+
+    async def test_a_folder_is_watched_with_all_that_is_in_it(self):
+        (self.folder / "in" / "deep").mkdir(parents=True)
+        seen = []
+        await self.watching(self.path("in"), lambda: seen.append(1))
+        self.write("in/deep/x.json", "1")
+        await self.until(lambda: seen)
+
+    def test_run_hot_reload_is_a_loop_of_its_own(self):
+        path, seen = self.write("a.json", "1"), []
+        self.patch("POLL", 0.005)
+
+        async def on_change():
+            seen.append(1)
+            raise KeyboardInterrupt
+
+        threading.Timer(0.1, self.write, ("a.json", "2")).start()
+        with self.assertRaises(KeyboardInterrupt):
+            ff.run_hot_reload(path, on_change)
+        self.assertEqual(seen, [1])
+
+    async def test_a_config_is_taken_over_when_it_is_good_and_else_the_old_one_stays(self):
+        self.patch("POLL", 0.005)
+        config = self.machine({"from": "A", "on": "go", "to": "B"})
+        path = self.write("m.json", config)
+        for name in ("m", "like"):
+            await self.engine.register_async(self.engine.create_component(path, name=name))
+        task = asyncio.ensure_future(ff.watch_config(self.engine, path))
+        self.addCleanup(task.cancel)
+        await asyncio.sleep(0.02)
+        self.write("m.json", {**config, "rules": [{"from": "A", "on": "jump", "to": "B"}]})
+        await self.until(lambda: [one["type"] for one in self.engine.accepts("like")] == ["jump"])
+        self.assertEqual([one["type"] for one in self.engine.accepts("m")], ["jump"])
+        self.write("m.json", "{")
+        await self.until(lambda: self.engine.reload_error)
+        self.assertIn("Not valid JSON", self.engine.reload_error)
+        self.write("m.json", {**config, "initial_state": "B", "states": {"B": {}}, "rules": []})
+        await self.until(lambda: "would be gone" in (self.engine.reload_error or ""))
+        self.assertEqual([one["type"] for one in self.engine.accepts("m")], ["jump"])
+        self.write("m.json", config)
+        await self.until(lambda: self.engine.reload_error is None
+            and [one["type"] for one in self.engine.accepts("m")] == ["go"])
 
 
 class OldPaths(Case):
