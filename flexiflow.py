@@ -6324,9 +6324,763 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
 # --------------------------------------------------------------------------------------------
 # 14. Inspector page
 # --------------------------------------------------------------------------------------------
-# What `/` shows. It asks the routes above; names and payloads go in as text, never as markup.
+# What `/` shows: what is stuck, what happens, and why. It asks the routes above and nothing else,
+# works offline and under any mount, and puts names and payloads in as text, never as markup.
 
-INSPECTOR_PAGE = r"""<!doctype html><meta charset="utf-8"><title>FlexiFlow</title>"""
+INSPECTOR_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>FlexiFlow</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --ground: #f5f6f7; --panel: #fff; --line: #dfe3e8; --hover: #eff1f4; --chosen: #e8eefb;
+  --text: #1a1f26; --muted: #5b6673; --accent: #2456c0;
+  --bad: #b3261e; --bad-ground: #fdeeec; --late: #8a5300; --mark: #fbf0d8; --good: #1c7a45;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #101316; --panel: #171b1f; --line: #2b3138; --hover: #21272d; --chosen: #1c2a45;
+    --text: #e4e8ec; --muted: #98a3af; --accent: #86aeff;
+    --bad: #ff9a90; --bad-ground: #3a1f1d; --late: #e5b75c; --mark: #352c18; --good: #6cc795;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+body {
+  display: flex; flex-direction: column; height: 100vh; height: 100dvh; margin: 0;
+  background: var(--ground); color: var(--text);
+  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+h1, h2, h3, p, ol, ul, pre { margin: 0; padding: 0; font: inherit; list-style: none; }
+h1, h2 { font-weight: 650; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h2 { font-size: 20px; line-height: 1.25; }
+h3, nav h2, aside h2 { font-size: 13px; font-weight: 600; letter-spacing: 0; color: var(--muted); }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+pre, textarea { font: 12.5px/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 60vh; overflow: auto; }
+button, input, textarea {
+  min-height: 32px; padding: 5px 11px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--panel); color: inherit; font-family: inherit; font-size: inherit;
+}
+button { color: var(--accent); font-weight: 550; cursor: pointer; overflow-wrap: anywhere; }
+button:hover { background: var(--hover); }
+button:disabled { opacity: 0.5; cursor: default; }
+input[type=checkbox] { min-height: 0; margin: 0 6px 0 0; accent-color: var(--accent); }
+textarea { display: block; width: 100%; resize: vertical; }
+[aria-invalid] { border-color: var(--bad); }
+table { border-collapse: collapse; width: 100%; }
+th { font-weight: inherit; color: var(--muted); text-align: left; }
+th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+summary { color: var(--muted); cursor: pointer; }
+dialog, .box {
+  padding: 12px 14px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--panel); color: var(--text);
+}
+dialog { width: 340px; padding: 20px; }
+dialog input { width: 100%; margin: 6px 0 12px; }
+.bad { color: var(--bad); }
+.late { color: var(--late); }
+.muted { color: var(--muted); }
+.name, #title { unicode-bidi: isolate; font-weight: 600; }
+.badge {
+  padding: 0 7px; border-radius: 9px; background: var(--hover); color: var(--muted);
+  font-size: 12px; line-height: 18px; white-space: nowrap;
+}
+.badge.bad { background: var(--bad-ground); color: var(--bad); font-weight: 600; }
+
+header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding: 10px 16px;
+  border-bottom: 1px solid var(--line); background: var(--panel); color: var(--muted);
+}
+header a { color: var(--text); }
+header button { min-height: 0; padding: 0; border: 0; background: none; font-weight: inherit; }
+header button:not(.bad) { color: inherit; }
+#waiting { margin-left: auto; }
+#live::before {
+  content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
+  border-radius: 50%; background: var(--late);
+}
+#live.on::before { background: var(--good); }
+#banner { padding: 8px 16px; background: var(--bad-ground); color: var(--bad); }
+
+main { flex: 1; display: grid; grid-template-columns: 320px minmax(0, 1fr) 360px; min-height: 0; }
+nav, aside { display: flex; flex-direction: column; min-height: 0; background: var(--panel); }
+nav { border-right: 1px solid var(--line); }
+aside { border-left: 1px solid var(--line); }
+.head { padding: 14px 16px 10px; border-bottom: 1px solid var(--line); }
+.head input[type=search] { width: 100%; margin: 8px 0; }
+.head label { display: inline-flex; align-items: center; margin-right: 16px; }
+.scroll { flex: 1; overflow: auto; }
+.scroll > p, .scroll > button { margin: 12px 16px; }
+.middle { overflow: auto; padding: 20px 24px 32px; }
+.middle section { margin-top: 22px; }
+.middle h3 { margin-bottom: 6px; }
+li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
+.row {
+  display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0 10px; width: 100%;
+  padding: 8px 16px; border: 0; border-bottom: 1px solid var(--line); border-radius: 0;
+  background: none; color: inherit; font-weight: inherit; text-align: left;
+}
+.row:hover { background: var(--hover); text-decoration: none; }
+.row[aria-current] { background: var(--chosen); box-shadow: inset 3px 0 var(--accent); }
+.row:focus-visible { outline-offset: -2px; }
+.row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row > time { color: var(--muted); text-align: right; }
+.row > .sub {
+  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 2px 6px; grid-column: 1 / -1;
+  color: var(--muted); font-size: 13px; white-space: normal; overflow-wrap: anywhere;
+}
+.sub > :first-child { margin-right: auto; }
+
+#facts { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; color: var(--muted); }
+#facts strong { color: var(--text); overflow-wrap: anywhere; }
+#back { display: none; margin-bottom: 8px; }
+#frame { margin-top: 16px; overflow: auto; }
+#picture { display: block; max-width: none; height: auto; }
+#messages { margin-top: 14px; }
+#messages label { display: block; margin: 10px 0 4px; color: var(--muted); }
+#buttons { display: flex; flex-wrap: wrap; gap: 8px; }
+#receipt { margin-top: 6px; min-height: 1.45em; overflow-wrap: anywhere; }
+.letter {
+  display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; align-items: start;
+  margin-bottom: 8px; border-left: 3px solid var(--bad); overflow-wrap: anywhere;
+}
+.letter > details, .letter > p { grid-column: 1 / -1; }
+mark { background: var(--mark); color: inherit; }
+#then { margin-bottom: 8px; background: var(--chosen); }
+#then pre { margin-top: 6px; max-height: 12em; }
+#said {
+  position: fixed; right: 16px; bottom: 16px; max-width: min(420px, 100vw - 32px);
+  padding: 10px 14px; border-radius: 6px; background: var(--text); color: var(--ground);
+}
+#said:empty { display: none; }
+#empty { max-width: 640px; margin: 12vh auto; padding: 0 24px; }
+#empty pre { margin: 16px 0; }
+
+@media (min-width: 1800px) { main { grid-template-columns: 360px minmax(0, 1fr) 520px; } }
+@media (max-width: 1180px) {
+  main { grid-template: minmax(0, 3fr) minmax(0, 2fr) / 280px minmax(0, 1fr); }
+  nav { grid-row: 1 / 3; }
+  aside { border-left: 0; border-top: 1px solid var(--line); }
+}
+@media (max-width: 760px) {
+  body { height: auto; min-height: 100dvh; }
+  main, .scroll { display: block; overflow: visible; }
+  nav { border: 0; }
+  .middle { padding: 16px; }
+  #back { display: block; }
+  body:not(.chosen) :is(.middle, aside), body.chosen nav { display: none; }
+  .middle button, [type=search] { min-height: 40px; }
+  textarea, [type=search], dialog input { font-size: 16px; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1><a href="#">FlexiFlow</a></h1>
+  <span id="live" role="status">Connecting</span>
+  <span id="readonly" class="badge" hidden>read-only</span>
+  <span id="waiting"></span>
+  <button id="dead" type="button" title="Show the components that have some" hidden></button>
+</header>
+<p id="banner" role="alert" hidden></p>
+<div id="empty" hidden>
+  <h2>No components yet</h2>
+  <p>Send a message: its component is made, and appears here.</p>
+  <pre class="box">python -m flexiflow init
+python -m flexiflow handle start --config config.json</pre>
+  <p class="muted">Use the same store (<b>--db</b>) as this server. This page is live.</p>
+</div>
+<main id="main">
+  <nav aria-labelledby="components">
+    <div class="head" role="search">
+      <h2 id="components">Components</h2>
+      <input id="search" type="search" placeholder="Name, or state:Paid" title="Press / to search"
+        aria-label="Search components" autocomplete="off" spellcheck="false" maxlength="200">
+      <label><input id="failed" type="checkbox">Failed</label>
+      <label><input id="timed" type="checkbox">On a timer</label>
+    </div>
+    <div class="scroll" id="pane">
+      <ul id="list"></ul>
+      <p id="none" class="muted" hidden>No component fits.</p>
+      <button id="more" type="button" hidden></button>
+    </div>
+  </nav>
+  <div class="middle" id="overview">
+    <h2>Dead letters</h2>
+    <p id="calm" class="muted"></p>
+    <section id="stuck" aria-label="Dead letters"></section>
+  </div>
+  <article class="middle" id="one" aria-labelledby="title" hidden>
+    <p id="back"><a href="#">All components</a></p>
+    <h2 id="title" tabindex="-1"></h2>
+    <p id="facts"></p>
+    <div id="frame" tabindex="0" role="group" aria-label="Machine"><img id="picture" alt=""></div>
+    <form id="messages" hidden>
+      <div id="buttons" role="group" aria-label="Messages it takes now"></div>
+      <p id="any" hidden><input id="type" placeholder="type" aria-label="Type of a message"
+        autocomplete="off" spellcheck="false"> <button>Send</button></p>
+      <label for="payload">Payload, a JSON object (optional)</label>
+      <textarea id="payload" rows="1" spellcheck="false" placeholder='{"amount": 120}'></textarea>
+      <p id="receipt" role="status"></p>
+    </form>
+    <section id="letters" aria-label="Dead letters"></section>
+    <section id="timers" aria-label="Timers"></section>
+    <section id="queue" aria-label="Queue"></section>
+    <section aria-labelledby="data-title">
+      <h3 id="data-title">Data</h3>
+      <div id="then" class="box" hidden></div>
+      <pre class="box" id="json" tabindex="0" aria-labelledby="data-title"></pre>
+    </section>
+  </article>
+  <aside aria-labelledby="history-title">
+    <div class="head"><h2 id="history-title">History</h2></div>
+    <div class="scroll">
+      <ol id="history"></ol>
+      <p id="quiet" class="muted" hidden>What happens from now on appears here.</p>
+      <button id="older" type="button" hidden>Older</button>
+    </div>
+  </aside>
+</main>
+<p id="said" role="status"></p>
+<dialog id="login">
+  <form id="key">
+    <label for="token">This server asks for its token</label>
+    <input id="token" type="password" autocomplete="off" required>
+    <button>Continue</button>
+  </form>
+</dialog>
+<script>
+"use strict";
+const PAGE = 100, POLL = 5000, PATIENCE = 40000;  // rows; ms between looks, and of a silent stream
+const $ = id => document.getElementById(id);
+const on = (id, event, task) => $(id).addEventListener(event, task);
+const rows = new Map();  // name -> link, of the components that are listed
+let chosen = null, facts = null, readonly = false;
+let journal = [], pinned = null, recent = [];  // of the chosen one; the row looked at; of all
+
+// --- Text. Names and payloads may be anything: they become text nodes and attributes, no more.
+
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes || {})) node.setAttribute(key, value);
+  node.append(...children.filter(child => child instanceof Node || typeof child === "string"));
+  return node;
+}
+const show = text => String(text).replace(  // controls, bidi marks and surrogates
+  /[\0-\t\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]/gu,
+  found => "\\u" + found.charCodeAt(0).toString(16).padStart(4, "0"));
+function button(text, task, attributes, ...children) {
+  const node = el("button", {type: "button", ...attributes}, text, ...children);
+  node.addEventListener("click", () => task(node));
+  return node;
+}
+const count = (number, noun) => `${number.toLocaleString()} ${noun}${number === 1 ? "" : "s"}`;
+const parse = text => JSON.parse(text, (key, value, found) =>  // large integers stay what they are
+  JSON.rawJSON && typeof value === "number" && !Number.isSafeInteger(value)
+    && /^-?\d+$/.test(found.source) ? JSON.rawJSON(found.source) : value);
+const pretty = value => show(JSON.stringify(value, null, 2));
+
+function json(now, before) {  // an object; its keys that are not as before are marked
+  const same = key => !before || (key in before && pretty(now[key]) === pretty(before[key]));
+  const lines = Object.keys(now).map(key => [same(key),
+    `  ${show(JSON.stringify(key))}: ${pretty(now[key]).replaceAll("\n", "\n  ")}`]);
+  return lines.length === 0 ? ["{}"] : ["{", ...lines.flatMap(([same, line], index) =>
+    [index ? ",\n" : "\n", same ? line : el("mark", null, line)]), "\n}"];
+}
+const span = seconds => {
+  const units = [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]];
+  const [unit, size] = units.find(one => seconds >= one[1]) || units[3];
+  return Math.max(0, Math.floor(seconds / size)) + unit;
+};
+function say(node) {  // a time element knows its moment, and is told anew every second
+  const left = node.dataset.at - Date.now() / 1000, late = left < -2, {how} = node.dataset;
+  const text = how === "age" ? span(-left) : (late ? "overdue " : "in ") + span(Math.abs(left));
+  if (node.textContent !== text) node.textContent = text;
+  if (how === "due") (node.closest(".badge") || node).classList.toggle("bad", late);
+}
+function when(at, how = "age") {
+  const day = new Date(at * 1000);
+  const node = el("time", {"data-at": at, "data-how": how, title: day.toLocaleString()});
+  if (!isNaN(day)) node.dateTime = day.toISOString();
+  say(node);
+  return node;
+}
+
+// --- Asking. Addresses are relative: the page may be mounted anywhere.
+
+class Problem extends Error {}
+let asked = null, silence, listing = 0, untouched = true;
+
+function login() {  // whoever asks meanwhile waits for the same answer
+  return asked ||= new Promise(done => {
+    $("login").showModal();
+    $("key").addEventListener("submit", event => {
+      event.preventDefault();
+      sessionStorage.setItem("flexiflow-token", $("token").value);
+      $("key").reset();
+      $("login").close();
+      asked = null;
+      done();
+    }, {once: true});
+  });
+}
+async function ask(path, options = {}) {
+  for (;;) {
+    const token = sessionStorage.getItem("flexiflow-token");
+    const headers = {...options.headers, ...(token && {Authorization: "Bearer " + token})};
+    const answer = await fetch(path,
+      {signal: AbortSignal.timeout(PATIENCE), ...options, headers, cache: "no-store"});
+    if (answer.status !== 401) return answer;
+    await login();
+  }
+}
+async function api(path, message) {
+  const answer = await ask(path, message && {method: "POST", body: JSON.stringify(message),
+    headers: {"Content-Type": "application/json"}});
+  const text = await answer.text();
+  let body = {};
+  try { body = parse(text); } catch { body.what = `${answer.status} ${text.slice(0, 200)}`; }
+  if (!body.what && (answer.ok || body.outcome)) return body;
+  const {what, why, fix} = body;
+  throw new Problem([what, why, fix && "Fix: " + fix].filter(Boolean).join(". "));
+}
+function of(name, part = "") {
+  if (name === "." || name === "..") throw new Problem(`A browser cannot ask for ${name}`);
+  return "components/" + encodeURIComponent(name) + part;
+}
+function said(text) {
+  $("said").textContent = show(text);
+  clearTimeout(silence);
+  silence = setTimeout(() => $("said").textContent = "", 8000);
+}
+function soon(task, delay) {  // asked for often, done once; never twice at a time
+  let planned = false, busy = false, again = false;
+  const plan = () => {
+    again = busy;
+    if (planned || busy) return;
+    planned = true;
+    setTimeout(async () => {
+      [planned, busy] = [false, true];
+      try { await task(); } catch (error) { if (error instanceof Problem) said(error.message); }
+      busy = false;
+      if (again) plan();
+    }, delay);
+  };
+  return plan;
+}
+
+// --- Panel 1: components. Of thousands, only those in sight are asked for again.
+
+const filters = () => {
+  const state = $("search").value.match(/(?:^|\s)state:(\S+)/), found = {};
+  found.q = (state ? $("search").value.replace(state[0], "") : $("search").value).trim();
+  if (state) found.state = state[1];
+  if ($("failed").checked) found.failed = 1;
+  if ($("timed").checked) found.waiting = 1;
+  return found;
+};
+function item(one) {
+  const link = rows.get(one.name) || el("a", {class: "row", tabindex: -1,
+    href: "#" + encodeURIComponent(one.name), "data-name": one.name});
+  if (!rows.has(one.name)) { el("li", null, link); rows.set(one.name, link); current(one.name); }
+  const due = Math.min(...(one.timers || []).map(timer => timer.due));
+  const seen = JSON.stringify([one.state, one.since, one.dead, one.waiting, due, one.completed]);
+  if (link.dataset.seen === seen) return link.parentNode;
+  link.dataset.seen = seen;
+  link.replaceChildren(el("span", {class: "name"}, show(one.name)),
+    one.since ? when(one.since) : "",
+    el("span", {class: "sub"}, el("span", null, show(one.state)),
+      one.dead > 0 && el("span", {class: "badge bad"}, `${one.dead} dead`),
+      one.waiting > 0 && el("span", {class: "badge"}, `${one.waiting} queued`),
+      due < Infinity && el("span", {class: "badge"}, when(due, "due")),
+      one.completed && el("span", {class: "badge"}, "completed")));
+  return link.parentNode;
+}
+function inSight(items) {  // the number of the first that can be seen, and how many can be
+  const {top, bottom} = $("pane").getBoundingClientRect();
+  const ends = items.map(one => one.getBoundingClientRect().bottom);
+  const above = ends.filter(end => end <= Math.max(0, top)).length;
+  return [above, ends.filter(end => end <= Math.min(innerHeight, bottom)).length - above];
+}
+async function list(how) {
+  const ticket = how === "anew" ? ++listing : listing, wanted = filters();
+  const items = how === "anew" ? [] : [...$("list").children];
+  const [first, seen] = how === "more" ? [items.length] : inSight(items);
+  const before = items[first - 1];
+  wanted.limit = how || !items.length ? PAGE : seen + 3;
+  if (before) wanted.after = before.firstChild.dataset.name;
+  const page = await api("components?" + new URLSearchParams(wanted));
+  if (ticket !== listing) return;
+  if (how === "anew") { rows.clear(); $("list").replaceChildren(); $("pane").scrollTop = 0; }
+  const fresh = page.components.map(item), known = items.slice(first);
+  const end = page.next === null ? known.length
+    : 1 + Math.max(-1, ...fresh.map(one => known.indexOf(one)));
+  for (const gone of known.slice(0, end).filter(one => !fresh.includes(one))) {
+    rows.delete(gone.firstChild.dataset.name);
+    gone.remove();
+  }
+  let place = before ? before.nextSibling : $("list").firstChild;
+  for (const one of fresh)
+    if (one === place) place = place.nextSibling; else $("list").insertBefore(one, place);
+  const any = page.total > 0 || chosen !== null || Object.values(filters()).some(Boolean);
+  if (readonly !== page.readonly) { readonly = page.readonly; facts = null; reload(); }
+  $("components").textContent = count(page.total, "component");
+  $("none").hidden = page.total > 0;
+  $("more").hidden = rows.size >= page.total;
+  $("more").textContent = `${(page.total - rows.size).toLocaleString()} more`;
+  $("empty").hidden = any;
+  $("main").hidden = !any;
+  $("readonly").hidden = !readonly;
+  $("banner").textContent = show(page.reload_error || "");
+  $("banner").hidden = !page.reload_error;
+  if (untouched && page.total === 1 && rows.size) location.replace(fresh[0].firstChild.href);
+  rove($("list"));
+}
+async function totals() {
+  const text = await (await ask("metrics")).text(), found = {};
+  for (const [, name, value] of text.matchAll(/^(\w+)(?:\{.*\})? (\S+)/gm))
+    found[name] = (found[name] || 0) + Number(value);
+  const {flexiflow_dead_letters: dead = 0, flexiflow_queue_depth: waiting = 0} = found;
+  $("waiting").textContent = `${waiting.toLocaleString()} waiting`;
+  $("dead").textContent = count(dead, "dead letter");
+  $("dead").classList.toggle("bad", dead > 0);
+  $("dead").hidden = false;
+  document.title = `${dead ? `(${dead}) ` : ""}${chosen ? show(chosen) + " - " : ""}FlexiFlow`;
+}
+
+// --- Panels 2 and 3: the chosen component; without one, what is stuck anywhere.
+
+async function load() {
+  const name = chosen;
+  if (name === null) {
+    const {dead_letters: letters} = await api("dead-letters?limit=100");
+    if (chosen !== null) return;
+    $("stuck").replaceChildren(...letters.map(one => letter(one, true)));
+    $("calm").textContent = letters.length ? "" : "None. Choose a component to see its machine.";
+    $("history").replaceChildren(...recent.map(one => step(one, true)));
+    $("quiet").hidden = recent.length > 0;
+    return rove($("history"));
+  }
+  try {
+    const [found, {history}] = await Promise.all([api(of(name)),
+      api(of(name, "/history?limit=50"))]);
+    if (name !== chosen) return;
+    remember(history);
+    const before = facts;
+    facts = found;
+    if (JSON.stringify(before) === JSON.stringify(facts)) return;
+    detail(before);
+    await draw(name);
+  } catch (error) {
+    if (name !== chosen || !(error instanceof Problem)) return;
+    facts = null;
+    $("facts").replaceChildren(el("span", {class: "bad"}, show(error.message)));
+  }
+}
+function section(id, title, part, make) {  // made anew only when there is something new
+  const seen = JSON.stringify([chosen, readonly, part]);
+  $(id).hidden = part.length === 0;
+  if ($(id).dataset.seen === seen) return;
+  $(id).dataset.seen = seen;
+  $(id).replaceChildren(el("h3", null, title), ...make(part));
+}
+function table(heads, lines) {
+  const line = (tag, cells) => el("tr", null, ...cells.map(cell => el(tag, null, cell)));
+  return [el("table", null, el("thead", null, line("th", heads)),
+    el("tbody", null, ...lines.map(cells => line("td", cells))))];
+}
+function detail(before) {
+  const takes = new Map((facts.accepts || [{type: "*"}]).map(one => [one.type, one]));
+  if (readonly || facts.completed) takes.clear();
+  const focus = document.activeElement.dataset.type;
+  $("facts").replaceChildren(el("strong", null, show(facts.state)),
+    facts.since ? el("span", null, "for ", when(facts.since)) : "",
+    el("span", null, `version ${facts.seq}`), facts.completed ? "completed" : "");
+  $("messages").hidden = takes.size === 0;
+  $("any").hidden = !takes.delete("*");  // of any type: it is asked for
+  $("buttons").replaceChildren(...[...takes].map(([type, {guard, to}]) => button(show(type),
+    () => send(type), {"data-type": type, title: show(`${guard ? `if ${guard}, ` : ""}${
+      to ? `to ${to}` : "stays"}`)})));
+  const same = [...$("buttons").children].find(one => one.dataset.type === focus);
+  if (focus !== undefined && takes.size) (same || $("buttons").firstChild).focus();
+  section("letters", "Dead letters", facts.dead_letters, part => part.map(one => letter(one)));
+  section("timers", "Timers", facts.timers, part => table(["Message", "Due"],
+    part.map(one => [show(one.message), when(one.due, "due")])));
+  section("queue", "Queue", facts.queue, part => table(["Message", "Due", "Attempts"],
+    part.map(one => [el("span", {title: pretty(one.message)}, show(one.message.type)),
+      when(one.due, "due"), String(one.attempts)])));
+  if (pinned === null) $("json").replaceChildren(...json(facts.data, before && before.data));
+}
+async function draw(name) {
+  const answer = await ask(of(name, "/diagram.svg")), text = await answer.text();
+  if (name !== chosen || !facts) return;
+  const source = "data:image/svg+xml," + encodeURIComponent(text);  // as an image, it runs nothing
+  $("frame").hidden = !answer.ok;
+  $("picture").alt = `The machine of ${show(name)}, in ${show(facts.state)}`;
+  if ($("picture").src !== source) $("picture").src = source;
+}
+function letter(one, named) {
+  const type = show(one.message.type || "damaged message");
+  const redrive = button("Redrive", async () => {
+    redrive.disabled = true;
+    try {
+      await api(`dead-letters/${one.number}/redrive`, {});
+      said(`${type} is in the queue again`);
+    } catch (error) {
+      said(error.message);
+      redrive.disabled = false;
+    }
+    all();
+  });
+  const [what, ...rest] = show(one.error).split("\n");
+  return el("div", {class: "letter box"}, el("div", null, el("span", {class: "name"}, type),
+    named && " to ", named && el("a", {href: "#" + encodeURIComponent(one.component),
+      class: "name"}, show(one.component)), el("div", {class: "muted"}, "given up ", when(one.dead),
+      ` ago, ${count(one.attempts, "attempt")}${one.state ? ", in " + show(one.state) : ""}`)),
+    readonly ? "" : redrive, el("p", {class: "bad"}, what),
+    ...rest.filter(line => /^(Why|Fix):/.test(line)).map(line => el("p", {class: "muted"}, line)),
+    el("details", null, el("summary", null, "Message and traceback"),
+      el("pre", null, pretty(one.message)), el("pre", null, show(one.traceback || ""))));
+}
+async function send(type) {
+  const name = chosen, text = $("payload").value.trim(), buttons = [...$("buttons").children];
+  const tell = (good, line) => {
+    $("receipt").textContent = show(`${type}: ${line}`);
+    $("receipt").className = good ? "" : "bad";
+  };
+  let payload = {};
+  $("payload").removeAttribute("aria-invalid");
+  try {
+    payload = text ? parse(text) : {};
+    if (typeof payload !== "object" || !payload || Array.isArray(payload)) throw Error("no object");
+  } catch (error) {
+    $("payload").setAttribute("aria-invalid", "true");
+    return tell(false, `the payload is no JSON object: ${error.message}`);
+  }
+  buttons.forEach(button => button.disabled = true);
+  try {
+    const receipt = await api(of(name, "/message"), {...payload, type});
+    if (name !== chosen) return;
+    tell(["moved", "stayed", "queued"].includes(receipt.outcome), became(receipt));
+    if (!$("receipt").className) $("payload").value = "";
+  } catch (error) {
+    tell(false, error.message);
+  } finally {
+    buttons.forEach(button => button.disabled = false);
+    all();
+  }
+}
+
+// --- Panel 4: history.
+
+const uncurrent = list => list.querySelectorAll("[aria-current]").forEach(
+  one => one.removeAttribute("aria-current"));
+function became({outcome, from_state: from, to_state: to, reason}) {
+  const known = {moved: `${from} \u2192 ${to}`, stayed: `stays in ${to}`, created: `in ${to}`};
+  return known[outcome] || outcome + (reason ? `: ${reason}` : "");
+}
+
+function remember(newest) {  // take the newest rows in; those that are shown stay
+  const last = journal.length ? journal[0].seq : -1, fresh = newest.filter(one => one.seq > last);
+  if (fresh.length === newest.length) { journal = []; $("history").replaceChildren(); }
+  journal.unshift(...fresh);
+  $("history").prepend(...fresh.map(one => step(one)));
+  $("older").hidden = !journal.length || journal.at(-1).seq === 0;
+  $("quiet").hidden = true;
+  rove($("history"));
+}
+async function older() {  // tells whether there were any
+  const name = chosen, from = journal.at(-1).number;
+  const {history} = await api(of(name, `/history?limit=100&before=${from}`));
+  if (name !== chosen || journal.at(-1).number !== from) return false;
+  journal.push(...history);
+  $("history").append(...history.map(one => step(one)));
+  $("older").hidden = history.length === 0 || journal.at(-1).seq === 0;
+  return history.length > 0;
+}
+function step(one, named) {
+  const type = one.message.type || one.outcome, bad = ["blocked", "ignored"].includes(one.outcome);
+  return el("li", null, button(
+    el("span", {class: "name"}, show(named ? `${one.component}: ${type}` : type)),
+    row => named ? location.hash = encodeURIComponent(one.component) : look(one, row),
+    {class: "row", tabindex: -1}, when(one.time), el("span", {class: "sub"},
+      el("span", {class: bad ? "late" : ""}, show(became(one))), `#${one.seq}`)));
+}
+async function look(one, row) {  // the data as it was then: of that row, or the last before it
+  const again = pinned === one, name = chosen;
+  now();
+  if (again) return;
+  pinned = one;
+  row.setAttribute("aria-current", "true");
+  const data = await dataAt(one), previous = one.data && one.seq ? await dataAt(one, 1) : data;
+  if (name !== chosen || pinned !== one) return;
+  $("then").replaceChildren(`After #${one.seq}, ${new Date(one.time * 1000).toLocaleString()} `,
+    button("Back to now", now), el("pre", null, pretty(one.message)));
+  $("then").hidden = false;
+  $("json").replaceChildren(...(data ? json(data, previous) : ["Forgotten: history was pruned."]));
+  $("then").scrollIntoView({block: "nearest"});
+}
+async function dataAt(one, back = 0) {
+  for (let index = journal.indexOf(one) + back;; index++) {
+    if (index >= journal.length && !(await older())) return null;
+    if (journal[index].data) return journal[index].data;
+  }
+}
+function now() {
+  pinned = null;
+  $("then").hidden = true;
+  uncurrent($("history"));
+  if (facts) $("json").replaceChildren(...json(facts.data));
+}
+
+// --- Keys: a list is one stop of Tab, and arrows walk in it; "/" goes to the search.
+
+function rove(list) {
+  const first = list.querySelector("[aria-current]") || list.querySelector(".row");
+  if (first && !list.querySelector('[tabindex="0"]')) first.tabIndex = 0;
+}
+for (const list of [$("list"), $("history")]) {
+  list.addEventListener("focusin", event => {
+    list.querySelectorAll('[tabindex="0"]').forEach(one => one.tabIndex = -1);
+    event.target.tabIndex = 0;
+  });
+  list.addEventListener("keydown", event => {
+    const items = [...list.children], here = items.indexOf(event.target.parentNode);
+    const to = {ArrowDown: here + 1, ArrowUp: here - 1, PageDown: here + 10, PageUp: here - 10,
+      Home: 0, End: items.length - 1}[event.key];
+    if (to === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    const link = items[Math.max(0, Math.min(to, items.length - 1))].firstChild;
+    link.focus();
+    if (link.href) { history.replaceState(null, "", link.href); choose(); }
+  });
+}
+document.addEventListener("keydown", event => {
+  if (event.key === "/" && !event.target.matches("input, textarea")) {
+    event.preventDefault();
+    if (!$("search").offsetParent) { location.hash = ""; choose(); }
+    $("search").focus();
+  } else if (event.key === "ArrowDown" && event.target === $("search") && rows.size) {
+    event.preventDefault();
+    $("list").querySelector('[tabindex="0"]').focus();
+  }
+});
+
+// --- What is chosen stands in the address; what happens comes as a stream.
+
+function current(name) {
+  if (name === chosen && rows.has(name)) rows.get(name).setAttribute("aria-current", "true");
+}
+function choose() {
+  let name = location.hash.slice(1);
+  try { name = decodeURIComponent(name); } catch { /* typed by hand: taken as it is */ }
+  if (name === chosen) return;
+  if (name) untouched = false;  // until then, the only component there is is opened
+  uncurrent($("list"));
+  [chosen, facts, journal] = [name || null, null, []];
+  now();
+  current(chosen);
+  document.body.classList.toggle("chosen", chosen !== null);
+  for (const id of ["facts", "history", "json", "receipt"]) $(id).replaceChildren();
+  for (const id of ["messages", "letters", "timers", "queue", "older"]) $(id).hidden = true;
+  $("one").hidden = chosen === null;
+  $("overview").hidden = chosen !== null;
+  $("history-title").textContent = chosen === null ? "Activity" : "History";
+  $("title").textContent = show(chosen || "");
+  $("picture").removeAttribute("src");
+  reload();
+}
+const refresh = soon(() => list(), 250), anew = soon(() => list("anew"), 150);
+const more = soon(() => list("more"), 0), sum = soon(totals, 400), reload = soon(load, 60);
+const all = () => { refresh(); sum(); reload(); };
+
+addEventListener("hashchange", () => {
+  choose();
+  if (chosen !== null && !$("list").offsetParent) { scrollTo(0, 0); $("title").focus(); }
+});
+on("search", "input", anew);
+on("failed", "change", anew);
+on("timed", "change", anew);
+on("dead", "click", () => { $("failed").checked = true; location.hash = ""; anew(); });
+on("more", "click", more);
+on("older", "click", () => older().catch(error => said(error.message)));
+on("pane", "scroll", refresh);
+on("login", "cancel", event => event.preventDefault());
+on("messages", "submit", event => { event.preventDefault(); send($("type").value); });
+const fit = () => {  // a wide picture shrinks as long as it can be read
+  const {naturalWidth: wide} = $("picture");
+  $("picture").width = Math.max(Math.min(wide, $("frame").clientWidth), wide * 0.7);
+};
+on("picture", "load", fit);
+new ResizeObserver(fit).observe($("frame"));
+addEventListener("scroll", refresh);
+new IntersectionObserver(([seen]) => seen.isIntersecting && more()).observe($("more"));
+setInterval(() => document.querySelectorAll("[data-at]").forEach(say), 1000);
+setInterval(() => document.hidden || all(), POLL);
+
+async function stream() {  // read one; its end is an error or a return
+  const stop = new AbortController(), over = () => stop.abort();
+  let text = "", timer;
+  const alive = () => { clearTimeout(timer); timer = setTimeout(over, PATIENCE); };
+  addEventListener("pagehide", over);
+  document.addEventListener("visibilitychange", over);
+  try {
+    alive();
+    const answer = await ask("events", {signal: stop.signal, headers: stream.last});
+    if (!answer.ok) return;
+    $("live").textContent = "Live";
+    $("live").className = "on";
+    all();
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const {value, done} = await reader.read();
+      if (done) return;
+      alive();
+      const lines = (text + value).split("\n");
+      text = lines.pop();
+      for (const [, key, value] of lines.map(line => line.match(/^(id|data): ?(.*)/) || [])) {
+        if (key === "id") stream.last = {"Last-Event-ID": value};
+        if (key === "data") happened(parse(value));
+      }
+    }
+  } finally {
+    clearTimeout(timer);
+    removeEventListener("pagehide", over);
+    document.removeEventListener("visibilitychange", over);
+  }
+}
+function happened(one) {
+  recent = [one, ...recent].slice(0, 100);
+  refresh();
+  sum();
+  if (one.component === chosen || chosen === null) reload();
+}
+async function listen() {
+  for (let wait = 500;; wait = Math.min(wait * 2, 10000)) {
+    try { await stream(); } catch { /* the connection is gone: try again */ }
+    if ($("live").className === "on") wait = 500;
+    $("live").textContent = "Reconnecting";
+    $("live").className = "";
+    await new Promise(done => setTimeout(done, wait));
+    while (document.hidden)  // a browser has six connections to a server, for all its tabs
+      await new Promise(done => document.addEventListener("visibilitychange", done, {once: true}));
+  }
+}
+chosen = undefined;  // nothing has been chosen yet, not even nothing
+choose();
+anew();
+listen();
+</script>
+</body>
+</html>
+"""
 
 
 # --------------------------------------------------------------------------------------------

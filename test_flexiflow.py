@@ -12,6 +12,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import html.parser
 import http.client
 import inspect
 import io
@@ -15301,6 +15302,71 @@ class MainJob(Shell):
         self.assertEqual((code, plain(out.split(", ")[0]), out.split("\n")[1:], err), (
             0, self.SUMMARY.split(", ")[0], self.SUMMARY.split("\n")[1:], ""))
         self.assertEqual(self.found(sent), self.expected())
+
+
+# ---- 14. Inspector page
+
+
+class InspectorPage(Case):
+    """What the page may hold: its headers allow it no more than its own script and style."""
+
+    class Tags(html.parser.HTMLParser):
+        """The tags of a page, with their attributes; `open` are those not closed yet."""
+
+        VOID = {"meta", "link", "input", "img", "br"}
+
+        def __init__(self, page: str) -> None:
+            super().__init__()
+            self.found: list = []
+            self.open: list = []
+            self.feed(page)
+
+        def handle_starttag(self, tag, attributes):
+            self.found.append((tag, dict(attributes)))
+            if tag not in self.VOID:
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag, tag
+
+    def setUp(self):
+        super().setUp()
+        self.tags = self.Tags(ff.INSPECTOR_PAGE)
+
+    def test_every_tag_is_closed_in_its_place(self):
+        self.assertEqual(self.tags.open, [])
+
+    def test_it_has_one_script_and_one_style_without_attributes(self):
+        own = [one for one in self.tags.found if one[0] in ("script", "style")]
+        self.assertEqual(own, [("style", {}), ("script", {})])
+
+    def test_it_loads_nothing(self):
+        addresses = [value for _, found in self.tags.found for key, value in found.items()
+            if key in ("src", "href", "action", "srcset")]
+        self.assertEqual(set(addresses), {"data:,", "#"})
+        self.assertNotRegex(ff.INSPECTOR_PAGE, "(?i)https?:|//[a-z]+[.]|@import|url[(]|import[(]")
+
+    def test_no_attribute_holds_style_or_script(self):
+        bad = [(tag, key) for tag, found in self.tags.found for key in found
+            if key == "style" or key.startswith("on")]
+        self.assertEqual(bad, [])
+
+    def test_text_goes_in_as_text(self):
+        self.assertNotRegex(ff.INSPECTOR_PAGE, "(?i)innerHTML|outerHTML|insertAdjacentHTML|"
+            r"document[.]write|\beval\b|new Function|createContextualFragment|[.]style\b|srcdoc")
+
+    def test_each_element_that_the_script_names_is_there_once(self):
+        ids = [found["id"] for _, found in self.tags.found if "id" in found]
+        self.assertEqual(len(ids), len(set(ids)))
+        named = set(re.findall(r'(?:\$|on|section)\("([a-z-]+)"', ff.INSPECTOR_PAGE))
+        self.assertEqual(named - set(ids), set())
+
+    def test_what_is_typed_or_pressed_has_a_name(self):
+        labels = {found["for"] for tag, found in self.tags.found if tag == "label"
+            and "for" in found} | {"failed", "timed"}  # those two stand in their labels
+        unnamed = [found for tag, found in self.tags.found if tag in ("input", "textarea")
+            and "aria-label" not in found and found.get("id") not in labels]
+        self.assertEqual(unnamed, [])
 
 
 # ---- 13. One file: 1.0.1's import paths, one identity, everywhere
