@@ -4821,21 +4821,22 @@ class FlexiFlowEngine:
         """
         given, component = check_message(_message(message, fields)), self._current(name)
         turn = Turn(component, None, given)
-        turn.id = given.get("id") or new_id()
-        before = {"component": name, "id": turn.id}
-        after: Json = {"changes": {}, "sends": [], "emits": [], "actions": [], "timers": [],
-            "ended": []}
-        if self.store is not None:
-            for entry in self.store.journal(name, 1, "message_id=?", (turn.id,)):
-                kept = ("outcome", "from_state", "to_state", "reason")
-                return {**before, **{key: entry[key] for key in kept}, "duplicate": True, **after}
+        turn.id, turn.text = given.get("id") or new_id(), _written(payload(given), "message")
+        before: Json = {"component": name, "id": turn.id}
+        earlier = await turn._answered() if self.store is not None and given.get("id") else None
+        if earlier is not None:
+            kept = {key: getattr(earlier, key) for key in (
+                "outcome", "from_state", "to_state", "reason", "duplicate")}
+            return {**before, **kept, "changes": {}, "sends": [], "emits": [], "actions": [],
+                "timers": [], "ended": []}
         plan = turn._decided()
         if plan.outcome == "class" and getattr(turn.state, "moves", None):  # a built-in's table
             await turn._ask_class(plan)
         node = plan.passage.node.name if plan.passage else turn.leaf
         before.update(outcome=plan.outcome, from_state=turn.leaf, to_state=node,
             reason=plan.reason, duplicate=False)
-        left = plan.passage.exits if plan.passage else ()
+        ends = plan.passage is not None and plan.passage.completes  # then no timer is left
+        left = [*(plan.passage.exits if plan.passage else ()), *["*"] * ends]
         was, now = turn.base, plan.data
         return {**before, "changes": {key: [was.get(key), now.get(key)]
                 for key in {**was, **now} if not same(was.get(key), now.get(key))},
@@ -4844,7 +4845,7 @@ class FlexiFlowEngine:
             "emits": [event for event, _ in plan.emits],
             "actions": [f"{one.__module__}:{one.__qualname__}" for one in plan.actions],
             "timers": [{"message": turn.head.definition.by_number[number].timer_type, "due": due,
-                "state": owner} for due, owner, number in plan.timers],
+                "state": owner} for due, owner, number in plan.timers if not ends],
             "ended": [one for one in self._facts(name)["timers"] if one["state"] in left]}
 
     def history(self, name: str | None = None, *, limit: int | None = None,

@@ -7566,8 +7566,24 @@ class DryRuns(EngineCase):
                 await self.engine.dry_run(name, message)
 
 
+    async def test_with_the_component_its_timers_end_and_none_begins(self):
+        await self.engine.register_async(self.engine.create_component(self.machine(
+            {"from": "*", "after": 30, "to": "A"}, {"from": "B", "after": 5, "to": "A"},
+            {"from": "A", "on": "end", "to": "B"}, states={"A": {}, "B": {"final": True}})))
+        found = await self.foreseen("end")
+        await self.engine.handle_message("m", "end")
+        self.assertEqual((found["timers"], [one["state"] for one in found["ended"]],
+            self.engine.status("m")[0]["timers"]), ([], ["*"], []))
+
+
 class DryRunsStored(DryRuns):
     stored = True
+
+    async def test_an_id_that_stands_for_another_message_is_refused_as_it_would_be(self):
+        self.engine.create_component(self.machine({"on": "go"}, {"on": "back"}))
+        await self.engine.handle_message("m", "go", id="k")
+        with self.assertRaisesRegex(StateError, "The id 'k' was used for another message"):
+            await self.engine.dry_run("m", "back", id="k")
 
     async def test_a_message_that_has_been_handled_has_its_answer(self):
         self.engine.create_component(self.machine({"on": "go", "to": "B", "from": "A"}))
