@@ -6437,6 +6437,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
   color: var(--muted); font-size: 13px; white-space: normal; overflow-wrap: anywhere;
 }
 .sub > :first-child { margin-right: auto; }
+#history .sub { flex-wrap: nowrap; }
 
 #facts { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; color: var(--muted); }
 #facts strong { color: var(--text); overflow-wrap: anywhere; }
@@ -6446,7 +6447,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
 #messages { margin-top: 14px; }
 #messages label { display: block; margin: 10px 0 4px; color: var(--muted); }
 #buttons { display: flex; flex-wrap: wrap; gap: 8px; }
-#receipt { margin-top: 6px; min-height: 1.45em; overflow-wrap: anywhere; }
+#receipt { margin-top: 6px; overflow-wrap: anywhere; }
 .letter {
   display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; align-items: start;
   margin-bottom: 8px; border-left: 3px solid var(--bad); overflow-wrap: anywhere;
@@ -6463,7 +6464,10 @@ mark { background: var(--mark); color: inherit; }
 #empty { max-width: 640px; margin: 12vh auto; padding: 0 24px; }
 #empty pre { margin: 16px 0; }
 
-@media (min-width: 1800px) { main { grid-template-columns: 360px minmax(0, 1fr) 520px; } }
+@media (min-width: 1700px) {
+  main { grid-template-columns: 360px minmax(0, 1fr) 420px; }
+  #parts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 32px; }
+}
 @media (max-width: 1180px) {
   main { grid-template: minmax(0, 3fr) minmax(0, 2fr) / 280px minmax(0, 1fr); }
   nav { grid-row: 1 / 3; }
@@ -6521,6 +6525,8 @@ python -m flexiflow handle start --config config.json</pre>
     <p id="back"><a href="#">All components</a></p>
     <h2 id="title" tabindex="-1"></h2>
     <p id="facts"></p>
+    <div id="parts"><div>
+    <section id="letters" aria-label="Dead letters"></section>
     <div id="frame" tabindex="0" role="group" aria-label="Machine"><img id="picture" alt=""></div>
     <form id="messages" hidden>
       <div id="buttons" role="group" aria-label="Messages it takes now"></div>
@@ -6530,14 +6536,15 @@ python -m flexiflow handle start --config config.json</pre>
       <textarea id="payload" rows="1" spellcheck="false" placeholder='{"amount": 120}'></textarea>
       <p id="receipt" role="status"></p>
     </form>
-    <section id="letters" aria-label="Dead letters"></section>
+    </div><div>
     <section id="timers" aria-label="Timers"></section>
     <section id="queue" aria-label="Queue"></section>
-    <section aria-labelledby="data-title">
+    <section id="data" aria-labelledby="data-title">
       <h3 id="data-title">Data</h3>
       <div id="then" class="box" hidden></div>
       <pre class="box" id="json" tabindex="0" aria-labelledby="data-title"></pre>
     </section>
+    </div></div>
   </article>
   <aside aria-labelledby="history-title">
     <div class="head"><h2 id="history-title">History</h2></div>
@@ -6925,7 +6932,7 @@ async function look(one, row) {  // the data as it was then: of that row, or the
     button("Back to now", now), el("pre", null, pretty(one.message)));
   $("then").hidden = false;
   $("json").replaceChildren(...(data ? json(data, previous) : ["Forgotten: history was pruned."]));
-  $("then").scrollIntoView({block: "nearest"});
+  $("data").scrollIntoView({block: "nearest"});
 }
 async function dataAt(one, back = 0) {
   for (let index = journal.indexOf(one) + back;; index++) {
