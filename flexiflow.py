@@ -6769,10 +6769,11 @@ async function load() {
   if (name === null) {
     const {dead_letters: letters} = await api("dead-letters?limit=100");
     if (chosen !== null) return;
-    $("stuck").replaceChildren(...letters.map(one => letter(one, true)));
+    section("stuck", "", letters, part => part.map(one => letter(one, true)));
     $("calm").textContent = letters.length ? "" : "None. Choose a component to see its machine.";
-    $("history").replaceChildren(...recent.map(one => step(one, true)));
     $("quiet").hidden = recent.length > 0;
+    if (journal !== recent) $("history").replaceChildren(...recent.map(one => step(one, true)));
+    journal = recent;
     return rove($("history"));
   }
   try {
@@ -6796,7 +6797,7 @@ function section(id, title, part, make) {  // made anew only when there is somet
   $(id).hidden = part.length === 0;
   if ($(id).dataset.seen === seen) return;
   $(id).dataset.seen = seen;
-  $(id).replaceChildren(el("h3", null, title), ...make(part));
+  $(id).replaceChildren(...(title ? [el("h3", null, title)] : []), ...make(part));
 }
 function table(heads, lines) {
   const line = (tag, cells) => el("tr", null, ...cells.map(cell => el(tag, null, cell)));
