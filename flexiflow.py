@@ -30,9 +30,9 @@ every message and every answer. From a shell: `python -m flexiflow --help`.
 Sections, each using only what stands above it
     0 Header    1 Errors    2 Ground    3 Retry    4 Events    5 Guards and values
     6 States, registry, packs    7 Rules    8 Config    9 Snapshots    10 Store
-    11 Component and engine    12 Views    13 Command line
+    11 Component and engine    12 Views    13 HTTP    14 Inspector page    15 Command line
 
-A message travels one way: command line or Python call -> engine (one turn at a time for a
+A message travels one way: command line, HTTP or Python call -> engine (one turn at a time for a
 component) -> `decide` (pure: definition, state, data, message, time -> plan) -> actions ->
 one transaction -> receipt -> events on the bus.
 

@@ -16547,6 +16547,10 @@ class Readme(Shell):
         shown = self.flexiflow("--help").stdout
         self.assertEqual(named, set(re.findall(r"^    ([\w-]+)(?:  | \()", shown, re.M)))
 
+    def test_the_picture_is_what_is_drawn(self):
+        self.assertEqual((EXAMPLES / "order.svg").read_text(encoding="utf-8"),
+            ff.visualize(EXAMPLES / "order.json", format="svg") + "\n")
+
     def test_the_example_in_the_files_header_runs(self):
         source = (HERE / "flexiflow.py").read_text(encoding="utf-8")
         example = source.split("and nothing else.\n\n")[1].split("\n\nStarted again")[0]
