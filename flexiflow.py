@@ -6392,7 +6392,7 @@ dialog input { width: 100%; margin: 6px 0 12px; }
   padding: 0 7px; border-radius: 9px; background: var(--hover); color: var(--muted);
   font-size: 12px; line-height: 18px; white-space: nowrap;
 }
-.badge.bad { background: var(--bad-ground); color: var(--bad); font-weight: 600; }
+.badge:is(.bad, :has(.bad)) { background: var(--bad-ground); color: var(--bad); font-weight: 600; }
 
 header {
   display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding: 10px 16px;
@@ -6407,7 +6407,10 @@ header button:not(.bad) { color: inherit; }
   border-radius: 50%; background: var(--late);
 }
 #live.on::before { background: var(--good); }
-#banner { padding: 8px 16px; background: var(--bad-ground); color: var(--bad); }
+#banner {
+  padding: 8px 16px; background: var(--bad-ground); color: var(--bad);
+  white-space: pre-line; overflow-wrap: anywhere;
+}
 
 main { flex: 1; display: grid; grid-template-columns: 320px minmax(0, 1fr) 360px; min-height: 0; }
 nav, aside { display: flex; flex-direction: column; min-height: 0; background: var(--panel); }
@@ -6610,7 +6613,7 @@ function say(node) {  // a time element knows its moment, and is told anew every
   const left = node.dataset.at - Date.now() / 1000, late = left < -2, {how} = node.dataset;
   const text = how === "age" ? span(-left) : (late ? "overdue " : "in ") + span(Math.abs(left));
   if (node.textContent !== text) node.textContent = text;
-  if (how === "due") (node.closest(".badge") || node).classList.toggle("bad", late);
+  node.classList.toggle("bad", how === "due" && late);
 }
 function when(at, how = "age") {
   const day = new Date(at * 1000);
@@ -6745,8 +6748,9 @@ async function list(how) {
   $("empty").hidden = any;
   $("main").hidden = !any;
   $("readonly").hidden = !readonly;
-  $("banner").textContent = show(page.reload_error || "");
-  $("banner").hidden = !page.reload_error;
+  const {reload_error: bad} = page, news = `The changed config is not taken over.\n${show(bad)}`;
+  if ($("banner").textContent !== news) $("banner").textContent = news;
+  $("banner").hidden = !bad;
   if (untouched && page.total === 1 && rows.size) location.replace(fresh[0].firstChild.href);
   rove($("list"));
 }
