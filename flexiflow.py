@@ -6393,7 +6393,7 @@ dialog input { width: 100%; margin: 6px 0 12px; }
   padding: 0 7px; border-radius: 9px; background: var(--hover); color: var(--muted);
   font-size: 12px; line-height: 18px; white-space: nowrap;
 }
-.badge.bad { background: var(--bad-ground); color: var(--bad); font-weight: 600; }
+.badge:is(.bad, :has(.bad)) { background: var(--bad-ground); color: var(--bad); font-weight: 600; }
 
 header {
   display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding: 10px 16px;
@@ -6408,7 +6408,10 @@ header button:not(.bad) { color: inherit; }
   border-radius: 50%; background: var(--late);
 }
 #live.on::before { background: var(--good); }
-#banner { padding: 8px 16px; background: var(--bad-ground); color: var(--bad); }
+#banner {
+  padding: 8px 16px; background: var(--bad-ground); color: var(--bad);
+  white-space: pre-line; overflow-wrap: anywhere;
+}
 
 main { flex: 1; display: grid; grid-template-columns: 320px minmax(0, 1fr) 360px; min-height: 0; }
 nav, aside { display: flex; flex-direction: column; min-height: 0; background: var(--panel); }
@@ -6438,6 +6441,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
   color: var(--muted); font-size: 13px; white-space: normal; overflow-wrap: anywhere;
 }
 .sub > :first-child { margin-right: auto; }
+#history .sub { flex-wrap: nowrap; }
 
 #facts { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; color: var(--muted); }
 #facts strong { color: var(--text); overflow-wrap: anywhere; }
@@ -6447,7 +6451,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
 #messages { margin-top: 14px; }
 #messages label { display: block; margin: 10px 0 4px; color: var(--muted); }
 #buttons { display: flex; flex-wrap: wrap; gap: 8px; }
-#receipt { margin-top: 6px; min-height: 1.45em; overflow-wrap: anywhere; }
+#receipt { margin-top: 6px; overflow-wrap: anywhere; }
 .letter {
   display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; align-items: start;
   margin-bottom: 8px; border-left: 3px solid var(--bad); overflow-wrap: anywhere;
@@ -6464,7 +6468,10 @@ mark { background: var(--mark); color: inherit; }
 #empty { max-width: 640px; margin: 12vh auto; padding: 0 24px; }
 #empty pre { margin: 16px 0; }
 
-@media (min-width: 1800px) { main { grid-template-columns: 360px minmax(0, 1fr) 520px; } }
+@media (min-width: 1700px) {
+  main { grid-template-columns: 360px minmax(0, 1fr) 420px; }
+  #parts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 32px; }
+}
 @media (max-width: 1180px) {
   main { grid-template: minmax(0, 3fr) minmax(0, 2fr) / 280px minmax(0, 1fr); }
   nav { grid-row: 1 / 3; }
@@ -6522,6 +6529,8 @@ python -m flexiflow handle start --config config.json</pre>
     <p id="back"><a href="#">All components</a></p>
     <h2 id="title" tabindex="-1"></h2>
     <p id="facts"></p>
+    <div id="parts"><div>
+    <section id="letters" aria-label="Dead letters"></section>
     <div id="frame" tabindex="0" role="group" aria-label="Machine"><img id="picture" alt=""></div>
     <form id="messages" hidden>
       <div id="buttons" role="group" aria-label="Messages it takes now"></div>
@@ -6531,14 +6540,15 @@ python -m flexiflow handle start --config config.json</pre>
       <textarea id="payload" rows="1" spellcheck="false" placeholder='{"amount": 120}'></textarea>
       <p id="receipt" role="status"></p>
     </form>
-    <section id="letters" aria-label="Dead letters"></section>
+    </div><div>
     <section id="timers" aria-label="Timers"></section>
     <section id="queue" aria-label="Queue"></section>
-    <section aria-labelledby="data-title">
+    <section id="data" aria-labelledby="data-title">
       <h3 id="data-title">Data</h3>
       <div id="then" class="box" hidden></div>
       <pre class="box" id="json" tabindex="0" aria-labelledby="data-title"></pre>
     </section>
+    </div></div>
   </article>
   <aside aria-labelledby="history-title">
     <div class="head"><h2 id="history-title">History</h2></div>
@@ -6604,7 +6614,7 @@ function say(node) {  // a time element knows its moment, and is told anew every
   const left = node.dataset.at - Date.now() / 1000, late = left < -2, {how} = node.dataset;
   const text = how === "age" ? span(-left) : (late ? "overdue " : "in ") + span(Math.abs(left));
   if (node.textContent !== text) node.textContent = text;
-  if (how === "due") (node.closest(".badge") || node).classList.toggle("bad", late);
+  node.classList.toggle("bad", how === "due" && late);
 }
 function when(at, how = "age") {
   const day = new Date(at * 1000);
@@ -6739,8 +6749,9 @@ async function list(how) {
   $("empty").hidden = any;
   $("main").hidden = !any;
   $("readonly").hidden = !readonly;
-  $("banner").textContent = show(page.reload_error || "");
-  $("banner").hidden = !page.reload_error;
+  const {reload_error: bad} = page, news = `The changed config is not taken over.\n${show(bad)}`;
+  if ($("banner").textContent !== news) $("banner").textContent = news;
+  $("banner").hidden = !bad;
   if (untouched && page.total === 1 && rows.size) location.replace(fresh[0].firstChild.href);
   rove($("list"));
 }
@@ -6763,10 +6774,11 @@ async function load() {
   if (name === null) {
     const {dead_letters: letters} = await api("dead-letters?limit=100");
     if (chosen !== null) return;
-    $("stuck").replaceChildren(...letters.map(one => letter(one, true)));
+    section("stuck", "", letters, part => part.map(one => letter(one, true)));
     $("calm").textContent = letters.length ? "" : "None. Choose a component to see its machine.";
-    $("history").replaceChildren(...recent.map(one => step(one, true)));
     $("quiet").hidden = recent.length > 0;
+    if (journal !== recent) $("history").replaceChildren(...recent.map(one => step(one, true)));
+    journal = recent;
     return rove($("history"));
   }
   try {
@@ -6790,7 +6802,7 @@ function section(id, title, part, make) {  // made anew only when there is somet
   $(id).hidden = part.length === 0;
   if ($(id).dataset.seen === seen) return;
   $(id).dataset.seen = seen;
-  $(id).replaceChildren(el("h3", null, title), ...make(part));
+  $(id).replaceChildren(...(title ? [el("h3", null, title)] : []), ...make(part));
 }
 function table(heads, lines) {
   const line = (tag, cells) => el("tr", null, ...cells.map(cell => el(tag, null, cell)));
@@ -6926,7 +6938,7 @@ async function look(one, row) {  // the data as it was then: of that row, or the
     button("Back to now", now), el("pre", null, pretty(one.message)));
   $("then").hidden = false;
   $("json").replaceChildren(...(data ? json(data, previous) : ["Forgotten: history was pruned."]));
-  $("then").scrollIntoView({block: "nearest"});
+  $("data").scrollIntoView({block: "nearest"});
 }
 async function dataAt(one, back = 0) {
   for (let index = journal.indexOf(one) + back;; index++) {
