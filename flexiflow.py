@@ -2586,10 +2586,13 @@ def _columns(keys: Sequence[str]) -> str:
     return ", ".join("message_id" if key == "id" else key for key in keys)
 
 
+ID_TAKEN = "an id stands for one message, its type and payload included"
+
+
 def id_taken(component: Any, id: Any, **values: Any) -> StateError:
     """Return the error for an id that stands for another message already."""
     return StateError(f"The id {id!r} was used for another message to {component!r}",
-        why="an id stands for one message, its type and payload included",
+        why=ID_TAKEN,
         fix="send the new message under a new id", **values)
 
 
@@ -5966,7 +5969,7 @@ class HttpApp:
         """Return the HTTP status of an error."""
         if isinstance(error, Refused):
             return error.status
-        if hasattr(error, "receipt"):
+        if hasattr(error, "receipt") or getattr(error, "why", None) == ID_TAKEN:
             return 422
         if isinstance(error, ArgumentError):
             return 400
@@ -6069,13 +6072,17 @@ class HttpApp:
     async def events(self, request: Request, receive: Any, send: Any) -> None:
         """Send journal rows as they come, of every process; see the HTML standard, section 9.2."""
         last = request.header("last-event-id") or request.query.get("after") or ""
-        number = int(last) if re.fullmatch("[0-9]{1,15}", last) else self._newest()
+        newest = self._newest()  # less than the client's last one where rows were removed
+        number = min(int(last), newest) if re.fullmatch("[0-9]{1,15}", last) else newest
         await _start(send, 200, "text/event-stream", None, [])
+        if request.method == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
         await send({"type": "http.response.body", "body": b": hello\n\n", "more_body": True})
         gone = asyncio.ensure_future(_disconnected(receive))
         quiet = time.monotonic()
         try:
-            while not gone.done() and request.method != "HEAD":
+            while not gone.done():
                 entries = await self._entries(number)
                 text = "".join(f"id: {one['number']}\ndata: {json.dumps(one)}\n\n"
                     for one in entries)
@@ -6086,6 +6093,8 @@ class HttpApp:
                         "body": (text or ": still here\n\n").encode()})
                 if not entries:
                     await asyncio.wait([gone], timeout=POLL)
+        except FlexiFlowError as error:  # too late for another status: the client comes again
+            self.engine.logger.error("A stream of events ended", exc_info=error)
         finally:
             gone.cancel()
         await send({"type": "http.response.body", "body": b""})
@@ -6150,6 +6159,7 @@ class HttpServer:
     def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8765) -> None:
         self.app, self.host, self.port = app, host, port
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.streams: set[asyncio.Task[Any]] = set()  # of events: they end when they are told to
         self.unread: dict[asyncio.StreamWriter, None] = {}  # who has not asked yet, oldest first
 
     async def __aenter__(self) -> HttpServer:
@@ -6167,8 +6177,10 @@ class HttpServer:
         self.server.close()
         for writer in self.unread:
             writer.transport.abort()
+        for task in self.streams:
+            task.cancel()
         if self.tasks:
-            await asyncio.wait(self.tasks, timeout=0.5)
+            await asyncio.wait(self.tasks, timeout=PATIENCE)
         for task in self.tasks:
             task.cancel()
         if self.tasks:
@@ -6176,14 +6188,17 @@ class HttpServer:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
-        if len(self.tasks) >= CONNECTIONS:  # the slowest of those who have not asked yet must go
-            for slow in [*self.unread][:1]:
-                del self.unread[slow]
-                slow.transport.abort()
+        full = len(self.tasks) >= CONNECTIONS
+        slow = next(iter(self.unread), None)
+        if full and slow:  # the slowest of those who have not asked yet must go
+            del self.unread[slow]
+            slow.transport.abort()
         self.tasks.add(task)
         self.unread[writer] = None
         answer = _Answer(writer)
         try:
+            if full and not slow:
+                raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
             await self._serve(reader, answer)
         except Refused as error:
             await answer.refuse(error)
@@ -6191,6 +6206,7 @@ class HttpServer:
             pass  # the client went away, or had to
         finally:
             self.tasks.discard(task)
+            self.streams.discard(task)
             self.unread.pop(writer, None)
             writer.close()
 
@@ -6210,7 +6226,8 @@ class HttpServer:
 
         async def receive() -> Json:
             if not left:
-                await reader.read()
+                while await reader.read(MAX_HEAD):  # which nobody asked for
+                    pass
                 return {"type": "http.disconnect"}
             try:
                 body = await reader.readexactly(left.pop())
@@ -6221,8 +6238,11 @@ class HttpServer:
 
         serving = self.app(scope, receive, answer.send)
         try:
-            await (serving if scope["path"].endswith("/events")
-                else asyncio.wait_for(serving, end - time.monotonic()))
+            if scope["path"].endswith("/events"):
+                self.streams.add(asyncio.current_task())  # type: ignore[arg-type]
+                await serving
+            else:
+                await asyncio.wait_for(serving, end - time.monotonic())
         except asyncio.TimeoutError:
             raise Refused(408, f"It took more than {PATIENCE:g} s") from None
 

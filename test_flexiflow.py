@@ -15434,8 +15434,8 @@ class HttpCase(EngineCase):
             return None
         answer = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
         found = b"".join(one.get("body", b"") for one in sent[1:])
-        self.assertEqual(int(answer.get("content-length", len(found))),
-            len(found) if method != "HEAD" else int(answer["content-length"]))
+        self.assertEqual(int(answer.get("content-length", len(found))), len(found)
+            if method != "HEAD" or found else int(answer.get("content-length", 0)))
         if answer["content-type"] == "application/json" and method != "HEAD":
             found = json.loads(found)
         return sent[0]["status"], answer, found
@@ -15500,6 +15500,10 @@ class HttpRoutes(HttpCase):
         self.assertEqual((first["id"], again), ("k-1", {**first, "duplicate": True}))
         self.assertEqual(await self.status("POST", "/components/order/message",
             {"type": "pay", "amount": 5, "id": "other"}, idempotency_key="k-1"), 400)
+        status, _, error = await self.ask("POST", "/components/order/message",
+            {"type": "pay", "amount": 6}, idempotency_key="k-1")
+        self.assertEqual((status, error["what"]),
+            (422, "The id 'k-1' was used for another message to 'order'"))
 
     async def test_the_correlation_id_comes_and_goes(self):
         self.engine.create_component(self.ORDER)
@@ -15627,6 +15631,8 @@ class HttpRoutes(HttpCase):
         get, head = await self.ask("GET", "/health"), await self.ask("HEAD", "/health")
         self.assertEqual((head[0], head[2], head[1]["content-length"]),
             (200, b"", get[1]["content-length"]))
+        status, headers, body = await self.ask("HEAD", "/events")
+        self.assertEqual((status, headers["content-type"], body), (200, "text/event-stream", b""))
 
     async def test_the_page_and_its_policy(self):
         status, headers, page = await self.ask("GET", "/")
@@ -15730,6 +15736,46 @@ class HttpRoutes(HttpCase):
         found = re.findall(r"id: (\d+)\ndata: (.*)\n\n", "".join(sent))
         self.assertEqual([(int(id), json.loads(data)["seq"], json.loads(data)["number"])
             for id, data in found], [(3, 2, 3), (4, 3, 4)])
+
+    async def test_events_go_on_where_the_client_has_seen_more_than_there_is(self):
+        self.engine.create_component(self.ORDER)
+        sent, gone = [], asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(event):
+            sent.append(event.get("body", b""))
+            if b'"seq": 1' in sent[-1]:
+                gone.set()
+
+        streaming = asyncio.ensure_future(self.app({"type": "http", "method": "GET",
+            "path": "/events", "query_string": b"", "headers": [(b"last-event-id", b"900")]},
+            receive, send))
+        await self.passes()
+        await self.engine.handle_message("order", "pay")
+        await asyncio.wait_for(streaming, 30)
+        self.assertIn(b"\nid: ", b"\n" + b"".join(sent))
+
+    async def test_an_error_within_a_stream_of_events_ends_it(self):
+        sent, calls = [], []
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        async def send(event):
+            sent.append(event["type"])
+
+        async def entries(number):
+            calls.append(number)
+            raise ff.PersistenceError("Damaged")
+
+        self.app._entries = entries
+        await self.app({"type": "http", "method": "GET", "path": "/events", "query_string": b"",
+            "headers": []}, receive, send)
+        self.assertEqual((sent, calls), (["http.response.start", "http.response.body",
+            "http.response.body"], [0]))
 
 
 class HttpRefusals(HttpCase):
@@ -15972,6 +16018,33 @@ class HttpServing(Shell):
             self.ask("GET", "/health")
         self.assertLessEqual(len(os.listdir(files)), before)
 
+    def test_streams_fill_the_places_and_the_next_one_is_told(self):
+        self.serve("--config", "lamp.json")
+        streams = [self.connect() for _ in range(ff.CONNECTIONS)]
+        for one in streams:
+            one.sendall(b"GET /events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            self.assertEqual(one.recv(12), b"HTTP/1.1 200")
+        self.assertEqual(self.raw(b""), 503)
+        streams.pop().close()
+        while self.ask("GET", "/health")[0] == 503:  # until it has seen that one left
+            pass
+        self.assertEqual(self.ask("GET", "/health")[0], 200)
+
+    def test_what_is_sent_into_a_stream_of_events_is_not_kept(self):
+        child = self.serve("--config", "lamp.json")
+
+        def memory():
+            text = Path(f"/proc/{child.pid}/status").read_text()
+            return int(re.search(r"VmHWM:\s+(\d+)", text)[1])  # kB
+
+        stream = self.connect()
+        stream.sendall(b"GET /events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        self.assertEqual(stream.recv(12), b"HTTP/1.1 200")
+        before = memory()
+        for _ in range(60):
+            stream.sendall(bytes(1 << 20))
+        self.assertLess(memory(), before + 20_000)
+
     def test_another_process_is_seen_in_the_events(self):
         self.serve("--config", "lamp.json")
         connection = self.connect()
@@ -15987,7 +16060,7 @@ class HttpServing(Shell):
 
     def test_a_term_signal_lets_a_request_end(self):
         self.write("slow_acts.py", "import asyncio\n\nasync def act(message, component):\n"
-            "    open('begun', 'w').close()\n    await asyncio.sleep(0.3)\n")
+            "    open('begun', 'w').close()\n    await asyncio.sleep(1.5)\n")
         self.write("slow.json", {"name": "slow", "initial_state": "A", "states": {"A": {}, "B": {}},
             "rules": [{"from": "A", "on": "go", "to": "B", "action": "slow_acts:act"}]})
         child = self.serve("--config", "slow.json")
