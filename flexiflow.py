@@ -2586,13 +2586,14 @@ def _columns(keys: Sequence[str]) -> str:
     return ", ".join("message_id" if key == "id" else key for key in keys)
 
 
-ID_TAKEN = "an id stands for one message, its type and payload included"
+class IdTaken(StateError):
+    """An id that stands for another message already."""
 
 
 def id_taken(component: Any, id: Any, **values: Any) -> StateError:
-    """Return the error for an id that stands for another message already."""
-    return StateError(f"The id {id!r} was used for another message to {component!r}",
-        why=ID_TAKEN,
+    """Return the error for the id of another message to a component."""
+    return IdTaken(f"The id {id!r} was used for another message to {component!r}",
+        why="an id stands for one message, its type and payload included",
         fix="send the new message under a new id", **values)
 
 
@@ -5969,7 +5970,7 @@ class HttpApp:
         """Return the HTTP status of an error."""
         if isinstance(error, Refused):
             return error.status
-        if hasattr(error, "receipt") or getattr(error, "why", None) == ID_TAKEN:
+        if hasattr(error, "receipt") or isinstance(error, IdTaken):
             return 422
         if isinstance(error, ArgumentError):
             return 400
@@ -6338,8 +6339,13 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
             engine.reload_error = str(error)
             engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
 
-    await adopt()
-    await watch_path(path, adopt)
+    watching = asyncio.ensure_future(watch_path(path, adopt))
+    try:
+        await asyncio.sleep(0)  # now it has seen the file: what is written from here on counts
+        await adopt()
+        await watching
+    finally:
+        watching.cancel()
 
 
 # --------------------------------------------------------------------------------------------
