@@ -5337,13 +5337,14 @@ class _Layers:
 
     After Sugiyama, Tagawa and Toda (1981): break circles, rank, order, place. `sizes` are (width,
     height) of boxes by name; an edge is (source, target, size of its label), never to itself.
+    `heights` are those of boxes that take more room than edges should keep from them.
     """
 
     GAP = 20.0
 
     def __init__(self, sizes: dict[Any, tuple[float, float]],
-            edges: list[tuple[Any, Any, tuple[float, float]]]) -> None:
-        self.sizes, self.edges = dict(sizes), edges
+            edges: list[tuple[Any, Any, tuple[float, float]]], heights: dict[Any, float]) -> None:
+        self.sizes, self.edges, self.heights = dict(sizes), edges, heights
         self.near: dict[int, dict[Any, list[Any]]] = {-1: {}, 1: {}}  # neighbours above and below
         self.layers: dict[int, list[Any]] = {}
         self.back, order = self._walk()
@@ -5483,8 +5484,9 @@ class _Layers:
         """Return the path of an edge, as SVG writes it."""
         chain, down = self.chains[number], number not in self.back
         points = [(self.x[one], self.y[one]) for one in chain]
-        points[0] = (points[0][0], points[0][1] + self.sizes[chain[0]][1] / 2)
-        points[-1] = (points[-1][0], points[-1][1] - self.sizes[chain[-1]][1] / 2)
+        for at, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
+            height = self.heights.get(chain[at], self.sizes[chain[at]][1])
+            points[at] = (points[at][0], points[at][1] + side * height / 2)
         points = points if down else points[::-1]
         steps = [(c - a) / (d - b) for (a, b), (c, d) in zip(points, points[1:])]
         # Straight out of a box and into one; between, never further out than a bend is.
@@ -5504,6 +5506,31 @@ class _Layers:
         return self.x[middle], self.y[middle]
 
 
+def _xml(text: str) -> str:
+    """Return text that is text in XML, whatever it holds."""
+    shown = re.sub("[\ufffe\uffff]", "\ufffd", printable(text))
+    return shown.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;"})
+
+
+def _text_width(text: str, size: float = 7.4) -> float:
+    """Return about how wide a text is, in pixels; wide characters take two places."""
+    shown = printable(text)
+    return size * sum(1.0 if ord(one) < 0x1100 else 1.9 for one in shown)
+
+
+LONG_LABEL = 40  # characters; what is longer is cut, and stands in full in the <title>
+
+
+def _cut(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= LONG_LABEL else shown[:LONG_LABEL - 1] + "…"
+
+
+def _label_size(texts: list[str]) -> tuple[float, float]:
+    widths = [_text_width(_cut(text), 6.6) for text in texts]
+    return max(widths, default=0.0) + 6 * bool(texts), 15.0 * len(texts)
+
+
 class _Svg(_Graph):
     """A picture being drawn: layers of boxes, and layers within the boxes that have children."""
 
@@ -5521,7 +5548,6 @@ class _Svg(_Graph):
         ".flexiflow .around>rect{stroke:var(--lit-line)}"
         ".flexiflow .edge{fill:none;stroke:var(--line);stroke-width:1.4}"
         ".flexiflow .tip{fill:var(--line)}.flexiflow .start{fill:var(--ink)}")
-    MOST = 40  # characters of a label; all of it stands in its <title>
 
     def text(self, active: str | None) -> str:
         """Return the picture."""
@@ -5570,33 +5596,35 @@ class _Svg(_Graph):
             drawn[end] = drawn.get(end) or self._box(end, "any")
         first = self._line(initial or "")[0 if owner is None else len(self._line(owner))]
         sizes = {"": (10.0, 10.0)} if first in drawn else {}
-        edges = [("", first, (4.0, 0.0))] if sizes else []
-        labels: list[list[str]] = [[]] * len(edges)
-        for name in [first] * bool(sizes) + [one for one in drawn if one != first]:
-            loop = _label_size(joined.get((name, name), []))[0]
-            sizes[name] = drawn[name][1] + 2 * (loop and loop + 30), drawn[name][2]
-        for (source, target), texts in joined.items():
-            if source != target:
-                edges.append((source, target, _label_size(texts)))
-                labels.append(texts)
-        layers = _Layers(sizes, edges)
+        for name in sorted(drawn, key=lambda name: name != first):
+            width, height = _label_size(joined.get((name, name), []))
+            sizes[name] = (drawn[name][1] + 2 * (width and width + 30),
+                max(height, drawn[name][2]))
+        ways = {ends: texts for ends, texts in joined.items() if ends[0] != ends[1]}
+        ways = {("", first): [], **ways} if "" in sizes else ways
+        layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
+            {name: height for name, (_, _, height) in drawn.items()})
         lines = [f'<path class="edge" d="{layers.way(number)}" marker-end="url(#flexiflow-tip)"/>'
-            for number in range(len(edges))]
+            for number in range(len(ways))]
         if "" in sizes:
             x, y = layers.x[""], layers.y[""]
             lines.append(f'<circle class="start" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-        for name, (inner, width, height) in drawn.items():
-            x, y = layers.x[name], layers.y[name]
-            lines += [f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">',
-                *inner, "</g>"]
-            if (name, name) in joined:
-                right = x + width / 2
-                lines.append(f'<path class="edge" d="M{right:.1f},{y - 7:.1f}c24,-12 24,26 1,14"'
-                    ' marker-end="url(#flexiflow-tip)"/>')
-                lines += self._label(joined[name, name], right + 24, y, "start")
-        for number, texts in enumerate(labels):
+        for name, box in drawn.items():
+            lines += self._placed(box, joined.get((name, name), []), layers.x[name], layers.y[name])
+        for number, texts in enumerate(ways.values()):
             lines += self._label(texts, *layers.label(number))
         return lines, layers.width, layers.height
+
+    def _placed(self, box: tuple[list[str], float, float], loop: list[str], x: float,
+            y: float) -> Iterator[str]:
+        """Put a box in its place; beside it what leads from it to itself."""
+        lines, width, height = box
+        yield f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">'
+        yield from (*lines, "</g>")
+        if loop:
+            yield (f'<path class="edge" d="M{x + width / 2:.1f},{y - 7:.1f}c24,-12 24,26 1,14"'
+                ' marker-end="url(#flexiflow-tip)"/>')
+            yield from self._label(loop, x + width / 2 + 24, y, "start")
 
     def _state(self, node: Node) -> tuple[list[str], float, float]:
         """Draw a state; one with children is a box around them."""
@@ -5630,26 +5658,18 @@ class _Svg(_Graph):
                 f"<title>{_xml(text)}</title>{_xml(_cut(text))}</text>")
 
 
-def _xml(text: str) -> str:
-    """Return text that is text in XML, whatever it holds."""
-    shown = re.sub("[\ufffe\uffff]", "\ufffd", printable(text))
-    return shown.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;"})
+def _with_children(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _with_children(child)
 
 
-def _cut(text: str) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= _Svg.MOST else shown[:_Svg.MOST - 1] + "…"
-
-
-def _text_width(text: str, size: float = 7.4) -> float:
-    """Return about how wide a text is, in pixels; wide characters take two places."""
-    shown = printable(text)
-    return size * sum(1.0 if ord(one) < 0x1100 else 1.9 for one in shown)
-
-
-def _label_size(texts: list[str]) -> tuple[float, float]:
-    widths = [_text_width(_cut(text), 6.6) for text in texts]
-    return max(widths, default=0.0) + 6 * bool(texts), 15.0 * len(texts)
+def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield rows of cells as lines, each column as wide as its widest cell."""
+    lines = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 
 def _table_of(graph: _Graph, active: str | None) -> Iterator[str]:
@@ -5667,20 +5687,6 @@ def _table_of(graph: _Graph, active: str | None) -> Iterator[str]:
         for cause, guard, target in ways.get(name) or [("-", "", "")]:
             rows.append((shown, cause, guard or "-", target if target != name else "(stays)"))
     yield from columns(rows)
-
-
-def _with_children(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _with_children(child)
-
-
-def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield rows of cells as lines, each column as wide as its widest cell."""
-    lines = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 
 FORMATS: dict[str, Callable[[ConfigExplanation, str | None], str]] = {
@@ -5827,6 +5833,13 @@ class Request:
     def limit(self) -> int:
         """How many entries of a list are asked for."""
         return min(self.count("limit", PAGE) or PAGE, 10 * PAGE)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON is to show of an object: the fields that its repr shows, or its text."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
 
 
 def _json_answer(value: Any, status: int = 200) -> tuple[int, str, bytes]:
@@ -7216,13 +7229,6 @@ def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -
     return code
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON is to show of an object: the fields that its repr shows, or its text."""
-    if not dataclasses.is_dataclass(value):
-        return str(value)
-    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
-
-
 def _error_text(error: BaseException, joint: str = "\n") -> str:
     """Return an error's lines, FlexiFlow's own or any other's, joined."""
     known = isinstance(error, FlexiFlowError)
@@ -7668,21 +7674,19 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     path = _config_path(args, needed=args.watch)
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
-        engine.start()
-    stop, work = asyncio.Event(), []
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         _on_signal(number, stop.set)
     async with HttpServer(app, args.host, args.port) as server:
-        if args.watch:
-            work.append(asyncio.ensure_future(watch_config(engine, path, args.name)))
+        watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
             engine.start()
         url = f"http://{args.host}:{server.port}/"
         tell(args, [{"url": url}], [f"FlexiFlow inspector on {url} (Ctrl-C stops)"])
         put(end="", flush=True)
         await stop.wait()
-    for task in work:
-        task.cancel()
+        if watch:
+            watch.cancel()
     return 0
 
 

@@ -5298,9 +5298,12 @@ class SvgPictures(ConfigCase):
         return boxes, labels
 
     def test_nothing_lies_on_anything_else(self):
+        loops = {"name": "loops", "initial_state": "A", "states": {"A": {}, "B": {}, "C": {}},
+            "rules": [{"from": one, "on": f"{one}{number}", "to": to} for one, to in (
+                ("A", "B"), ("B", "B"), ("B", "C"), ("C", "A")) for number in range(12)]}
         for config in (self.ORDER, self.M, self.NEST, json.loads(
                 (EXAMPLES / "sepsis.json").read_text()), json.loads(
-                (EXAMPLES / "order.json").read_text())):
+                (EXAMPLES / "order.json").read_text()), loops):
             with self.subTest(config["name"]):
                 self.check(config)
 
