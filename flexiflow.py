@@ -7172,7 +7172,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--by-state": {"action": "store_true", "help": "count the components in each state"},
     "--host": {"default": "127.0.0.1", "help": "the address to listen on (default 127.0.0.1)"},
     "--port": {"type": int, "default": 8765, "help": "the port (default 8765; 0: any)"},
-    "--token": {"metavar": "SECRET", "help": "what requests must carry as a bearer token"},
+    "--token": {"metavar": "SECRET", "help": "what requests must carry (or FLEXIFLOW_TOKEN)"},
     "--read-only": {"action": "store_true", "help": "change nothing, deliver nothing"},
     "--watch": {"action": "store_true", "help": "take over the config whenever its file changes"},
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
@@ -7664,11 +7664,12 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
 @command("serve --port 8765", "show what goes on in a browser, and answer HTTP", "make",
     "--config --name --allow-import --host --port --token --read-only --watch")
 async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
-    if args.host not in _LOOPBACK and not args.token:
+    token = args.token or os.environ.get("FLEXIFLOW_TOKEN")  # which no list of processes shows
+    if args.host not in _LOOPBACK and not token:
         raise UsageError(f"{args.host} can be reached by others",
-            fix="--token SECRET, or leave --host out")
+            fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
     hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
-    app = create_app(engine, hosts, args.token, readonly=args.read_only)
+    app = create_app(engine, hosts, token, readonly=args.read_only)
     if args.read_only:
         engine.queue.rows("PRAGMA user_version")  # raises if there is no store
     path = _config_path(args, needed=args.watch)

@@ -15940,6 +15940,12 @@ class HttpServing(Shell):
             (1, "error: No config given")])
         self.assertIsNone(child.poll())
 
+    def test_a_token_of_the_environment_is_needed(self):
+        with unittest.mock.patch.dict(os.environ, FLEXIFLOW_TOKEN="s3cret"):
+            self.serve("--host", "0.0.0.0")
+        self.assertEqual([self.ask("GET", "/components", **headers)[0] for headers in (
+            {}, {"Authorization": "Bearer s3cret"})], [401, 200])
+
     def test_hostile_requests_are_refused_and_change_nothing(self):
         self.serve("--config", "lamp.json")
         body = b'{"type": "press"}'
