@@ -3045,7 +3045,8 @@ class Receipt(namedtuple("Receipt",
 
     `outcome` is moved, stayed, blocked (its guards were false), ignored (not accepted in this
     state), unknown (declared nowhere) or queued. `seq` is the component's version, and the number
-    of its journal row, `data` its data afterwards. A `duplicate` repeats an earlier receipt.
+    of its journal row, `data` its data afterwards. A `duplicate` repeats an earlier receipt; its
+    data is None where what it was then has been pruned.
     """
 
     __slots__ = ()

@@ -13793,8 +13793,12 @@ class RandomOperations(Torture):
             if not hasattr(error, "receipt"):
                 return None
             receipt = error.receipt
-        return (receipt.outcome, receipt.to_state, receipt.data["n"], receipt.seq,
-            receipt.duplicate)
+        n = None if receipt.data is None else receipt.data["n"]
+        if receipt.duplicate and n is None:  # what the data was then has been pruned
+            self.assertEqual([row["seq"] for row in engine.history(name)
+                if row["data"] and row["seq"] <= receipt.seq], [], self.done)
+            n = self.model.parts[name].ids[id][1][2]
+        return receipt.outcome, receipt.to_state, n, receipt.seq, receipt.duplicate
 
     def compare_history(self, engine, name):
         """Compare a component's history; replayed, it leads where it led."""
