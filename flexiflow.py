@@ -2808,6 +2808,8 @@ class SQLiteStore:
         if options and not os.path.isfile(self.path):
             raise PersistenceError(f"No store: {self.path!r}",
                 fix="register a component first, or check the path")
+        if os.path.isfile(self.path) and 0 < os.path.getsize(self.path) < 100:
+            raise self.damaged("its header")  # SQLite takes a single byte for an empty file
         path = re.sub("[%?#]", lambda char: f"%{ord(char[0]):x}", os.path.abspath(self.path))
         db = sqlite3.connect(f"file:{path}{options}" if options else self.path, uri=bool(options),
             timeout=BUSY_LIMIT * self.readonly, isolation_level=None, check_same_thread=False)
@@ -2829,7 +2831,8 @@ class SQLiteStore:
                 f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
             self._insist(db.execute, f"PRAGMA {pragma}")
         (version,) = self._insist(db.execute, "PRAGMA user_version")
-        tables = {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")}
+        found = db.execute("SELECT sql, rootpage FROM sqlite_master").fetchall()
+        tables, roots = {sql for sql, _ in found}, [root for _, root in found if root]
         ours = any(sql and "flexiflow_" in sql for sql in tables)
         if (version == 0 and self.readonly) or (version and not ours):
             raise PersistenceError(f"Not a store: {self.path!r}",
@@ -2840,8 +2843,8 @@ class SQLiteStore:
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
                 fix="use the newer flexiflow.py")
         schema = {*_SCHEMA.replace("IF NOT EXISTS ", "").strip(";\n").split(";\n")}
-        if version and not schema <= tables:
-            raise self.damaged("its schema")
+        if version and not (schema <= tables and len(roots) == len({*roots})):
+            raise self.damaged("its schema")  # or two tables in one place: one would seem empty
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
@@ -2879,7 +2882,7 @@ class SQLiteStore:
         return translated
 
     def damaged(self, what: str, **where: Any) -> PersistenceError:
-        """Return the error for a row that is not as it was written."""
+        """Return the error for what is not as it was written."""
         return PersistenceError(f"Store {self.path!r} is damaged: {what}",
             why="it is not as it was written", fix="restore a backup", **where)
 
