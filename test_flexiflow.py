@@ -12966,7 +12966,10 @@ class Faults(Torture):
         self.begin()
         code = self.forked(self.carried_out, name, Fault(kills[0], kill=True))
         expected = [picture for call, picture in pictures if call < kills[0]][-1]
-        self.assertEqual((code, self.picture()), (-signal.SIGKILL, expected))
+        if code == 0:  # a delivery looks at the queue once more, or less, as tasks come to an end
+            self.assertGreater(kills[0], pictures[-1][0])
+            expected = pictures[-1][1]
+        self.assertEqual((code, self.picture()), (code and -signal.SIGKILL, expected))
         self.clock.now += 100  # what the dead have claimed is free again
         code = self.forked(self.carried_out, name, Fault(kills[1], kill=True))
         self.assertIn(code, (0, -signal.SIGKILL))
