@@ -5349,56 +5349,55 @@ class _Layers:
     def __init__(self, sizes: dict[Any, tuple[float, float]],
             edges: list[tuple[Any, Any, tuple[float, float]]], heights: dict[Any, float]) -> None:
         self.sizes, self.edges, self.heights = dict(sizes), edges, heights
-        self.near: dict[int, dict[Any, list[Any]]] = {-1: {}, 1: {}}  # neighbours above and below
-        self.layers: dict[int, list[Any]] = {}
-        self.back, order = self._walk()
-        rank = self._ranks(order)
-        for name in order:
-            self.layers.setdefault(rank[name], []).append(name)
+        self.back: set[int] = set()  # edges that close a circle: they are drawn upwards
+        # Neighbours above and below, and how strongly they pull.
+        self.near: dict[int, dict[Any, dict[Any, int]]] = {
+            side: collections.defaultdict(dict) for side in (-1, 1)}
+        rank = self._ranks()
+        self.layers: list[list[Any]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
+        for name, layer in rank.items():
+            self.layers[layer].append(name)
         self.chains = [self._chain(number, rank) for number in range(len(edges))]
         rounds = max(2, min(60, 40_000 // (len(self.sizes) + 1)))
-        self._order(min(rounds, 16))
-        self.x = self._place(rounds)
-        self.y, self.height = self._heights()
-        left = min((at - self.sizes[one][0] / 2 for one, at in self.x.items()), default=0.0)
-        self.x = {one: at - left for one, at in self.x.items()}
-        self.width = max((at + self.sizes[one][0] / 2 for one, at in self.x.items()), default=0.0)
+        self.layers = min(self._orders(min(rounds, 16)), key=self._crossings)
+        at = self._place(rounds)
+        left = min((at[one] - self.sizes[one][0] / 2 for one in at), default=0.0)
+        self.x = {one: at[one] - left for one in at}
+        self.width = max((self.x[one] + self.sizes[one][0] / 2 for one in at), default=0.0)
+        self.y: dict[Any, float] = {}
+        top = 0.0
+        for boxes in self.layers:
+            height = max(self.sizes[one][1] for one in boxes)
+            self.y.update(dict.fromkeys(boxes, top + height / 2))
+            top += height + self.GAP
+        self.height = max(0.0, top - self.GAP)
 
-    def _walk(self) -> tuple[set[int], list[Any]]:
-        """Go depth first; return which edges close a circle, and the boxes in their order."""
-        ahead: dict[Any, list[int]] = {name: [] for name in self.sizes}
-        for number, (source, _, _) in enumerate(self.edges):
-            ahead[source].append(number)
-        self.ahead = ahead
-        back: set[int] = set()
-        on_the_way: set[Any] = set()
+    def _ranks(self) -> dict[Any, int]:
+        """Return the layer of each box: even ones, the longest way from the top; labels between.
+
+        It goes depth first, and notes on the way which edges lead back.
+        """
+        ahead: dict[Any, list[tuple[int, Any]]] = {name: [] for name in self.sizes}
+        for number, (source, target, _) in enumerate(self.edges):
+            ahead[source].append((number, target))
         done: dict[Any, None] = {}  # in the order in which they were left
         for first in self.sizes:
-            stack = [] if first in done else [(first, iter(ahead[first]))]
-            on_the_way.update(name for name, _ in stack)
-            while stack:
-                name, rest = stack[-1]
-                number = next(rest, -1)
-                if number < 0:
-                    on_the_way.discard(name)
+            way = {} if first in done else {first: iter(ahead[first])}  # to where we are
+            while way:
+                name, rest = next(reversed(way.items()))
+                for number, target in rest:
+                    if target in way:
+                        self.back.add(number)
+                    elif target not in done:
+                        way[target] = iter(ahead[target])
+                        break
+                else:
+                    del way[name]
                     done[name] = None
-                    stack.pop()
-                    continue
-                target = self.edges[number][1]
-                if target in on_the_way:
-                    back.add(number)
-                elif target not in done:
-                    on_the_way.add(target)
-                    stack.append((target, iter(ahead[target])))
-        return back, [*done][::-1]
-
-    def _ranks(self, order: list[Any]) -> dict[Any, int]:
-        """Return the layer of each box: even ones, the longest way from the top; labels between."""
-        rank = dict.fromkeys(order, 0)
-        for name in order:
-            for number in self.ahead[name]:
+        rank = dict.fromkeys(reversed(done), 0)
+        for name in rank:
+            for number, target in ahead[name]:
                 if number not in self.back:
-                    target = self.edges[number][1]
                     rank[target] = max(rank[target], rank[name] + 2)
         return rank
 
@@ -5407,56 +5406,52 @@ class _Layers:
         source, target, label = self.edges[number]
         above, below = (target, source) if number in self.back else (source, target)
         bends = [(number, layer) for layer in range(rank[above] + 1, rank[below])]
-        middle = bends[len(bends) // 4 * 2]  # where no boxes are
+        self.sizes.update(dict.fromkeys(bends, (4.0, 0.0)))
+        self.sizes[self._middle(bends)] = label
         for bend in bends:
-            self.sizes[bend] = label if bend == middle else (4.0, 0.0)
-            self.layers.setdefault(bend[1], []).append(bend)
+            self.layers[bend[1]].append(bend)
         chain = [above, *bends, below]
         for upper, lower in zip(chain, chain[1:]):
-            self.near[1].setdefault(upper, []).append(lower)
-            self.near[-1].setdefault(lower, []).append(upper)
+            pull = 8 if isinstance(upper, tuple) and isinstance(lower, tuple) else 1
+            self.near[1][upper][lower] = self.near[-1][lower][upper] = pull
         return chain
 
-    def _order(self, rounds: int) -> None:
-        """Put the boxes of each layer in the order of their neighbours; keep the best of it."""
-        best, kept = math.inf, self.layers
+    def _orders(self, rounds: int) -> Iterator[list[list[Any]]]:
+        """Put the boxes of layers in the order of their neighbours, over and over; yield each try."""
+        layers = self.layers
+        places = {one: at for layer in layers for at, one in enumerate(layer)}
         for turn in range(rounds):
             side = 1 if turn % 2 else -1
-            for rank in sorted(self.layers, reverse=side > 0):
-                there = {one: at for at, one in enumerate(self.layers.get(rank + side, ()))}
+            for rank in range(len(layers))[::-side]:
                 means = {}
-                for at, one in enumerate(self.layers[rank]):
-                    near = [there[other] for other in self.near[side].get(one, ())]
-                    means[one] = sum(near) / len(near) if near else at
-                self.layers[rank] = sorted(self.layers[rank], key=means.__getitem__)
-            crossings = self._crossings()
-            if crossings < best:
-                best, kept = crossings, dict(self.layers)
-        self.layers = kept
+                for one in layers[rank]:
+                    near = [places[other] for other in self.near[side][one]]
+                    means[one] = sum(near) / len(near) if near else places[one]
+                layers[rank] = sorted(means, key=means.__getitem__)
+                places.update((one, at) for at, one in enumerate(layers[rank]))
+            yield layers[:]
 
-    def _crossings(self) -> int:
+    def _crossings(self, layers: list[list[Any]]) -> int:
+        """Count how often edges would cross."""
+        places = {one: at for layer in layers for at, one in enumerate(layer)}
         total = 0
-        for rank, layer in self.layers.items():
-            there = {one: at for at, one in enumerate(self.layers.get(rank + 1, ()))}
+        for layer in layers:
             seen: list[int] = []
             for one in layer:
-                ends = sorted(there[other] for other in self.near[1].get(one, ()))
-                total += sum(len(seen) - bisect.bisect_right(seen, end) for end in ends)
-                for end in ends:
+                for end in sorted(places[other] for other in self.near[1][one]):
+                    total += len(seen) - bisect.bisect_right(seen, end)
                     bisect.insort(seen, end)
         return total
 
     def _place(self, rounds: int) -> dict[Any, float]:
         """Draw every box towards its neighbours, bends most of all; keep order and distance."""
         at: dict[Any, float] = {}
-        for layer in self.layers.values():
-            right = 0.0
-            for one in layer:
-                at[one] = right + self.sizes[one][0] / 2
-                right += self.sizes[one][0] + self.GAP
+        for layer in self.layers:
+            steps = (self.sizes[one][0] + self.GAP for one in layer)
+            for one, start in zip(layer, itertools.accumulate(steps, initial=0.0)):
+                at[one] = start + self.sizes[one][0] / 2
         for turn in range(rounds):
-            for rank in sorted(self.layers, reverse=turn % 2 == 1):
-                layer = self.layers[rank]
+            for layer in self.layers[::-1 if turn % 2 else 1]:
                 low = [self._wish(one, at) for one in layer]
                 high, gaps = low[:], [(self.sizes[one][0] + self.sizes[two][0]) / 2 + self.GAP
                     for one, two in zip(layer, layer[1:])]
@@ -5469,29 +5464,18 @@ class _Layers:
 
     def _wish(self, one: Any, at: dict[Any, float]) -> float:
         """Return where a box would like to be."""
-        near = self.near[-1].get(one, []) + self.near[1].get(one, [])
-        weights = [8 if isinstance(one, tuple) and isinstance(other, tuple) else 1
-            for other in near]
-        pulls = sum(at[other] * weight for other, weight in zip(near, weights))
-        return pulls / sum(weights) if near else at[one]
-
-    def _heights(self) -> tuple[dict[Any, float], float]:
-        """Return the middle of each box, and the height of all."""
-        found, top = {}, 0.0
-        for rank in sorted(self.layers):
-            height = max(self.sizes[one][1] for one in self.layers[rank])
-            found.update(dict.fromkeys(self.layers[rank], top + height / 2))
-            top += height + self.GAP
-        return found, max(0.0, top - self.GAP)
+        near = {**self.near[-1][one], **self.near[1][one]}
+        pulls = sum(at[other] * pull for other, pull in near.items())
+        return pulls / sum(near.values()) if near else at[one]
 
     def way(self, number: int) -> str:
         """Return the path of an edge, as SVG writes it."""
-        chain, down = self.chains[number], number not in self.back
+        chain = self.chains[number]
         points = [(self.x[one], self.y[one]) for one in chain]
-        for at, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
-            height = self.heights.get(chain[at], self.sizes[chain[at]][1])
-            points[at] = (points[at][0], points[at][1] + side * height / 2)
-        points = points if down else points[::-1]
+        for end, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
+            x, y = points[end]
+            points[end] = x, y + side * self.heights[chain[end]] / 2
+        points = points[::-1] if number in self.back else points
         steps = [(c - a) / (d - b) for (a, b), (c, d) in zip(points, points[1:])]
         # Straight out of a box and into one; between, never further out than a bend is.
         slopes = [0.0, *(2 * a * b / (a + b) if a * b > 0 else 0.0
@@ -5505,9 +5489,11 @@ class _Layers:
 
     def label(self, number: int) -> tuple[float, float]:
         """Return the middle of an edge's label."""
-        bends = self.chains[number][1:-1]
-        middle = bends[len(bends) // 4 * 2]
+        middle = self._middle(self.chains[number][1:-1])
         return self.x[middle], self.y[middle]
+
+    def _middle(self, bends: list[Any]) -> Any:
+        return bends[len(bends) // 4 * 2]  # where no boxes are
 
 
 def _xml(text: str) -> str:
@@ -5607,7 +5593,7 @@ class _Svg(_Graph):
         ways = {ends: texts for ends, texts in joined.items() if ends[0] != ends[1]}
         ways = {("", first): [], **ways} if "" in sizes else ways
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
-            {name: height for name, (_, _, height) in drawn.items()})
+            {"": 10.0, **{name: height for name, (_, _, height) in drawn.items()}})
         lines = [f'<path class="edge" d="{layers.way(number)}" marker-end="url(#flexiflow-tip)"/>'
             for number in range(len(ways))]
         if "" in sizes:
