@@ -5048,11 +5048,11 @@ class PackInfo:
     depends_on: list[str]
 
 
-def _family_tree(node: Node, indent: str = "  ", mark: str = "") -> Iterator[str]:
-    """Yield a state and its children, a line each."""
-    yield indent + node.name + mark + " (final)" * node.final
-    for child in node.children:
-        yield from _family_tree(child, indent + "  ", " (initial)" * (child.name == node.initial))
+def _tree(nodes: Iterable[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
+    """Yield states, each before its children, and how deep they stand."""
+    for node in nodes:
+        yield depth, node
+        yield from _tree(node.children, depth + 1)
 
 
 @dataclass
@@ -5093,26 +5093,28 @@ class ConfigExplanation:
             for one in sorted(self.states, key=operator.attrgetter("key")))
         states += [f"  OK {key} (from {self.state_providers[key]})"
             for key in sorted(self.state_providers)]
-        nested = [line for node in (self.definition.nodes.values() if self.definition else ())
-            if node.parent is None and node.children for line in _family_tree(node)]
-        unchecked = [f"  {path}" for path in self.unchecked]
-        warnings, errors = (_entries((f"{word} {one.what}", {"Why": one.why, "Fix": one.fix})
-            for one in problems) for word, problems in (("WARN", self.warnings),
-            ("ERROR", self.errors)))
-        blocks = [
-            ["FlexiFlow Config Explanation", "=" * 40, f"Source: {self.config_path}"],
-            ["Component:", f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"],
-            packs and ["Packs:", *packs, "", f"Pack order: {' -> '.join(self.pack_order)}"],
-            [f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", "", "States:",
+        nodes = [*self.definition.nodes.values()] if self.definition else []
+        initial = {node.initial for node in nodes}
+        nested = ["  " * depth + f"  {node.name}" + " (initial)" * (node.name in initial)
+            + " (final)" * node.final for depth, node in _tree(
+                node for node in nodes if node.parent is None and node.children)]
+        blocks: list[tuple[str, list[str]]] = [
+            ("FlexiFlow Config Explanation", ["=" * 40, f"Source: {self.config_path}"]),
+            ("Component:", [f"  name: {self.name or '(missing)'}", "  initial_state: "
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"]),
+            ("Packs:", packs and [*packs, "", f"Pack order: {' -> '.join(self.pack_order)}"]),
+            (f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", ["", "States:",
                 *(states or ["  (no custom states)"]),
-                f"  Built-in: {', '.join(sorted(self.builtin_states))}"],
-            nested and ["Nested states:", *nested],
-            unchecked and ["Not checked (imports are off):", *unchecked],
-            warnings and ["Warnings:", *warnings], errors and ["Errors:", *errors],
-            ["Status: OK - config will load" if self.is_valid
-                else f"Status: INVALID - {len(self.errors)} error(s) found"]]
-        return "\n\n".join("\n".join(map(printable, block)) for block in blocks if block)
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"]),
+            ("Nested states:", nested),
+            ("Not checked (imports are off):", [f"  {path}" for path in self.unchecked]),
+            ("Warnings:", _entries((f"WARN {one.what}", {"Why": one.why, "Fix": one.fix})
+                for one in self.warnings)),
+            ("Errors:", _entries((f"ERROR {one.what}", {"Why": one.why, "Fix": one.fix})
+                for one in self.errors))]
+        text = ["\n".join(map(printable, [title, *lines])) for title, lines in blocks if lines]
+        return "\n\n".join([*text, "Status: OK - config will load" if self.is_valid
+            else f"Status: INVALID - {len(self.errors)} error(s) found"])
 
 
 def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
@@ -5145,68 +5147,66 @@ def _reached(definition: Definition) -> set[str]:
     return found
 
 
-def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
-    """Yield the place and the text of every part of a config that may have effects."""
-    yield from ((f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or []))
-    for name, state in (source.get("states") or {}).items():
-        for key in ("entry", "exit"):
-            if isinstance(state, dict) and state.get(key):
-                yield f"states.{name}.{key}", state[key]
+def _sends(source: Json) -> Iterator[tuple[str, Json]]:
+    """Yield the place and the text of every message that a config sends."""
+    parts = [(f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or [])]
+    parts += [(f"states.{name}.{key}", state.get(key) or {})
+        for name, state in (source.get("states") or {}).items() if isinstance(state, dict)
+        for key in ("entry", "exit")]
+    for place, part in parts:
+        sends = part.get("send") or []
+        for send in sends if isinstance(sends, list) else [sends]:
+            yield f"{place}.send", send
 
 
 def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield pairs of message types of which one may be a slip of the pen for the other."""
     like: dict[str, list[str]] = {}  # a type with one letter left out -> such types
     for kind in sorted(types):
-        near = {other for at in range(len(kind) + 1)
-            for other in like.get(kind[:at] + kind[at + 1:], ())}
-        for other in sorted(near):
+        parts = [kind[:at] + kind[at + 1:] for at in range(len(kind) + 1)]
+        for other in sorted({other for part in parts for other in like.get(part, ())}):
             if (min(len(kind), len(other)) > 4 and kind[-1] == other[-1] and one_edit(kind, other)
                     and re.sub("[^a-z]", "", kind) != re.sub("[^a-z]", "", other)):
                 yield other, kind
-        for at in range(len(kind) + 1):
-            like.setdefault(kind[:at] + kind[at + 1:], []).append(kind)
+        for part in parts:
+            like.setdefault(part, []).append(kind)
 
 
 def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator[Diagnostic]:
     """Yield what is odd about a good config; `given` are the states that it names itself."""
-    def warning(place: str, what: str, why: str | None = None,
-            fix: str | None = None) -> Diagnostic:
+    def odd(place: str, what: str, why: str | None = None, fix: str | None = None) -> Diagnostic:
         return Diagnostic("warning", f"{place}: {what}", why, fix, {"at": place})
 
-    reached = _reached(definition)
+    nodes, reached = definition.nodes, _reached(definition)
     for key in given:
-        node, place = definition.nodes[key], f"states.{key}"
+        node, place = nodes[key], f"states.{key}"
         if key not in reached:
-            yield warning(place, "This state is never reached", fix="let a rule lead to it")
-        elif node.declared and not (node.children or node.final or len(definition.nodes) == 1):
-            rules = _rules_for(definition, node)
+            yield odd(place, "This state is never reached", fix="let a rule lead to it")
+        elif node.declared and not (node.children or node.final or len(nodes) == 1):
             if not _ways(definition, node):
-                yield warning(place, "This state cannot be left, and is not final",
+                yield odd(place, "This state cannot be left, and is not final",
                     fix='"final": true, or a rule that leads on')
-            elif all(rule.after and rule.guard for rule in rules if rule.to):
-                yield warning(place, "This state may never be left",
+            elif all(rule.after and rule.guard for rule in _rules_for(definition, node) if rule.to):
+                yield odd(place, "This state may never be left",
                     "only timers lead on, and one whose guard is false is used up",
                     "a rule without a guard, or one for a message")
+    dead = {name for name, node in nodes.items() if node.completes or name not in reached}
     for rule in definition.rules:
-        live = [source for source in rule.sources if source == "*" or (
-            source in reached and not definition.nodes[source].completes)]
-        if not live:
-            yield warning(f"rules[{rule.number}]", "This rule can never fire",
+        place = f"rules[{rule.number}]"
+        if dead.issuperset(rule.sources):
+            yield odd(place, "This rule can never fire",
                 "where it stands is never reached, or final: " + ", ".join(rule.sources))
         if rule.after and not (rule.to or any(rule.effects)):
-            yield warning(f"rules[{rule.number}]", "This timer does nothing",
+            yield odd(place, "This timer does nothing",
                 fix="let it lead to a state, or have an effect")
     for first, second in _near_types(definition.types):
-        yield warning("rules", f"Message types that differ by one letter: {first!r}, {second!r}",
+        yield odd("rules", f"Message types that differ by one letter: {first!r}, {second!r}",
             fix="if they are the same, write them the same")
-    for place, text in _effects_of(definition.source):
-        sends = text.get("send") or []
-        for send in sends if isinstance(sends, list) else [sends]:
-            own, kind = send["to"] in ("$component", name), send["type"]
-            if own and not (definition.open or kind[:1] == "$" or kind in definition.types):
-                yield warning(f"{place}.send", f"Nobody takes {kind!r} here",
-                    "it would end as a dead letter", choose(kind, definition.types))
+    for place, send in _sends(definition.source):
+        own, kind = send["to"] in ("$component", name), send["type"]
+        if own and not (definition.open or kind[:1] == "$" or kind in definition.types):
+            yield odd(place, f"Nobody takes {kind!r} here",
+                "it would end as a dead letter", choose(kind, definition.types))
 
 
 def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
@@ -5255,8 +5255,7 @@ class _Graph:
         for edge in self.pack_edges:
             yield edge.from_state, edge.on_message, edge.guard or "", edge.to_state
         for rule in self.rules:
-            cause = ", ".join(rule.on) or rule.timer_type
-            guard = rule.text.get("guard")
+            cause, guard = ", ".join(rule.on) or rule.timer_type, rule.text.get("guard")
             text = "" if guard is None else guard_text(guard)
             yield from ((source, cause, text, rule.to or source) for source in rule.sources)
         for node in self.nodes.values():
@@ -5277,13 +5276,9 @@ class _Mermaid(_Graph):
     PLAIN_ID = "(?!state_|pack_|start_|any_)[A-Za-z][A-Za-z0-9_]*"
     UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
 
-    def __init__(self, found: ConfigExplanation) -> None:
-        super().__init__(found)
-        self.ids: dict[str, str] = {}
-        self.is_plain, self.unsafe = map(re.compile, (self.PLAIN_ID, self.UNSAFE))
-
     def lines(self, active: str | None) -> Iterator[str]:
         found = self.found
+        self.ids: dict[str, str] = {}
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
         if found.pack_order:
             yield "%% pack_order: " + ", ".join(map(self.label, found.pack_order))
@@ -5304,24 +5299,24 @@ class _Mermaid(_Graph):
         if self.nodes and found.initial_state:
             yield f"start_(( )) --> {self.id_of(found.initial_state)}"
         for source, cause, guard, target in self.edges():
-            label = _with_guard(cause, guard)
             if source == "*" and "*" not in self.ids:
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
-            yield f'{self.id_of(source)} -->|"{self.label(label)}"| {self.id_of(target)}'
+            label = self.label(_with_guard(cause, guard))
+            yield f'{self.id_of(source)} -->|"{label}"| {self.id_of(target)}'
         if active in self.nodes:
             yield f"style {self.id_of(active)} stroke-width:4px"
 
     def id_of(self, name: str) -> str:
         """Return an id that Mermaid takes, the name itself where that is one."""
         if name not in self.ids:
-            plain = self.is_plain.fullmatch(name) and name.lower() not in self.WORDS
+            plain = re.fullmatch(self.PLAIN_ID, name) and name.lower() not in self.WORDS
             self.ids[name] = name if plain else f"state_{len(self.ids)}"
         return self.ids[name]
 
     def label(self, text: str) -> str:
         """Escape a label: every unsafe character becomes its number."""
-        return self.unsafe.sub(lambda found: f"#{ord(found[0])};", text)
+        return re.sub(self.UNSAFE, lambda found: f"#{ord(found[0])};", text)
 
     def box(self, name: str, shape: str = '{}["{}"]') -> str:
         return shape.format(self.id_of(name), self.label(name))
@@ -5417,7 +5412,7 @@ class _Layers:
         return chain
 
     def _orders(self, rounds: int) -> Iterator[list[list[Any]]]:
-        """Put the boxes of layers in the order of their neighbours, over and over; yield each try."""
+        """Put the boxes of layers in the order of their neighbours, again and again; yield all."""
         layers = self.layers
         places = {one: at for layer in layers for at, one in enumerate(layer)}
         for turn in range(rounds):
@@ -5521,6 +5516,9 @@ def _label_size(texts: list[str]) -> tuple[float, float]:
     return max(widths, default=0.0) + 6 * bool(texts), 15.0 * len(texts)
 
 
+_Drawn = tuple[list[str], float, float]  # lines of SVG, width, height
+
+
 class _Svg(_Graph):
     """A picture being drawn: layers of boxes, and layers within the boxes that have children."""
 
@@ -5539,10 +5537,11 @@ class _Svg(_Graph):
         ".flexiflow .edge{fill:none;stroke:var(--line);stroke-width:1.4}"
         ".flexiflow .tip{fill:var(--line)}.flexiflow .start{fill:var(--ink)}")
 
+    EDGE = '<path class="edge" d="{}" marker-end="url(#flexiflow-tip)"/>'
+
     def text(self, active: str | None) -> str:
         """Return the picture."""
-        node = self.nodes.get(active or "")
-        self.lit = {one.name: " around" for one in node.lineage()} if node else {}
+        self.lit = dict.fromkeys(self._line(active or ""), " around")
         self.lit[active or ""] = " active"
         self.joined: dict[Any, dict[tuple[str, str], list[str]]] = {}
         for source, cause, guard, target in self.edges():
@@ -5565,8 +5564,7 @@ class _Svg(_Graph):
     def _join(self, source: str, label: str, target: str) -> None:
         """Note an edge where it is drawn: between two boxes that stand in the same one."""
         a, b = self._line(source), self._line(target)
-        same = len([1 for one, two in zip(a, b) if one == two])
-        at = min(same, len(a) - 1, len(b) - 1)
+        at = min(len(os.path.commonprefix([a, b])), len(a) - 1, len(b) - 1)
         label = f"{self._short(source)}: {label}" if len(a) > at + 1 else label
         label += f" → {self._short(target)}" if len(b) > at + 1 else ""
         ends = self.joined.setdefault(a[at - 1] if at else None, {})
@@ -5574,84 +5572,63 @@ class _Svg(_Graph):
 
     def _short(self, name: str) -> str:
         """Return a state's name without that of its parent."""
-        node = self.nodes.get(name)
-        return name[len(node.parent.name) + 1:] if node and node.parent else name
+        around = self._line(name)[:-1]
+        return name[len(around[-1]) + 1:] if around else name
 
-    def _inside(self, owner: str | None, nodes: list[Node],
-            initial: str | None) -> tuple[list[str], float, float]:
-        """Draw what stands in a box, or in the whole picture; return lines, width and height."""
+    def _inside(self, owner: str | None, nodes: list[Node], initial: str | None) -> _Drawn:
+        """Draw what stands in a box, or in the whole picture."""
         joined = self.joined.get(owner, {})
-        drawn = {node.name: self._state(node) for node in nodes}
-        for end in itertools.chain.from_iterable(joined):
-            drawn[end] = drawn.get(end) or self._box(end, "any")
-        first = self._line(initial or "")[0 if owner is None else len(self._line(owner))]
-        sizes = {"": (10.0, 10.0)} if first in drawn else {}
-        for name in sorted(drawn, key=lambda name: name != first):
+        names = [*(node.name for node in nodes), *itertools.chain.from_iterable(joined)]
+        drawn = {name: self._box(name) for name in dict.fromkeys(names)}
+        first = [name for name in self._line(initial or "") if name in drawn]  # one, or none
+        sizes = dict.fromkeys([""] * len(first), (10.0, 10.0))  # the point where all begins
+        for name in [*first, *drawn]:
             width, height = _label_size(joined.get((name, name), []))
             sizes[name] = (drawn[name][1] + 2 * (width and width + 30),
                 max(height, drawn[name][2]))
-        ways = {ends: texts for ends, texts in joined.items() if ends[0] != ends[1]}
-        ways = {("", first): [], **ways} if "" in sizes else ways
+        ways: dict[tuple[str, str], list[str]] = {("", name): [] for name in first}
+        ways.update((ends, texts) for ends, texts in joined.items() if ends[0] != ends[1])
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
             {"": 10.0, **{name: height for name, (_, _, height) in drawn.items()}})
-        lines = [f'<path class="edge" d="{layers.way(number)}" marker-end="url(#flexiflow-tip)"/>'
-            for number in range(len(ways))]
-        if "" in sizes:
-            x, y = layers.x[""], layers.y[""]
-            lines.append(f'<circle class="start" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-        for name, box in drawn.items():
-            lines += self._placed(box, joined.get((name, name), []), layers.x[name], layers.y[name])
+        lines = [self.EDGE.format(layers.way(number)) for number in range(len(ways))]
+        lines += [f'<circle class="start" cx="{layers.x[""]:.1f}" cy="{layers.y[""]:.1f}" r="5"/>'
+            for _ in first]
+        for name, (box, width, height) in drawn.items():
+            x, y, right = layers.x[name], layers.y[name], layers.x[name] + width / 2
+            lines += [f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">', *box,
+                "</g>"]
+            if (name, name) in joined:
+                lines.append(self.EDGE.format(f"M{right:.1f},{y - 7:.1f}c24,-12 24,26 1,14"))
+                lines += self._label(joined[name, name], right + 24, y, "start")
         for number, texts in enumerate(ways.values()):
             lines += self._label(texts, *layers.label(number))
         return lines, layers.width, layers.height
 
-    def _placed(self, box: tuple[list[str], float, float], loop: list[str], x: float,
-            y: float) -> Iterator[str]:
-        """Put a box in its place; beside it what leads from it to itself."""
-        lines, width, height = box
-        yield f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">'
-        yield from (*lines, "</g>")
-        if loop:
-            yield (f'<path class="edge" d="M{x + width / 2:.1f},{y - 7:.1f}c24,-12 24,26 1,14"'
-                ' marker-end="url(#flexiflow-tip)"/>')
-            yield from self._label(loop, x + width / 2 + 24, y, "start")
-
-    def _state(self, node: Node) -> tuple[list[str], float, float]:
-        """Draw a state; one with children is a box around them."""
-        if not node.children:
-            return self._box(node.name, "state", node.final)
-        lines, width, height = self._inside(node.name, node.children, node.initial)
-        width = max(width, _text_width(self._short(node.name))) + 32
-        inner = ['<g transform="translate(16,36)">', *lines, "</g>"]
-        return self._box(node.name, "nest", False, width, height + 52, inner)
-
-    def _box(self, name: str, kind: str, final: bool = False, width: float = 0.0,
-            height: float = 34.0, inner: Sequence[str] = ()) -> tuple[list[str], float, float]:
-        """Draw a box with its name: in the middle, or above what is in it."""
-        text = _xml(self._short(name))
-        width = width or max(64.0, _text_width(self._short(name)) + 28)
-        x, y, anchor = (16.0, 22.0, "start") if inner else (width / 2, 21.5, "middle")
-        kind += self.lit.get(name, "") + " final" * final
-        lines = [f'<g class="{kind}" data-state="{_xml(name)}"><rect width="{width:.1f}"'
-            f' height="{height:.1f}" rx="9"/>']
+    def _box(self, name: str) -> _Drawn:
+        """Draw a state: its name in the middle of a box, or above its children."""
+        node, short = self.nodes.get(name), self._short(name)
+        kind = "any" if node is None else "nest" if node.children else "state"
+        inner, final, text_width = [], node is not None and node.final, _text_width(short)
+        width, height = max(64.0, text_width + 28), 34.0
+        x, y, anchor = width / 2, 21.5, "middle"
+        if node is not None and node.children:
+            lines, width, height = self._inside(name, node.children, node.initial)
+            inner = ['<g transform="translate(16,36)">', *lines, "</g>"]
+            width, height = max(width, text_width) + 32, height + 52
+            x, y, anchor = 16.0, 22.0, "start"
+        lines = [f'<g class="{kind}{self.lit.get(name, "")}{" final" * final}"'
+            f' data-state="{_xml(name)}"><rect width="{width:.1f}" height="{height:.1f}" rx="9"/>']
         lines += [f'<rect class="inner" x="3.5" y="3.5" width="{width - 7:.1f}"'
             f' height="{height - 7:.1f}" rx="6"/>'] * final
-        return [*lines, f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>', *inner,
-            "</g>"], width, height
+        lines.append(f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{_xml(short)}</text>')
+        return [*lines, *inner, "</g>"], width, height
 
-    def _label(self, texts: list[str], x: float, y: float,
-            anchor: str = "middle") -> Iterator[str]:
+    def _label(self, texts: list[str], x: float, y: float, anchor: str = "middle") -> Iterator[str]:
         """Write the lines of a label around a point."""
         for at, text in enumerate(texts):
             line = y + 15 * (at - (len(texts) - 1) / 2) + 4
             yield (f'<text class="label" x="{x:.1f}" y="{line:.1f}" text-anchor="{anchor}">'
                 f"<title>{_xml(text)}</title>{_xml(_cut(text))}</text>")
-
-
-def _with_children(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _with_children(child)
 
 
 def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
@@ -5664,18 +5641,17 @@ def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
 
 def _table_of(graph: _Graph, active: str | None) -> Iterator[str]:
     """Yield a table of states and ways, a way a line: `>` is where it begins, `*` where it is."""
-    ways: dict[str, list[tuple[str, ...]]] = {}
+    ways: dict[str, list[list[str]]] = {}
     for source, *way in graph.edges():
-        ways.setdefault(source, []).append(tuple(way))
+        ways.setdefault(source, []).append(way)
     rows: list[tuple[str, ...]] = [("STATE", "ON", "GUARD", "TO")]
-    tree = [node for root in graph.roots for node in _with_children(root)]
-    for name in dict.fromkeys([*(node.name for node in tree), *ways]):
-        node = graph.nodes.get(name)
+    shown = {node.name: "  " * depth + node.name + " (final)" * node.final
+        for depth, node in _tree(graph.roots)}
+    for name in {**shown, **ways}:
         mark = "* " if name == active else "> " if name == graph.found.initial_state else "  "
-        shown = mark + "  " * (len([*node.lineage()]) - 1 if node else 0) + name
-        shown += " (final)" * bool(node and node.final)
-        for cause, guard, target in ways.get(name) or [("-", "", "")]:
-            rows.append((shown, cause, guard or "-", target if target != name else "(stays)"))
+        for cause, guard, target in ways.get(name) or [["-", "", ""]]:
+            rows.append((mark + shown.get(name, name), cause, guard or "-",
+                target if target != name else "(stays)"))
     yield from columns(rows)
 
 
