@@ -5137,8 +5137,7 @@ def _reached(definition: Definition) -> set[str]:
     """
     found: set[str] = set()
     ahead = [definition.birth.node]
-    while ahead:
-        node = ahead.pop()
+    for node in ahead:  # which grows
         if not (node.declared or node.cls in BUILT_IN):
             return {*definition.nodes}
         if node.name not in found:
@@ -5147,16 +5146,13 @@ def _reached(definition: Definition) -> set[str]:
     return found
 
 
-def _sends(source: Json) -> Iterator[tuple[str, Json]]:
-    """Yield the place and the text of every message that a config sends."""
-    parts = [(f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or [])]
-    parts += [(f"states.{name}.{key}", state.get(key) or {})
-        for name, state in (source.get("states") or {}).items() if isinstance(state, dict)
-        for key in ("entry", "exit")]
-    for place, part in parts:
-        sends = part.get("send") or []
-        for send in sends if isinstance(sends, list) else [sends]:
-            yield f"{place}.send", send
+def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
+    """Yield the place and the text of every part of a config that may have effects."""
+    yield from ((f"rules[{number}]", rule) for number, rule in enumerate(source.get("rules") or []))
+    for name, state in (source.get("states") or {}).items():
+        for key in ("entry", "exit"):
+            if isinstance(state, dict) and state.get(key):
+                yield f"states.{name}.{key}", state[key]
 
 
 def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -5202,11 +5198,13 @@ def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator
     for first, second in _near_types(definition.types):
         yield odd("rules", f"Message types that differ by one letter: {first!r}, {second!r}",
             fix="if they are the same, write them the same")
-    for place, send in _sends(definition.source):
-        own, kind = send["to"] in ("$component", name), send["type"]
-        if own and not (definition.open or kind[:1] == "$" or kind in definition.types):
-            yield odd(place, f"Nobody takes {kind!r} here",
-                "it would end as a dead letter", choose(kind, definition.types))
+    for place, text in _effects_of(definition.source):
+        sends = text.get("send") or []
+        for send in sends if isinstance(sends, list) else [sends]:
+            own, kind = send["to"] in ("$component", name), send["type"]
+            if own and not (definition.open or kind[:1] == "$" or kind in definition.types):
+                yield odd(f"{place}.send", f"Nobody takes {kind!r} here",
+                    "it would end as a dead letter", choose(kind, definition.types))
 
 
 def _resolutions(walk: _Walk) -> Iterator[StateResolution]:
@@ -5241,8 +5239,16 @@ def explain(config: Path | Json, *, imports: bool = True,
         unchecked=found.unchecked, definition=found.definition)
 
 
+def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield rows of cells as lines, each column as wide as its widest cell."""
+    lines = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+
+
 class _Graph:
-    """What a picture shows: states, and the ways between them."""
+    """What a picture shows: states, and the ways between them; and that as a table of text."""
 
     def __init__(self, found: ConfigExplanation) -> None:
         self.found, definition = found, found.definition
@@ -5262,6 +5268,21 @@ class _Graph:
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, "", target
 
+    def lines(self, active: str | None) -> Iterable[str]:
+        """Return the picture: here, a way a line; `>` is where it begins, `*` where it is."""
+        ways: dict[str, list[list[str]]] = {}
+        for source, *way in self.edges():
+            ways.setdefault(source, []).append(way)
+        rows: list[tuple[str, ...]] = [("STATE", "ON", "GUARD", "TO")]
+        shown = {node.name: "  " * depth + node.name + " (final)" * node.final
+            for depth, node in _tree(self.roots)}
+        for name in {**shown, **ways}:
+            mark = "* " if name == active else "> " if name == self.found.initial_state else "  "
+            for cause, guard, target in ways.get(name) or [["-", "", ""]]:
+                rows.append((mark + shown.get(name, name), cause, guard or "-",
+                    target if target != name else "(stays)"))
+        return columns(rows)
+
 
 def _with_guard(cause: str, guard: str) -> str:
     return f"{cause} [{guard}]" if guard else cause
@@ -5277,6 +5298,7 @@ class _Mermaid(_Graph):
     UNSAFE = r"[^\w .,:/+*=()\[\]>-]"  # whatever Mermaid or HTML might read
 
     def lines(self, active: str | None) -> Iterator[str]:
+        """Yield the lines of the flowchart."""
         found = self.found
         self.ids: dict[str, str] = {}
         yield from ("flowchart LR", "", "%% Edge labels: message [guard]")
@@ -5290,10 +5312,10 @@ class _Mermaid(_Graph):
         for node in self.nodes.values():
             if node.parent is None and node.name not in found.state_providers:
                 yield from self.state(node)
-        known = {*self.nodes, *found.builtin_states, *found.state_providers}
         ends = {end for edge in self.pack_edges for end in (edge.from_state, edge.to_state)}
-        yield from (f"{self.box(name)}:::unknown" for name in sorted(ends - known))
-        if ends - known:
+        unknown = ends.difference(self.nodes, found.builtin_states, found.state_providers)
+        yield from (f"{self.box(name)}:::unknown" for name in sorted(unknown))
+        if unknown:
             yield "classDef unknown stroke-dasharray: 5 5, stroke: #999"
         yield ""
         if self.nodes and found.initial_state:
@@ -5321,14 +5343,12 @@ class _Mermaid(_Graph):
     def box(self, name: str, shape: str = '{}["{}"]') -> str:
         return shape.format(self.id_of(name), self.label(name))
 
-    def state(self, node: Node, indent: str = "") -> Iterator[str]:
-        if node.children:
-            yield f"{indent}subgraph {self.box(node.name)}"
-            for child in node.children:
-                yield from self.state(child, indent + "  ")
-            yield f"{indent}end"
-        else:
-            yield indent + self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')
+    def state(self, node: Node) -> list[str]:
+        """Return the lines of a state: a box, or a subgraph of its children."""
+        if not node.children:
+            return [self.box(node.name, '{}(["{}"])' if node.final else '{}["{}"]')]
+        inner = (f"  {line}" for child in node.children for line in self.state(child))
+        return [f"subgraph {self.box(node.name)}", *inner, "end"]
 
 
 class _Layers:
@@ -5352,20 +5372,20 @@ class _Layers:
         self.layers: list[list[Any]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
         for name, layer in rank.items():
             self.layers[layer].append(name)
+        self.labels: list[Any] = []
         self.chains = [self._chain(number, rank) for number in range(len(edges))]
         rounds = max(2, min(60, 40_000 // (len(self.sizes) + 1)))
         self.layers = min(self._orders(min(rounds, 16)), key=self._crossings)
-        at = self._place(rounds)
-        left = min((at[one] - self.sizes[one][0] / 2 for one in at), default=0.0)
-        self.x = {one: at[one] - left for one in at}
-        self.width = max((self.x[one] + self.sizes[one][0] / 2 for one in at), default=0.0)
-        self.y: dict[Any, float] = {}
+        x = self._place(rounds)
+        left = min((x[one] - self.sizes[one][0] / 2 for one in x), default=0.0)
+        self.at: dict[Any, tuple[float, float]] = {}  # the middles of all
         top = 0.0
         for boxes in self.layers:
             height = max(self.sizes[one][1] for one in boxes)
-            self.y.update(dict.fromkeys(boxes, top + height / 2))
+            self.at.update((one, (x[one] - left, top + height / 2)) for one in boxes)
             top += height + self.GAP
         self.height = max(0.0, top - self.GAP)
+        self.width = max((self.at[one][0] + self.sizes[one][0] / 2 for one in x), default=0.0)
 
     def _ranks(self) -> dict[Any, int]:
         """Return the layer of each box: even ones, the longest way from the top; labels between.
@@ -5375,20 +5395,21 @@ class _Layers:
         ahead: dict[Any, list[tuple[int, Any]]] = {name: [] for name in self.sizes}
         for number, (source, target, _) in enumerate(self.edges):
             ahead[source].append((number, target))
+        way: set[Any] = set()  # the boxes on the way to where we are
         done: dict[Any, None] = {}  # in the order in which they were left
-        for first in self.sizes:
-            way = {} if first in done else {first: iter(ahead[first])}  # to where we are
-            while way:
-                name, rest = next(reversed(way.items()))
-                for number, target in rest:
-                    if target in way:
-                        self.back.add(number)
-                    elif target not in done:
-                        way[target] = iter(ahead[target])
-                        break
-                else:
-                    del way[name]
-                    done[name] = None
+        # What is to be done, the last first: edges to follow (-1: none leads here), and boxes to
+        # leave (None), below all that is reached from them.
+        steps: list[tuple[int | None, Any]] = [(-1, name) for name in reversed(self.sizes)]
+        while steps:
+            edge, name = steps.pop()
+            if edge is None:
+                way.remove(name)
+                done[name] = None
+            elif name in way:
+                self.back.add(edge)
+            elif name not in done:
+                way.add(name)
+                steps += [(None, name), *reversed(ahead[name])]
         rank = dict.fromkeys(reversed(done), 0)
         for name in rank:
             for number, target in ahead[name]:
@@ -5402,7 +5423,8 @@ class _Layers:
         above, below = (target, source) if number in self.back else (source, target)
         bends = [(number, layer) for layer in range(rank[above] + 1, rank[below])]
         self.sizes.update(dict.fromkeys(bends, (4.0, 0.0)))
-        self.sizes[self._middle(bends)] = label
+        self.labels.append(bends[len(bends) // 4 * 2])  # where no boxes are
+        self.sizes[self.labels[-1]] = label
         for bend in bends:
             self.layers[bend[1]].append(bend)
         chain = [above, *bends, below]
@@ -5466,7 +5488,7 @@ class _Layers:
     def way(self, number: int) -> str:
         """Return the path of an edge, as SVG writes it."""
         chain = self.chains[number]
-        points = [(self.x[one], self.y[one]) for one in chain]
+        points = [self.at[one] for one in chain]
         for end, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
             x, y = points[end]
             points[end] = x, y + side * self.heights[chain[end]] / 2
@@ -5481,14 +5503,6 @@ class _Layers:
             text += (f"C{a + out * reach:.1f},{b + reach:.1f} {c - into * reach:.1f},"
                 f"{d - reach:.1f} {c:.1f},{d:.1f}")
         return text
-
-    def label(self, number: int) -> tuple[float, float]:
-        """Return the middle of an edge's label."""
-        middle = self._middle(self.chains[number][1:-1])
-        return self.x[middle], self.y[middle]
-
-    def _middle(self, bends: list[Any]) -> Any:
-        return bends[len(bends) // 4 * 2]  # where no boxes are
 
 
 def _xml(text: str) -> str:
@@ -5536,11 +5550,10 @@ class _Svg(_Graph):
         ".flexiflow .around>rect{stroke:var(--lit-line)}"
         ".flexiflow .edge{fill:none;stroke:var(--line);stroke-width:1.4}"
         ".flexiflow .tip{fill:var(--line)}.flexiflow .start{fill:var(--ink)}")
-
     EDGE = '<path class="edge" d="{}" marker-end="url(#flexiflow-tip)"/>'
 
-    def text(self, active: str | None) -> str:
-        """Return the picture."""
+    def lines(self, active: str | None) -> Iterable[str]:
+        """Return the lines of the document."""
         self.lit = dict.fromkeys(self._line(active or ""), " around")
         self.lit[active or ""] = " active"
         self.joined: dict[Any, dict[tuple[str, str], list[str]]] = {}
@@ -5549,12 +5562,12 @@ class _Svg(_Graph):
         lines, width, height = self._inside(None, self.roots, self.found.initial_state)
         size = f"{width + 32:.0f}", f"{height + 32:.0f}"
         name = _xml(self.found.name or "FlexiFlow")
-        return "\n".join([
+        return [
             '<svg xmlns="http://www.w3.org/2000/svg" class="flexiflow" role="img" width="{}"'
             ' height="{}" viewBox="-16 -16 {} {}">'.format(*size, *size), f"<title>{name}</title>",
             f"<style>{self.STYLE}</style>", '<defs><marker id="flexiflow-tip" viewBox="0 0 8 8"'
             ' refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="tip"'
-            ' d="M0,0L8,4L0,8z"/></marker></defs>', *lines, "</svg>"])
+            ' d="M0,0L8,4L0,8z"/></marker></defs>', *lines, "</svg>"]
 
     def _line(self, name: str) -> list[str]:
         """Return a state and what is around it, outermost first."""
@@ -5581,7 +5594,7 @@ class _Svg(_Graph):
         names = [*(node.name for node in nodes), *itertools.chain.from_iterable(joined)]
         drawn = {name: self._box(name) for name in dict.fromkeys(names)}
         first = [name for name in self._line(initial or "") if name in drawn]  # one, or none
-        sizes = dict.fromkeys([""] * len(first), (10.0, 10.0))  # the point where all begins
+        sizes = {"": (10.0, 10.0)} if first else {}  # the point where all begins
         for name in [*first, *drawn]:
             width, height = _label_size(joined.get((name, name), []))
             sizes[name] = (drawn[name][1] + 2 * (width and width + 30),
@@ -5591,17 +5604,18 @@ class _Svg(_Graph):
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
             {"": 10.0, **{name: height for name, (_, _, height) in drawn.items()}})
         lines = [self.EDGE.format(layers.way(number)) for number in range(len(ways))]
-        lines += [f'<circle class="start" cx="{layers.x[""]:.1f}" cy="{layers.y[""]:.1f}" r="5"/>'
+        lines += ['<circle class="start" cx="{:.1f}" cy="{:.1f}" r="5"/>'.format(*layers.at[""])
             for _ in first]
         for name, (box, width, height) in drawn.items():
-            x, y, right = layers.x[name], layers.y[name], layers.x[name] + width / 2
+            x, y = layers.at[name]
+            right = x + width / 2
             lines += [f'<g transform="translate({x - width / 2:.1f},{y - height / 2:.1f})">', *box,
                 "</g>"]
             if (name, name) in joined:
                 lines.append(self.EDGE.format(f"M{right:.1f},{y - 7:.1f}c24,-12 24,26 1,14"))
                 lines += self._label(joined[name, name], right + 24, y, "start")
-        for number, texts in enumerate(ways.values()):
-            lines += self._label(texts, *layers.label(number))
+        for texts, label in zip(ways.values(), layers.labels):
+            lines += self._label(texts, *layers.at[label])
         return lines, layers.width, layers.height
 
     def _box(self, name: str) -> _Drawn:
@@ -5631,34 +5645,7 @@ class _Svg(_Graph):
                 f"<title>{_xml(text)}</title>{_xml(_cut(text))}</text>")
 
 
-def columns(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield rows of cells as lines, each column as wide as its widest cell."""
-    lines = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        yield "  ".join(map(str.ljust, line, widths)).rstrip()
-
-
-def _table_of(graph: _Graph, active: str | None) -> Iterator[str]:
-    """Yield a table of states and ways, a way a line: `>` is where it begins, `*` where it is."""
-    ways: dict[str, list[list[str]]] = {}
-    for source, *way in graph.edges():
-        ways.setdefault(source, []).append(way)
-    rows: list[tuple[str, ...]] = [("STATE", "ON", "GUARD", "TO")]
-    shown = {node.name: "  " * depth + node.name + " (final)" * node.final
-        for depth, node in _tree(graph.roots)}
-    for name in {**shown, **ways}:
-        mark = "* " if name == active else "> " if name == graph.found.initial_state else "  "
-        for cause, guard, target in ways.get(name) or [["-", "", ""]]:
-            rows.append((mark + shown.get(name, name), cause, guard or "-",
-                target if target != name else "(stays)"))
-    yield from columns(rows)
-
-
-FORMATS: dict[str, Callable[[ConfigExplanation, str | None], str]] = {
-    "mermaid": lambda found, active: "\n".join(_Mermaid(found).lines(active)),
-    "svg": lambda found, active: _Svg(found).text(active),
-    "text": lambda found, active: "\n".join(_table_of(_Graph(found), active))}
+FORMATS = {"mermaid": _Mermaid, "svg": _Svg, "text": _Graph}
 
 
 def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanation, *,
@@ -5670,8 +5657,8 @@ def visualize(config: str | os.PathLike[str] | dict[str, Any] | ConfigExplanatio
     """
     if format not in FORMATS:
         raise ArgumentError(f"Unknown format: {format!r}", fix=f"one of {', '.join(FORMATS)}")
-    return FORMATS[format](config if isinstance(config, ConfigExplanation) else explain(config),
-        active)
+    found = config if isinstance(config, ConfigExplanation) else explain(config)
+    return "\n".join(FORMATS[format](found).lines(active))
 
 
 def picture(component: AsyncComponent, format: str = "svg") -> str:
