@@ -5690,22 +5690,45 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Refused(FlexiFlowError):
-    """A request that is not served; `status` is its HTTP status."""
+    """A request that is not served; `status` is its HTTP status, `headers` go with the answer."""
 
-    def __init__(self, status: int, what: str, **details: Any) -> None:
+    def __init__(self, status: int, what: str, *headers: tuple[str, str], **details: Any) -> None:
         super().__init__(what, **details)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
-def _error_facts(error: Exception) -> Json:
-    """Return What, Why, Fix and Context of an error; and its receipt, if it has one."""
+def _status(error: FlexiFlowError) -> int:
+    if isinstance(error, Refused):
+        return error.status
+    if hasattr(error, "receipt") or isinstance(error, IdTaken):
+        return 422
+    if isinstance(error, ArgumentError):
+        return 400
+    return 503 if isinstance(error, PersistenceError) else 500
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON is to show of an object: the fields that its repr shows, or its text."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
+
+
+def _json_answer(value: Any, status: int = 200, *headers: tuple[str, str]) -> tuple[Any, ...]:
+    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
+    return (status, "application/json", json.dumps(value, default=_plain).encode(), *headers)
+
+
+def _error_answer(error: Exception) -> tuple[Any, ...]:
+    """Answer with What, Why, Fix and Context of an error; and its receipt, if it has one."""
     if not isinstance(error, FlexiFlowError):
-        return {"what": f"{type(error).__name__}: {error}", "why": None,
-            "fix": "look into the log of the server", "context": {}}
+        error = FlexiFlowError(
+            f"{type(error).__name__}: {error}", fix="look into the log of the server")
     facts = {"what": error.what, "why": error.why, "fix": error.fix,
         "context": {key: str(value) for key, value in error.context.items.items()}}
-    receipt = getattr(error, "receipt", None)
-    return {**facts, "receipt": receipt.as_dict()} if receipt is not None else facts
+    if hasattr(error, "receipt"):
+        facts["receipt"] = error.receipt.as_dict()
+    return _json_answer(facts, _status(error), *getattr(error, "headers", ()))
 
 
 @functools.lru_cache(8)
@@ -5721,17 +5744,19 @@ def _policy(content: bytes) -> str:
         f" style-src {hashes(b'style')}")
 
 
-async def _start(send: Any, status: int, kind: str, content: bytes | None,
-        extra: list[tuple[str, str]]) -> None:
-    """Send the head of an answer; one without content is a stream."""
-    headers = [("content-type", kind), ("cache-control", "no-store"),
+async def _send(send: Any, status: int, kind: str, content: bytes | None,
+        *headers: tuple[str, str], bodiless: bool = False) -> None:
+    """Send an answer; of a stream and of one that is `bodiless`, the head alone."""
+    page = content if content and kind.startswith(("text", "image")) else b""
+    given = [("content-type", kind), ("cache-control", "no-store"),
         ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
-        ("content-security-policy", _policy(content if kind[:4] in ("text", "imag") and content
-            else b"")), *extra]
+        ("content-security-policy", _policy(page)), *headers]
     if content is not None:
-        headers.append(("content-length", str(len(content))))
+        given.append(("content-length", str(len(content))))
     await send({"type": "http.response.start", "status": status,
-        "headers": [(key.encode(), value.encode("latin-1", "replace")) for key, value in headers]})
+        "headers": [(key.encode(), value.encode("latin-1", "replace")) for key, value in given]})
+    if content is not None:
+        await send({"type": "http.response.body", "body": b"" if bodiless else content})
 
 
 async def _disconnected(receive: Any) -> None:
@@ -5788,17 +5813,6 @@ class Request:
         return min(self.count("limit", PAGE) or PAGE, 10 * PAGE)
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON is to show of an object: the fields that its repr shows, or its text."""
-    if not dataclasses.is_dataclass(value):
-        return str(value)
-    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.repr}
-
-
-def _json_answer(value: Any, status: int = 200) -> tuple[int, str, bytes]:
-    return status, "application/json", json.dumps(value, default=_plain).encode()
-
-
 class HttpApp:
     """The ASGI application; see `create_app`."""
 
@@ -5806,15 +5820,15 @@ class HttpApp:
             token: str | None, readonly: bool) -> None:
         self.engine, self.token, self.readonly = engine, token, readonly
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
-        self.routes: list[tuple[str, str, Callable[..., Any]]] = [
-            ("GET", "", self.page), ("GET", "health", self.health),
-            ("GET", "metrics", self.metrics), ("GET", "events", self.events),
-            ("GET", "components", self.components), ("GET", "components/*", self.component),
-            ("GET", "components/*/history", self.history),
-            ("GET", "components/*/diagram.svg", self.diagram),
-            ("POST", "components/*/message", self.message),
-            ("GET", "dead-letters", self.dead_letters),
-            ("POST", "dead-letters/*/redrive", self.redrive)]
+        self.routes: dict[tuple[str, ...], tuple[str, Callable[..., Any]]] = {
+            ("",): ("GET", self.page), ("health",): ("GET", self.health),
+            ("metrics",): ("GET", self.metrics), ("events",): ("GET", self.events),
+            ("components",): ("GET", self.components), ("components", "*"): ("GET", self.component),
+            ("components", "*", "history"): ("GET", self.history),
+            ("components", "*", "diagram.svg"): ("GET", self.diagram),
+            ("components", "*", "message"): ("POST", self.message),
+            ("dead-letters",): ("GET", self.dead_letters),
+            ("dead-letters", "*", "redrive"): ("POST", self.redrive)}
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         """Serve one request, or the life of the server."""
@@ -5839,36 +5853,28 @@ class HttpApp:
                 return
 
     async def _answer(self, request: Request, receive: Any, send: Any) -> None:
-        correlation_id = set_correlation_id(self._correlation_id(request))
-        extra: list[tuple[str, str]] = []
+        given = next((value for key, value in request.headers if key == "x-correlation-id"), "")
+        correlation_id = set_correlation_id(
+            given[:200] if given.isascii() and given.isprintable() else None)
         try:
             self._check(request)
             call, names = self._route(request)
-            body = await self._body(request, receive) if request.method == "POST" else None
-            if request.method == "POST" and not self.readonly:
+            if request.method == "POST":
+                names.append(await self._body(request, receive))
                 self.engine.start()
             if call == self.events:
                 return await self.events(request, receive, send)
-            status, kind, content = await call(request, *names, *[] if body is None else [body])
+            answer = await call(request, *names)
         except ConnectionError:  # the client went away
             return
         except Exception as error:
-            status = self._status(error)
-            if status == 500:
+            answer = _error_answer(error)
+            if answer[0] == 500:
                 self.engine.logger.error("A request failed", exc_info=error)
-            extra += getattr(error, "headers", [])
-            status, kind, content = _json_answer(_error_facts(error), status)
-        extra.append(("x-correlation-id", correlation_id))
-        await _start(send, status, kind, content, extra)
-        await send({"type": "http.response.body",
-            "body": b"" if request.method == "HEAD" else content})
+        await _send(send, *answer, ("x-correlation-id", correlation_id),
+            bodiless=request.method == "HEAD")
 
     # ---- what is refused
-
-    @staticmethod
-    def _correlation_id(request: Request) -> str | None:
-        given = [value for key, value in request.headers if key == "x-correlation-id"]
-        return given[0][:200] if given and given[0].isascii() and given[0].isprintable() else None
 
     def _check(self, request: Request) -> None:
         """Refuse who may not ask, before anything is done."""
@@ -5885,9 +5891,8 @@ class HttpApp:
         if self.token is not None and request.steps not in ([""], ["health"]):
             given = (request.header("authorization") or "").encode()
             if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-                error = Refused(401, "No valid token", fix="send Authorization: Bearer TOKEN")
-                error.headers = [("www-authenticate", "Bearer")]  # type: ignore[attr-defined]
-                raise error
+                raise Refused(401, "No valid token", ("www-authenticate", "Bearer"),
+                    fix="send Authorization: Bearer TOKEN")
         if request.method == "POST":
             kind = (request.header("content-type") or "").partition(";")[0].strip().lower()
             if kind != "application/json":
@@ -5896,51 +5901,33 @@ class HttpApp:
             if self.readonly:
                 raise Refused(403, "Nothing can be changed here", why="it is served read-only")
 
-    def _route(self, request: Request) -> tuple[Callable[..., Any], list[str]]:
-        """Return what serves a request, and the names in its path."""
-        method = "GET" if request.method == "HEAD" else request.method
-        allowed = []
-        for verb, path, call in self.routes:
-            pattern = path.split("/")
-            if len(pattern) == len(request.steps) and all(
-                    part in ("*", step) for part, step in zip(pattern, request.steps)):
-                if verb == method:
-                    return call, [step for part, step in zip(pattern, request.steps) if part == "*"]
-                allowed.append(verb)
-        if not allowed:
+    def _route(self, request: Request) -> tuple[Callable[..., Any], list[Any]]:
+        """Return what serves a request, and the name in its path: its second step, if any."""
+        first, *names = request.steps[:2]
+        path = (first, *["*" for _ in names], *request.steps[2:])
+        if path not in self.routes:
             raise Refused(404, f"Nothing here: {'/'.join(request.steps)!r}")
-        error = Refused(405, f"Not with {request.method}", fix=f"use {' or '.join(allowed)}")
-        error.headers = [("allow", ", ".join(allowed))]  # type: ignore[attr-defined]
-        raise error
+        verb, call = self.routes[path]
+        if verb != request.method and (verb, request.method) != ("GET", "HEAD"):
+            raise Refused(405, f"Not with {request.method}", ("allow", verb), fix=f"use {verb}")
+        return call, names
 
     @staticmethod
     async def _body(request: Request, receive: Any) -> Json:
         """Return the object that a body holds; an empty body is an empty object."""
-        body = b""
-        while True:
+        body, more = b"", True
+        while more:
             part = await receive()
             if part["type"] == "http.disconnect":
                 raise ConnectionError
             body += part.get("body", b"")
             if len(body) > MAX_JSON:
                 raise Refused(413, f"More than {MAX_JSON} bytes")
-            if not part.get("more_body"):
-                break
+            more = part.get("more_body")
         value = read_json(body, "body", ArgumentError) if body.strip() else {}
         if not isinstance(value, dict):
             raise ArgumentError("A body is an object", fix='{"type": "start"}')
         return value
-
-    @staticmethod
-    def _status(error: Exception) -> int:
-        """Return the HTTP status of an error."""
-        if isinstance(error, Refused):
-            return error.status
-        if hasattr(error, "receipt") or isinstance(error, IdTaken):
-            return 422
-        if isinstance(error, ArgumentError):
-            return 400
-        return 503 if isinstance(error, PersistenceError) else 500
 
     def _known(self, name: str) -> Json:
         """Return the facts of a component; refuse a name that there is not."""
@@ -6041,7 +6028,7 @@ class HttpApp:
         last = request.header("last-event-id") or request.query.get("after") or ""
         newest = self._newest()  # less than the client's last one where rows were removed
         number = min(int(last), newest) if re.fullmatch("[0-9]{1,15}", last) else newest
-        await _start(send, 200, "text/event-stream", None, [])
+        await _send(send, 200, "text/event-stream", None)
         if request.method == "HEAD":
             await send({"type": "http.response.body", "body": b""})
             return
@@ -6115,9 +6102,7 @@ class _Answer:
     async def refuse(self, error: Refused) -> None:
         """Answer with an error, unless an answer has begun."""
         if not self.begun:
-            status, kind, content = _json_answer(_error_facts(error), error.status)
-            await _start(self.send, status, kind, content, [])
-            await self.send({"type": "http.response.body", "body": content})
+            await _send(self.send, *_error_answer(error))
 
 
 class HttpServer:
