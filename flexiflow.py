@@ -5716,6 +5716,7 @@ def _plain(value: Any) -> Any:
 
 def _json_answer(value: Any, status: int = 200, *headers: tuple[str, str]) -> tuple[Any, ...]:
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
+    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     return (status, "application/json", json.dumps(value, default=_plain).encode(), *headers)
 
 
@@ -5768,15 +5769,14 @@ class Request:
     """What a request says, apart from its body."""
 
     def __init__(self, scope: Json) -> None:
-        root = scope.get("root_path") or ""
+        root = (scope.get("root_path") or "").rstrip("/")
         path = scope.get("raw_path") or urllib_parse.quote(scope["path"]).encode()
         path = path.decode("latin-1").partition("?")[0]
-        for prefix in (root, urllib_parse.quote(root)):  # of where it is mounted
-            if prefix and (path + "/").startswith(prefix.rstrip("/") + "/"):
-                path = path[len(prefix.rstrip("/")):]
-                break
+        mounts = (root, urllib_parse.quote(root))
+        mount = next((one for one in mounts if f"{path}/".startswith(f"{one}/")), "")
         self.method: str = scope["method"]
-        self.steps = [urllib_parse.unquote(step) for step in path[1:].removesuffix("/").split("/")]
+        steps = path[len(mount) + 1:].removesuffix("/").split("/")
+        self.steps = [urllib_parse.unquote(step) for step in steps]
         query = scope.get("query_string", b"").decode("latin-1")
         self.query = dict(urllib_parse.parse_qsl(query))
         self.headers = [(key.decode("latin-1").lower(), value.decode("latin-1"))
@@ -5789,14 +5789,12 @@ class Request:
             raise Refused(400, f"More than one header {name!r}")
         return values[0] if values else None
 
-    def count(self, name: str, default: int | None = None) -> int | None:
+    def count(self, name: str) -> int | None:
         """Return a whole number of the query, from 1."""
         text = self.query.get(name)
-        if text is None:
-            return default
-        if not re.fullmatch("[0-9]{1,15}", text) or not int(text):
+        if text is not None and not (re.fullmatch("[0-9]{1,15}", text) and int(text)):
             raise Refused(400, f"{name} is a whole number from 1: {text!r}")
-        return int(text)
+        return int(text) if text else None
 
     def length(self) -> int | None:
         """Return the length of the body, if it is told; refuse one that is too long."""
@@ -5810,7 +5808,7 @@ class Request:
     @property
     def limit(self) -> int:
         """How many entries of a list are asked for."""
-        return min(self.count("limit", PAGE) or PAGE, 10 * PAGE)
+        return min(self.count("limit") or PAGE, 10 * PAGE)
 
 
 class HttpApp:
