@@ -5717,6 +5717,7 @@ def _plain(value: Any) -> Any:
 def _json_answer(value: Any, status: int = 200, *headers: tuple[str, str]) -> tuple[Any, ...]:
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
+    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     return (status, "application/json", json.dumps(value, default=_plain).encode(), *headers)
 
 
@@ -6006,19 +6007,16 @@ class HttpApp:
             "SELECT SUM(dead IS NULL AND state IS NULL), MIN(CASE WHEN dead IS NULL THEN due END),"
             " COUNT(dead) FROM flexiflow_messages")
         waited = max(0.0, engine.clock() - oldest) if oldest is not None else 0.0
-        found: list[tuple[str, str, Any, str]] = [
-            ("messages_total", f'{{outcome="{outcome}"}}', count, "counter")
-            for outcome, count in sorted(engine.outcomes.items())]
-        found += [("queue_depth", "", depth or 0, "gauge"),
-            ("oldest_due_seconds", "", waited, "gauge"), ("dead_letters", "", dead, "gauge")]
+        outcomes = {f'{{outcome="{outcome}"}}': n for outcome, n in sorted(engine.outcomes.items())}
         lines = []
-        for name, labels, value, kind in found:
-            if f"# TYPE flexiflow_{name} {kind}" not in lines:
-                lines.append(f"# TYPE flexiflow_{name} {kind}")
-            lines.append(f"flexiflow_{name}{labels} {value}")
-        lines += ["# TYPE flexiflow_handling_seconds summary",
-            f"flexiflow_handling_seconds_sum {engine.handling}",
-            f"flexiflow_handling_seconds_count {sum(engine.outcomes.values())}"]
+        for name, kind, values in (
+            ("messages_total", "counter", outcomes), ("queue_depth", "gauge", {"": depth or 0}),
+            ("oldest_due_seconds", "gauge", {"": waited}), ("dead_letters", "gauge", {"": dead}),
+            ("handling_seconds", "summary",
+                {"_sum": engine.handling, "_count": sum(outcomes.values())}),
+        ):
+            lines += [f"# TYPE flexiflow_{name} {kind}"] * bool(values)
+            lines += [f"flexiflow_{name}{which} {value}" for which, value in values.items()]
         return 200, "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]).encode()
 
     async def events(self, request: Request, receive: Any, send: Any) -> None:
