@@ -5718,6 +5718,7 @@ def _json_answer(value: Any, status: int = 200, *headers: tuple[str, str]) -> tu
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
+    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     return (status, "application/json", json.dumps(value, default=_plain).encode(), *headers)
 
 
@@ -6022,38 +6023,32 @@ class HttpApp:
     async def events(self, request: Request, receive: Any, send: Any) -> None:
         """Send journal rows as they come, of every process; see the HTML standard, section 9.2."""
         last = request.header("last-event-id") or request.query.get("after") or ""
-        newest = self._newest()  # less than the client's last one where rows were removed
+        ((newest,),) = [(0,)] if self.engine.store is None else self.engine.store.rows(
+            "SELECT COALESCE(MAX(number), 0) FROM flexiflow_journal")
+        # The client's last one is more than there is where rows were removed.
         number = min(int(last), newest) if re.fullmatch("[0-9]{1,15}", last) else newest
         await _send(send, 200, "text/event-stream", None)
-        if request.method == "HEAD":
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await send({"type": "http.response.body", "body": b": hello\n\n", "more_body": True})
         gone = asyncio.ensure_future(_disconnected(receive))
-        quiet = time.monotonic()
+        text = ": hello\n\n"
         try:
-            while not gone.done():
+            while request.method == "GET" and not gone.done():
+                if text:
+                    sent = time.monotonic()
+                    await send({"type": "http.response.body", "more_body": True,
+                        "body": text.encode()})
                 entries = await self._entries(number)
                 text = "".join(f"id: {one['number']}\ndata: {json.dumps(one)}\n\n"
                     for one in entries)
-                number = entries[-1]["number"] if entries else number
-                if text or time.monotonic() - quiet > PATIENCE:
-                    quiet = time.monotonic()
-                    await send({"type": "http.response.body", "more_body": True,
-                        "body": (text or ": still here\n\n").encode()})
-                if not entries:
+                if entries:
+                    number = entries[-1]["number"]
+                else:
                     await asyncio.wait([gone], timeout=POLL)
+                    text = ": still here\n\n" * (time.monotonic() - sent > PATIENCE)
         except FlexiFlowError as error:  # too late for another status: the client comes again
             self.engine.logger.error("A stream of events ended", exc_info=error)
         finally:
             gone.cancel()
         await send({"type": "http.response.body", "body": b""})
-
-    def _newest(self) -> int:
-        if self.engine.store is None:
-            return 0
-        ((number,),) = self.engine.store.rows("SELECT MAX(number) FROM flexiflow_journal")
-        return number or 0
 
     async def _entries(self, number: int) -> list[Json]:
         """Return the journal's next rows after one."""
@@ -6061,10 +6056,8 @@ class HttpApp:
         if store is None:
             return []
         await store.settled()
-        found = store.rows("SELECT number FROM flexiflow_journal WHERE number>?"
-            f" ORDER BY number LIMIT {PAGE}", (number,))
-        return found and store.journal(  # type: ignore[no-any-return]
-            None, None, "number BETWEEN ? AND ?", (*found[0], *found[-1]))[::-1]
+        return [*reversed(store.journal(None, None, "number IN (SELECT number"
+            f" FROM flexiflow_journal WHERE number>? ORDER BY number LIMIT {PAGE})", (number,)))]
 
 
 def create_app(engine: FlexiFlowEngine, hosts: Iterable[str] | None = None,
