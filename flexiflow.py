@@ -5716,9 +5716,6 @@ def _plain(value: Any) -> Any:
 
 def _json_answer(value: Any, status: int = 200, *headers: tuple[str, str]) -> tuple[Any, ...]:
     """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
-    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
-    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
-    """Return what `_send` sends: a status, the kind of the content, the content, more headers."""
     return (status, "application/json", json.dumps(value, default=_plain).encode(), *headers)
 
 
@@ -5841,16 +5838,13 @@ class HttpApp:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _live(self, receive: Any, send: Any) -> None:
-        begun = False
-        while True:
-            event = (await receive())["type"]
-            if event == "lifespan.startup" and not self.readonly:
-                begun = self.engine.start()
-            if event == "lifespan.shutdown" and begun:
-                await self.engine.close()
-            await send({"type": f"{event}.complete"})
-            if event == "lifespan.shutdown":
-                return
+        await receive()  # lifespan.startup
+        begun = not self.readonly and self.engine.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()  # lifespan.shutdown
+        if begun:
+            await self.engine.close()
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, request: Request, receive: Any, send: Any) -> None:
         given = next((value for key, value in request.headers if key == "x-correlation-id"), "")
