@@ -6065,11 +6065,28 @@ def create_app(engine: FlexiFlowEngine, hosts: Iterable[str] | None = None,
     return HttpApp(engine, hosts, token, readonly)
 
 
-class _Answer:
-    """What goes back over a connection."""
+@dataclass
+class _Connection:
+    """A client of the small server: its one request, and the answer."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.writer, self.begun = writer, False
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    asked: bool = False  # the request has been read to its end
+    length: int | None = None  # of the body that is still to be read
+    begun: bool = False  # the answer has begun
+    endless: bool = False  # it is a stream of events: it ends when it is told to
+
+    async def receive(self) -> Json:
+        """Return the body as an ASGI event, and after that, that the client has gone."""
+        length, self.length = self.length, None
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            if length is not None:
+                body = await self.reader.readexactly(length)
+                self.asked = True
+                return {"type": "http.request", "body": body}
+            while await self.reader.read(MAX_HEAD):  # which nobody asked for
+                pass
+        return {"type": "http.disconnect"}
 
     async def send(self, event: Json) -> None:
         """Write an ASGI event."""
@@ -6082,20 +6099,13 @@ class _Answer:
             self.writer.write(event.get("body", b""))
         await self.writer.drain()
 
-    async def refuse(self, error: Refused) -> None:
-        """Answer with an error, unless an answer has begun."""
-        if not self.begun:
-            await _send(self.send, *_error_answer(error))
-
 
 class HttpServer:
     """An ASGI server on asyncio streams, for local use: one request a connection."""
 
     def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 8765) -> None:
         self.app, self.host, self.port = app, host, port
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.streams: set[asyncio.Task[Any]] = set()  # of events: they end when they are told to
-        self.unread: dict[asyncio.StreamWriter, None] = {}  # who has not asked yet, oldest first
+        self.open: dict[asyncio.Task[Any], _Connection] = {}  # the oldest first
 
     async def __aenter__(self) -> HttpServer:
         try:
@@ -6110,74 +6120,51 @@ class HttpServer:
     async def __aexit__(self, *failure: Any) -> None:
         """Take nothing more; let what runs end, streams of events apart."""
         self.server.close()
-        for writer in self.unread:
-            writer.transport.abort()
-        for task in self.streams:
-            task.cancel()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=PATIENCE)
-        for task in self.tasks:
-            task.cancel()
-        if self.tasks:
-            await asyncio.wait(self.tasks)
+        for task, client in self.open.items():
+            if not client.asked:
+                client.writer.transport.abort()
+            if client.endless:
+                task.cancel()
+        for patience in (PATIENCE, None):
+            if self.open:
+                await asyncio.wait(self.open, timeout=patience)
+            for task in self.open:
+                task.cancel()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
-        full = len(self.tasks) >= CONNECTIONS
-        slow = next(iter(self.unread), None)
+        full = len(self.open) >= CONNECTIONS
+        slow = next((one for one in self.open.values() if not one.asked), None)
         if full and slow:  # the slowest of those who have not asked yet must go
-            del self.unread[slow]
-            slow.transport.abort()
-        self.tasks.add(task)
-        self.unread[writer] = None
-        answer = _Answer(writer)
+            slow.asked = True
+            slow.writer.transport.abort()
+        client = self.open[task] = _Connection(reader, writer)
         try:
             if full and not slow:
                 raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
-            await self._serve(reader, answer)
+            await self._serve(client)
         except Refused as error:
-            await answer.refuse(error)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            if not client.begun:
+                await _send(client.send, *_error_answer(error))
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client went away, or had to
         finally:
-            self.tasks.discard(task)
-            self.streams.discard(task)
-            self.unread.pop(writer, None)
+            del self.open[task]
             writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, answer: _Answer) -> None:
+    async def _serve(self, client: _Connection) -> None:
         """Read a request, and let the app answer it."""
         end = time.monotonic() + PATIENCE
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+            head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), PATIENCE)
         except asyncio.LimitOverrunError:
             raise Refused(431, f"A head of more than {MAX_HEAD} bytes") from None
-        except asyncio.TimeoutError:
-            return
-        scope, length = self._scope(head)
-        left = [length]  # of the body; empty when that has been read
-        if not length:
-            self.unread.pop(answer.writer, None)
-
-        async def receive() -> Json:
-            if not left:
-                while await reader.read(MAX_HEAD):  # which nobody asked for
-                    pass
-                return {"type": "http.disconnect"}
-            try:
-                body = await reader.readexactly(left.pop())
-            except (OSError, asyncio.IncompleteReadError):
-                return {"type": "http.disconnect"}
-            self.unread.pop(answer.writer, None)
-            return {"type": "http.request", "body": body}
-
-        serving = self.app(scope, receive, answer.send)
+        scope, client.length = self._scope(head)
+        client.asked = client.asked or not client.length  # it stays so where it had to go
+        client.endless = scope["path"].endswith("/events")
+        serving = self.app(scope, client.receive, client.send)
         try:
-            if scope["path"].endswith("/events"):
-                self.streams.add(asyncio.current_task())  # type: ignore[arg-type]
-                await serving
-            else:
-                await asyncio.wait_for(serving, end - time.monotonic())
+            await asyncio.wait_for(serving, None if client.endless else end - time.monotonic())
         except asyncio.TimeoutError:
             raise Refused(408, f"It took more than {PATIENCE:g} s") from None
 
