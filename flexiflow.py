@@ -5776,8 +5776,7 @@ class Request:
         self.method: str = scope["method"]
         steps = path[len(mount) + 1:].removesuffix("/").split("/")
         self.steps = [urllib_parse.unquote(step) for step in steps]
-        query = scope.get("query_string", b"").decode("latin-1")
-        self.query = dict(urllib_parse.parse_qsl(query))
+        self.query = dict(urllib_parse.parse_qsl(scope.get("query_string", b"").decode("latin-1")))
         self.headers = [(key.decode("latin-1").lower(), value.decode("latin-1"))
             for key, value in scope["headers"]]
 
@@ -6225,13 +6224,11 @@ async def watch_path(path: Path, on_change: Callable[[], Any]) -> None:
     contents = _contents(stamps)
     while True:
         await asyncio.sleep(POLL)
-        before, stamps = stamps, _stamps(path)
-        if stamps in (before, {}):
+        known, before, stamps = contents, stamps, _stamps(path)
+        if stamps not in (before, {}):
+            contents = _contents(stamps)
+        if contents == known:
             continue
-        changed = _contents(stamps)
-        if changed == contents:
-            continue
-        contents = changed
         try:
             answer = on_change()
             if inspect.isawaitable(answer):
@@ -6260,13 +6257,9 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
             engine.reload_error = str(error)
             engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
 
-    watching = asyncio.ensure_future(watch_path(path, adopt))
-    try:
-        await asyncio.sleep(0)  # now it has seen the file: what is written from here on counts
-        await adopt()
-        await watching
-    finally:
-        watching.cancel()
+    # In this order: when the config is read, the watch has seen its file, and what is written from
+    # then on counts.
+    await asyncio.gather(watch_path(path, adopt), adopt())
 
 
 # --------------------------------------------------------------------------------------------
