@@ -7152,9 +7152,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]
 
 def age(seconds: float) -> str:
     """Return a span of time in its largest unit: 40s, 3m, 2h, 12d."""
-    units = (("d", 86400), ("h", 3600), ("m", 60))
-    unit, size = next((one for one in units if abs(seconds) >= one[1]), ("s", 1))
-    return f"{seconds / size:.0f}{unit}"
+    unit = next((one for one in "dhm" if abs(seconds) >= _UNITS[one]), "s")
+    return f"{seconds / _UNITS[unit]:.0f}{unit}"
 
 
 def _when(at: float) -> str:
@@ -7171,7 +7170,7 @@ def _store_path(args: Any) -> Any:
 
 def _config_path(args: Any, needed: bool = True) -> Any:
     """Return the config's path, and let it import the code that lies beside it."""
-    path = getattr(args, "file", None) or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
+    path = args.file or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
     if path is None and needed:
         raise ConfigError("No config given",
             fix=f"flexiflow {args.command.example}, or set FLEXIFLOW_CONFIG")
@@ -7186,7 +7185,7 @@ def _component(args: Any, engine: FlexiFlowEngine) -> AsyncComponent:
     config = _config_path(args, needed=not args.name)
     if config is None:
         return engine._find(args.name)
-    return engine.create_component(config, name=args.name, update=getattr(args, "update", False))
+    return engine.create_component(config, name=args.name, update=args.update)
 
 
 async def _handled(args: Any, engine: FlexiFlowEngine, component: AsyncComponent,
@@ -7273,12 +7272,11 @@ def cmd_init(args: Any) -> int:
     except (OSError, ValueError) as error:
         raise PersistenceError(f"Cannot write {path!r}", why=str(error),
             fix="name a new file, in a folder that is there") from error
-    flexiflow = "python -m flexiflow" if sys.argv[0].endswith(".py") else "flexiflow"
-    file_name, data = shlex.quote(path), """--data '{"text": "Try again"}'"""
-    steps = [f"explain {file_name}", f"handle --config {file_name} answer {data}",
-        f"status {shlex.quote(name)}"]
-    return tell(args, [{"config": path, "name": name}],
-        [f"{path} written; next:", *(f"  {flexiflow} {step}" for step in steps)])
+    run = "  python -m flexiflow" if sys.argv[0].endswith(".py") else "  flexiflow"
+    return tell(args, [{"config": path, "name": name}], [
+        f"{path} written; next:", f"{run} explain {shlex.quote(path)}",
+        f"""{run} handle --config {shlex.quote(path)} answer --data '{{"text": "Try again"}}'""",
+        f"{run} status {shlex.quote(name)}"])
 
 
 @command("register --config order.json", "create a component from a config, once", "make",
@@ -7370,13 +7368,9 @@ class _Intake:
             except Exception as error:
                 self.fail(self.lines, error)
         await asyncio.gather(*[self.stream(*one) for one in streams.items()])
-        answers = [answer for _, answer in sorted(self.answers.items())]
-        self.answers.clear()
-        self.counts.update(answer["outcome"] for answer in answers if "outcome" in answer)
-        self.failed += sum("error" in answer for answer in answers)
-        self.again += sum(answer.get("duplicate", False) for answer in answers)
-        tell(self.args, answers, ())
+        tell(self.args, [answer for _, answer in sorted(self.answers.items())], ())
         put(end="", flush=True)
+        self.answers.clear()
 
     async def meet(self, name: Any) -> AsyncComponent:
         """Make a component that is named for the first time, or deliver what is due for it."""
@@ -7384,12 +7378,12 @@ class _Intake:
             raise ArgumentError(f"Not a component's name: {name!r}",
                 fix='give the line a "component", or use --name')
         if name not in self.seen:
-            known = self.engine.get(name)
-            if known is not None:
+            if self.config is not None and self.engine.get(name) is None:
+                component = self.engine.create_component(self.config, name=name)
+            else:
+                component = self.engine._find(name)
                 await self.engine.run(until_idle=True, component=name)
-            elif self.config is not None:
-                known = self.engine.create_component(self.config, name=name)
-            self.seen[name] = known or self.engine._find(name)
+            self.seen[name] = component
         return self.seen[name]
 
     async def stream(self, component: AsyncComponent, given: list[tuple[int, Json]]) -> None:
@@ -7397,12 +7391,15 @@ class _Intake:
             try:
                 receipt = await component.handle_message(message, _strict=False)
                 self.answers[number] = receipt.as_dict()
+                self.counts[receipt.outcome] += 1
+                self.again += receipt.duplicate
             except (Exception, SystemExit) as error:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
         text = _error_text(error, "; ")
         self.answers[number] = {"line": number, "error": text}
+        self.failed += 1
         put(f"line {number}: {text}", sys.stderr)
 
     def summary(self) -> Iterator[str]:
@@ -7416,8 +7413,8 @@ class _Intake:
 
 
 def _ranked(states: Iterable[str]) -> list[tuple[str, int]]:
-    """Return each state with how often it is there, the most frequent first."""
-    return sorted(collections.Counter(states).items(), key=lambda item: (-item[1], item[0]))
+    """Return each state with how often it is there, the most frequent first, ties by name."""
+    return collections.Counter(sorted(states)).most_common()
 
 
 def _state_table(ranked: Iterable[tuple[str, int]]) -> Iterator[str]:
@@ -7478,13 +7475,12 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
 @command("status order-17", "list the components, or show all about one", "read",
     "component --by-state")
 def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
+    found, now = engine.status(args.component), engine.clock()
     if args.by_state:
-        states = _ranked(one["state"] for one in engine.status(args.component))
+        states = _ranked(one["state"] for one in found)
         return tell(args, [{"state": state, "components": n} for state, n in states],
             _state_table(states))
-    found, now = engine.status(args.component), engine.clock()
-    every = args.component is None
-    return tell(args, found, _overview(found, now) if every else _details(found[0], now))
+    return tell(args, found, _details(found[0], now) if args.component else _overview(found, now))
 
 
 def _overview(found: list[Json], now: float) -> Iterator[str]:
@@ -7509,15 +7505,11 @@ def _details(facts: Json, now: float) -> Iterator[str]:
     if facts["accepts"] is None:
         yield "accepts  not known: the code of its states cannot be imported here"
     else:
-        yield f"accepts  {', '.join(map(_taken, facts['accepts'])) or 'nothing'}"
+        what = (one["type"] + f" [{one['guard']}]" * bool(one["guard"]) for one in facts["accepts"])
+        yield f"accepts  {', '.join(what) or 'nothing'}"
     yield from (f"timer    {_timer_text(timer, now)}" for timer in facts["timers"])
     yield f"data     {json.dumps(facts['data'], ensure_ascii=False)}"
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
-
-
-def _taken(one: Json) -> str:
-    """Return what a component takes, with its guard: `pay [amount >= 12]`."""
-    return f"{one['type']} [{one['guard']}]" if one["guard"] else str(one["type"])
 
 
 @command("history order-17", "show the steps, the newest last", "read",
@@ -7650,11 +7642,10 @@ async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
     found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
         completed=args.completed, dry_run=args.dry_run)
     did = "would delete" if args.dry_run else "deleted"
-    gone = [_counted(len(found["ids"]), "message id"),
+    gone = [f"with them: {_counted(len(found['ids']), 'message id')}",
         *(f"component {name}" for name in found["components"])]
     return tell(args, [{**found, "dry_run": args.dry_run}], [
-        f"{did} {found['rows']:,} of {_counted(found['of'], 'history row')}",
-        f"with them: {', '.join(gone)}"])
+        f"{did} {found['rows']:,} of {_counted(found['of'], 'history row')}", ", ".join(gone)])
 
 
 @command("remove order-17", "remove a component with all that is its own", "write", "NAME --yes")
@@ -7668,8 +7659,8 @@ async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
         agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
     if agreed:
         await engine.remove(args.NAME)
-    text = f"{args.NAME} removed" if agreed else f"{args.NAME} stays"
-    return tell(args, [{"component": args.NAME, "removed": agreed}], [text], 0 if agreed else 1)
+    return tell(args, [{"component": args.NAME, "removed": agreed}],
+        [f"{args.NAME} {'removed' if agreed else 'stays'}"], 0 if agreed else 1)
 
 
 @command("backup copy.db", "copy the store, as it is at one moment", "read", "FILE")
@@ -7683,8 +7674,7 @@ _CHECKED = "file --config --allow-import --no-imports"
 
 
 def _explained(args: Any) -> ConfigExplanation:
-    return explain(_config_path(args), imports=not args.no_imports,
-        allow_imports=args.allow_import)
+    return explain(_config_path(args), imports=not args.no_imports, allow_imports=args.allow_import)
 
 
 @command("explain order.json", "check a config and say what it means", "", f"{_CHECKED} --schema")
@@ -7720,14 +7710,14 @@ def cmd_visualize(args: Any) -> int:
 
 def _parse(argv: list[str]) -> Any:
     # Without a width and a prog, argparse would import shutil and look at the terminal.
-    shape = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
-    make: Any = functools.partial(
-        argparse.ArgumentParser, allow_abbrev=False, formatter_class=shape)
+    make: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=79))
     examples = "\n".join(f"  flexiflow {one.example}" for one in COMMANDS.values())
     parser = make(prog="flexiflow",
         description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
     parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
+    parser.set_defaults(file=None, allow_import=None, update=False, dry_run=False, read_only=False)
     commands = parser.add_subparsers(
         prog="flexiflow", metavar="COMMAND", required=True, parser_class=make)
     for name, one in COMMANDS.items():
@@ -7750,32 +7740,23 @@ def _run(args: Any) -> Any:
     opens, call = args.command.opens, args.command.run
     if not opens:
         return call(args)
-    if getattr(args, "read_only", False):
-        opens = "read"
-    if getattr(args, "dry_run", False):
-        exists = opens == "write" or os.path.exists(_store_path(args))
-        opens = "read" if exists else "nothing"
-    if opens == "nothing":
-        return asyncio.run(call(args, FlexiFlowEngine(allow_imports=args.allow_import)))
-    if opens != "make":
-        with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
-            if opens == "read":
-                engine = FlexiFlowEngine(
-                    store, allow_imports=getattr(args, "allow_import", None))
-                answer = call(args, engine)
-                return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+    path = _store_path(args)
+    with contextlib.closing(SQLiteStore(path, readonly=True)) as store:
+        if opens == "read" or args.dry_run or args.read_only:
+            new = args.dry_run and opens == "make" and not os.path.exists(path)
+            there = None if new else store
+            answer = call(args, FlexiFlowEngine(there, allow_imports=args.allow_import))
+            return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        if opens == "write":
             store.rows("PRAGMA user_version")  # raises if there is no store
-    try:
-        return asyncio.run(_session(args, SQLiteStore(_store_path(args))))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    return asyncio.run(_session(args, SQLiteStore(path)))
 
 
 async def _session(args: Any, store: SQLiteStore) -> Any:
     """Run a command that writes; Ctrl-C cancels it, because a cancelled turn undoes itself."""
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
-    engine = FlexiFlowEngine(store, logger=log, allow_imports=getattr(args, "allow_import", None))
+    engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
     task: Any = asyncio.current_task()
     _on_signal(signal.SIGINT, task.cancel)
     try:
@@ -7823,9 +7804,6 @@ def main(argv: list[str] | None = None) -> int:
             code = int(_run(args))
         put(end="", flush=True)
         return code
-    except KeyboardInterrupt:
-        put("interrupted", sys.stderr)
-        return 130
     except ReaderGone:
         return 141
     except (Exception, SystemExit) as error:  # SystemExit: out of a user's action
@@ -7835,6 +7813,9 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except (KeyboardInterrupt, asyncio.CancelledError):  # last, for this imports asyncio
+        put("interrupted", sys.stderr)
+        return 130
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import
