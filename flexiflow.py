@@ -262,14 +262,24 @@ def check_count(name: str, value: Any) -> None:
         raise ArgumentError(f"{name} is a whole number from 1: {value!r}")
 
 
+# What others call it, and what it is called here.
+_SYNONYMS = {"when": "guard", "if": "guard", "cond": "guard", "condition": "guard",
+    "source": "from", "target": "to", "event": "on", "trigger": "on", "actions": "action",
+    "do": "action", "set": "assign", "initial": "initial_state", "transitions": "rules",
+    "=>": ">=", "=<": "<=", "=": "==", "===": "==", "<>": "!=", "and": "all", "or": "any"}
+
+
 def choose(word: object, choices: Iterable[str]) -> str:
     """Return a `fix` text: the close match among `choices`, or all of them when they are few."""
-    known = sorted(set(map(str, choices)))
-    close = difflib.get_close_matches(str(word), known, 1)
+    names = sorted(set(map(str, choices)))
+    known = {one.casefold(): one for one in names}
+    wanted = str(word).casefold()
+    wanted = _SYNONYMS.get(wanted, wanted)
+    close = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, 1)
     if close:
-        return f"did you mean {close[0]!r}?"
-    shown = ", ".join(map(repr, known[:12])) + (f" and {len(known) - 12} more" * (len(known) > 12))
-    return f"use one of {shown}" if known else "none is known here"
+        return f"did you mean {known[close[0]]!r}?"
+    shown = ", ".join(map(repr, names[:12])) + (f" and {len(names) - 12} more" * (len(names) > 12))
+    return f"use one of {shown}" if names else "none is known here"
 
 
 # --------------------------------------------------------------------------------------------
@@ -1140,18 +1150,19 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
 
 
 def guard_text(guard: Any) -> str:
-    """Return a guard in a short form: `total > 0, vip == true`."""
+    """Return a guard in a short form: `total > 0 and (vip == true or not (late exists true))`."""
     if not isinstance(guard, dict):
         return str(guard)
     parts = []
     for key, wanted in guard.items():
         if key in ("all", "any", "not"):
             inner = wanted if isinstance(wanted, list) else [wanted]
-            parts.append(f"{key}({' | '.join(map(guard_text, inner))})")
+            word = " or " if key == "any" else " and "
+            parts.append("not " * (key == "not") + f"({word.join(map(guard_text, inner))})")
         else:
             tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
             parts += [f"{key} {op} {_shown(operand)}" for op, operand in tests]
-    return ", ".join(parts)
+    return " and ".join(parts)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1785,8 +1796,9 @@ _JSON_TYPES = {"text": "string", "a list": "array", "an object": "object",
     "true or false": "boolean", "a number": "number"}
 # What a key one typo away from these is, and what any other is; "" lets it pass.
 _STRANGE_KEYS = {"config": ("error", "warning"), "state": ("error", "warning"),
-    "rule": ("error", ""), "note": ("warning", "")}
-_WHY_NOTE = {"note": "without a key of the engine a rule is a note and does nothing"}
+    "rule": ("error", "warning"), "note": ("warning", "")}
+_WHY_STRANGE = {"note": "without a key of the engine a rule is a note and does nothing",
+    "rule": "it is kept, and does nothing"}
 ENGINE_EVENTS = frozenset("* engine.component.registered component.message.received state.changed "
     "event.handler.failed component.completed message.dead rules.updated".split())
 QUEUE_RETRY = RetryConfig(max_attempts=5, base_delay=0.2, max_delay=60.0)
@@ -2016,7 +2028,7 @@ class _Walk:
                 level = _STRANGE_KEYS.get(kind, ("error", "error"))[not near]
                 if level:
                     fix = f"did you mean {near[0]!r}?" if near else choose(key, known)
-                    self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_NOTE.get(kind),
+                    self._report(ConfigError(f"Unknown key: {key!r}", why=_WHY_STRANGE.get(kind),
                         fix=fix), level, key)
         for key in _REQUIRED.get(kind, ()):
             if given.get(key) in (None, ""):
@@ -3791,7 +3803,7 @@ class AsyncComponent:
                         self._internal.insert(0, row)  # the next turn will run it
                         self._engine._give_back(row)
                         raise
-                    turn.end()
+                    turn.end(failed=True)
                     await self._engine._failed(row, error, count > DRAIN_LIMIT)
                 await turn.settled()
         holder.begin()
@@ -5098,14 +5110,16 @@ class ConfigExplanation:
         nested = ["  " * depth + f"  {node.name}" + " (initial)" * (node.name in initial)
             + " (final)" * node.final for depth, node in _tree(
                 node for node in nodes if node.parent is None and node.children)]
+        read = self.initial_state is not None
         blocks: list[tuple[str, list[str]]] = [
             ("FlexiFlow Config Explanation", ["=" * 40, f"Source: {self.config_path}"]),
             ("Component:", [f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"]),
+                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"]
+                if read else ["  (not read)"]),
             ("Packs:", packs and [*packs, "", f"Pack order: {' -> '.join(self.pack_order)}"]),
             (f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", ["", "States:",
                 *(states or ["  (no custom states)"]),
-                f"  Built-in: {', '.join(sorted(self.builtin_states))}"]),
+                f"  Built-in: {', '.join(sorted(self.builtin_states))}"] if read else []),
             ("Nested states:", nested),
             ("Not checked (imports are off):", [f"  {path}" for path in self.unchecked]),
             ("Warnings:", _entries((f"WARN {one.what}", {"Why": one.why, "Fix": one.fix})
@@ -5229,6 +5243,9 @@ def explain(config: Path | Json, *, imports: bool = True,
     """
     walk = _Walk(config, imports, allow_imports)
     found, good = walk.problems(), walk.good
+    if good:  # it could be read: what is wrong is not missing
+        good = {**{key: str(walk.config[key]) for key in ("name", "initial_state")
+            if key in walk.config}, **good}
     if found.definition is not None:
         found.warnings += _advice(found.definition, good["name"], found.states)
     return ConfigExplanation(found.path or "(dict)", good.get("name"), good.get("initial_state"),
@@ -6253,7 +6270,7 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
         engine.reload_error = None
         try:
             await engine.adopt(path, name)
-        except FlexiFlowError as error:
+        except Exception as error:
             engine.reload_error = str(error)
             engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
 

@@ -4168,9 +4168,11 @@ class ConfigRefusals(ConfigCase):
             (self.rule(on=["go", ""]), "rules[0].on[1]: Not a name: ''"),
             (self.rule(on="go", form="A"), """\
                 rules[0].form: Unknown key: 'form'
+                Why: it is kept, and does nothing
                 Fix: did you mean 'from'?"""),
             (self.rule(onn="go", to="B"), """\
                 rules[0].onn: Unknown key: 'onn'
+                Why: it is kept, and does nothing
                 Fix: did you mean 'on'?
                 Context:
                   also=["rules[0]: A rule with neither 'on' nor 'after'"]"""),
@@ -4183,7 +4185,7 @@ class ConfigRefusals(ConfigCase):
             (self.rule(on="go", guard={"n": {"=>": 1}}, to="B"), """\
                 rules[0].guard: Unknown operator: '=>'
                 Why: what stands under 'n' is an object, so its keys are operators
-                Fix: did you mean '>'?; to compare with an object write {"==": {...}}"""),
+                Fix: did you mean '>='?; to compare with an object write {"==": {...}}"""),
             (self.rule(on="go", assign={"x": "$dta.y"}), """\
                 rules[0].assign.x: Unknown value: '$dta.y'
                 Fix: did you mean '$data'?"""),
@@ -4449,9 +4451,34 @@ class Explaining(ConfigCase):
             """'ProcessingRequest'
               ERROR rules[0].guard: Unknown operator: '=>'
                 Why: what stands under 'n' is an object, so its keys are operators
-                Fix: did you mean '>'?; to compare with an object write {"==": {...}}
+                Fix: did you mean '>='?; to compare with an object write {"==": {...}}
 
             Status: INVALID - 4 error(s) found"""))
+
+    def test_a_strange_key_of_a_rule_that_does_something_is_warned_of(self):
+        found = explain({**self.M, "rules": [{"from": "A", "on": "go", "to": "B", "when": {"n": 1},
+            "Colour": "red", "x-mine": 1, "description": "why"}]})
+        self.assertEqual(([(one.what, one.why, one.fix) for one in found.warnings
+            if "key" in one.what], found.errors), ([
+                ("rules[0].when: Unknown key: 'when'", "it is kept, and does nothing",
+                 "did you mean 'guard'?"),
+                ("rules[0].Colour: Unknown key: 'Colour'", "it is kept, and does nothing",
+                 "use one of 'action', 'after', 'assign', 'description', 'emit', 'from', 'guard', "
+                 "'on', 'reenter', 'send', 'to'")], []))
+
+    def test_a_close_match_may_differ_in_case_or_be_what_others_call_it(self):
+        self.assertEqual([ff.choose(word, choices) for word, choices in (
+            ("a", ["A", "B"]), ("PAID", ["paid", "open"]), ("=>", ff.OPERATORS),
+            ("=", ff.OPERATORS), ("when", ["guard"]), ("when", ["on", "to"]), ("z", ["Z", "z "]),
+            )], ["did you mean 'A'?", "did you mean 'paid'?", "did you mean '>='?",
+                "did you mean '=='?", "did you mean 'guard'?", "use one of 'on', 'to'",
+                "did you mean 'Z'?"])
+
+    def test_what_is_there_and_wrong_is_not_called_missing(self):
+        self.assertIn("  initial_state: a\n", explain({**self.M, "initial_state": "a"}).format())
+        self.assertEqual(explain(b"no config").format().split("\n\n")[1:], [
+            "Component:\n  (not read)", "Errors:\n  ERROR A config is an object\n"
+            "    Why: this is a bytes", "Status: INVALID - 1 error(s) found"])
 
     def test_what_was_found_is_there_as_values_too(self):
         found = explain({**self.M, "states": {"A": {}, "B": "flexiflow:ErrorHandling"}})
@@ -7246,6 +7273,22 @@ class Reentrance(EngineCase):
         self.assertEqual((receipt.outcome, receipt.seq), ("moved", 1))
         self.assertEqual((facts["seq"], facts["data"], facts["waiting"], facts["dead"]),
             (2, {"last": "ok"}, 1, 0))
+
+    async def test_a_failed_attempt_at_an_own_message_counts_once(self):
+        ran = []
+
+        async def act(message, component):
+            ran.append(message["type"])
+            raise ValueError("bad")
+
+        self.engine.create_component(self.machine(
+            {"on": "go", "send": {"to": "m", "type": "bad"}},
+            {"on": "bad", "action": self.code(act)}, retry={"max_attempts": 2, "base_delay": 0}))
+        await self.engine.handle_message("m", "go")
+        after_one = [*ran], self.engine.dead_letters()
+        await self.engine.run(until_idle=True)
+        self.assertEqual((after_one, ran, [one["attempts"] for one in self.engine.dead_letters()]),
+            ((["bad"], []), ["bad", "bad"], [2]))
 
     async def test_an_own_message_that_nobody_knows_is_dead_at_once(self):
         self.engine.create_component(
