@@ -328,7 +328,8 @@ def _depth(text: str) -> int:
     return max(itertools.accumulate(steps))
 
 
-def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> Any:
+def read_json(source: str | bytes, name: str, error: type[FlexiFlowError],
+        fix: str | None = None) -> Any:
     """Return the value of the JSON document called `name`; raise `error` if it is not strict.
 
     Refused: duplicate keys, NaN and Infinity, numbers that do not fit, lone surrogates, bytes
@@ -346,7 +347,7 @@ def read_json(source: str | bytes, name: str, error: type[FlexiFlowError]) -> An
             _encode(value).encode("utf-8")  # raises for a lone surrogate
         return value
     except (ValueError, RecursionError, MemoryError) as problem:
-        raise error(f"Not valid JSON: {name}", why=str(problem)) from problem
+        raise error(f"Not valid JSON: {name}", why=str(problem), fix=fix) from problem
 
 
 _ATOMS = frozenset({str, bool, type(None)})  # each value of these reads back as it is
@@ -5808,7 +5809,7 @@ class Request:
         """Return a whole number of the query, from 1."""
         text = self.query.get(name)
         if text is not None and not (re.fullmatch("[0-9]{1,15}", text) and int(text)):
-            raise Refused(400, f"{name} is a whole number from 1: {text!r}")
+            raise Refused(400, f"{name} is a whole number from 1: {text!r}", fix=f"{name}=20")
         return int(text) if text else None
 
     def length(self) -> int | None:
@@ -5916,7 +5917,8 @@ class HttpApp:
         first, *names = request.steps[:2]
         path = (first, *["*" for _ in names], *request.steps[2:])
         if path not in self.routes:
-            raise Refused(404, f"Nothing here: {'/'.join(request.steps)!r}")
+            raise Refused(404, f"Nothing here: {'/'.join(request.steps)!r}",
+                fix="GET / shows all there is, GET /components lists the components")
         verb, call = self.routes[path]
         if verb != request.method and (verb, request.method) != ("GET", "HEAD"):
             raise Refused(405, f"Not with {request.method}", ("allow", verb), fix=f"use {verb}")
@@ -5934,9 +5936,10 @@ class HttpApp:
             if len(body) > MAX_JSON:
                 raise Refused(413, f"More than {MAX_JSON} bytes")
             more = part.get("more_body")
-        value = read_json(body, "body", ArgumentError) if body.strip() else {}
+        example = '{"type": "start"}'
+        value = read_json(body, "body", ArgumentError, example) if body.strip() else {}
         if not isinstance(value, dict):
-            raise ArgumentError("A body is an object", fix='{"type": "start"}')
+            raise ArgumentError("A body is an object", fix=example)
         return value
 
     def _known(self, name: str) -> Json:
@@ -7149,9 +7152,17 @@ def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -
 
 def _error_text(error: BaseException, joint: str = "\n") -> str:
     """Return an error's lines, FlexiFlow's own or any other's, joined."""
-    known = isinstance(error, FlexiFlowError)
-    text = str(error) if known else f"{type(error).__name__}: {printable(error)}"
+    text = str(error)
+    if not isinstance(error, FlexiFlowError):
+        place = "".join(f" ({os.path.basename(frame.filename)}:{frame.lineno})"
+            for frame in traceback.extract_tb(error.__traceback__)[-1:])
+        text = f"{type(error).__name__}: {printable(text)}{place}"
     return joint.join(text.splitlines())
+
+
+def program() -> str:
+    """Return what starts a command here: the file itself, or what a package manager installed."""
+    return "python -m flexiflow" if sys.argv[0].endswith(".py") else "flexiflow"
 
 
 def hint(text: str, end: str = "\n") -> None:
@@ -7185,12 +7196,12 @@ def _store_path(args: Any) -> Any:
     return args.db or os.environ.get("FLEXIFLOW_DB") or "flexiflow.db"
 
 
-def _config_path(args: Any, needed: bool = True) -> Any:
+def _config_path(args: Any, needed: bool = True, what: str = "No config given") -> Any:
     """Return the config's path, and let it import the code that lies beside it."""
     path = args.file or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
     if path is None and needed:
-        raise ConfigError("No config given",
-            fix=f"flexiflow {args.command.example}, or set FLEXIFLOW_CONFIG")
+        raise ConfigError(what,
+            fix=f"{program()} {args.command.example}, or set FLEXIFLOW_CONFIG")
     folder = os.path.dirname(os.path.abspath(path or ""))
     if path is not None and folder not in sys.path:
         sys.path.append(folder)  # last: it hides no module
@@ -7199,7 +7210,7 @@ def _config_path(args: Any, needed: bool = True) -> Any:
 
 def _component(args: Any, engine: FlexiFlowEngine) -> AsyncComponent:
     """Return the component that the arguments name, made from the config if it is new."""
-    config = _config_path(args, needed=not args.name)
+    config = _config_path(args, not args.name, "Neither a component (--name) nor a config given")
     if config is None:
         return engine._find(args.name)
     return engine.create_component(config, name=args.name, update=args.update)
@@ -7289,7 +7300,7 @@ def cmd_init(args: Any) -> int:
     except (OSError, ValueError) as error:
         raise PersistenceError(f"Cannot write {path!r}", why=str(error),
             fix="name a new file, in a folder that is there") from error
-    run = "  python -m flexiflow" if sys.argv[0].endswith(".py") else "  flexiflow"
+    run = f"  {program()}"
     return tell(args, [{"config": path, "name": name}], [
         f"{path} written; next:", f"{run} explain {shlex.quote(path)}",
         f"""{run} handle --config {shlex.quote(path)} answer --data '{{"text": "Try again"}}'""",
@@ -7314,7 +7325,7 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
         text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
     facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
     tell(args, [facts], [text])
-    hint("next: flexiflow status")
+    hint(f"next: {program()} status")
     if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0
@@ -7326,11 +7337,12 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
         if args.dry_run:
-            raise UsageError("A dry run is of one message", fix="flexiflow handle pay --dry-run")
+            raise UsageError("A dry run is of one message", fix=f"{program()} handle pay --dry-run")
         return await _Intake(args, engine).run()
-    data = read_json(args.data, "--data", ArgumentError)
+    example = """--data '{"amount": 12}'"""
+    data = read_json(args.data, "--data", ArgumentError, example)
     if not isinstance(data, dict):
-        raise ArgumentError(f"--data is not an object: {args.data}")
+        raise ArgumentError(f"--data is not an object: {args.data}", fix=example)
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
     data.update((key, value) for key, value in given.items() if value is not None)
     message, component = check_message(data), _component(args, engine)
@@ -7356,7 +7368,8 @@ class _Intake:
         """Read to the end; return the exit code."""
         stdin: Any = sys.stdin
         if stdin is None:
-            raise ArgumentError("No stdin to read from", fix="flexiflow handle - < messages.ndjson")
+            raise ArgumentError("No stdin to read from",
+                fix=f"{program()} handle - < messages.ndjson")
         if stdin.isatty():
             hint("reading messages, a JSON object a line; end with Ctrl-D")
         rest, chunk = b"", b"..."
@@ -7527,6 +7540,8 @@ def _details(facts: Json, now: float) -> Iterator[str]:
     yield from (f"timer    {_timer_text(timer, now)}" for timer in facts["timers"])
     yield f"data     {json.dumps(facts['data'], ensure_ascii=False)}"
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
+    if facts["dead"]:
+        yield f"see      {program()} dead-letters {shlex.quote(facts['name'])}"
 
 
 @command("history order-17", "show the steps, the newest last", "read",
@@ -7616,12 +7631,12 @@ def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
 async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
     if args.all == bool(args.ID):
         raise UsageError("Either numbers of dead letters or --all is needed",
-            fix="flexiflow redrive 17, or flexiflow redrive --all"
-            "\nflexiflow dead-letters shows the numbers")
+            fix=f"{program()} redrive 17, or {program()} redrive --all"
+            f"\n{program()} dead-letters shows the numbers")
     letters = await engine.redrive(*args.ID, name=args.name)
     counts = collections.Counter(letter["component"] for letter in letters)
     lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
-    hint("next: flexiflow run --until-idle")
+    hint(f"next: {program()} run --until-idle")
     return tell(args, letters, lines or ["no dead letters"])
 
 
@@ -7699,7 +7714,11 @@ def cmd_explain(args: Any) -> int:
     if args.schema:
         return tell(args, [schema()], json.dumps(schema(), indent=2).splitlines())
     found = _explained(args)
-    return tell(args, [{"valid": found.is_valid, **_plain(found)}], found.format().splitlines(),
+    lines = found.format().splitlines()
+    if found.is_valid:
+        show = f"{program()} visualize {shlex.quote(found.config_path)}"
+        lines += ["", f"Its rules as a table: {show} --format text; a picture: -o FILE.svg"]
+    return tell(args, [{"valid": found.is_valid, **_plain(found)}], lines,
         0 if found.is_valid else 1)
 
 
@@ -7729,18 +7748,18 @@ def _parse(argv: list[str]) -> Any:
     # Without a width and a prog, argparse would import shutil and look at the terminal.
     make: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=79))
-    examples = "\n".join(f"  flexiflow {one.example}" for one in COMMANDS.values())
-    parser = make(prog="flexiflow",
+    examples = "\n".join(f"  {program()} {one.example}" for one in COMMANDS.values())
+    parser = make(prog=program(),
         description=f"examples:\n{examples}\n\nDurable components with JSON state machines.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage, 3 message not accepted")
     parser.add_argument("-V", "--version", action="version", version=f"flexiflow {__version__}")
     parser.set_defaults(file=None, allow_import=None, update=False, dry_run=False, read_only=False)
     commands = parser.add_subparsers(
-        prog="flexiflow", metavar="COMMAND", required=True, parser_class=make)
+        prog=program(), metavar="COMMAND", required=True, parser_class=make)
     for name, one in COMMANDS.items():
         aliases = [name.replace("_", "-")] if "_" in name else []
         added = commands.add_parser(name, help=one.text, aliases=aliases,
-            description=f"example: flexiflow {one.example}\n\n{one.text}")
+            description=f"example: {program()} {one.example}\n\n{one.text}")
         for option in one.options if argv[:1] in ([name], aliases) else ():
             added.add_argument(*option.split("/"), **OPTIONS[option])
         added.set_defaults(command=one)
@@ -7748,7 +7767,9 @@ def _parse(argv: list[str]) -> Any:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}")
+        one: Any = commands.choices.get(argv[0], parser)
+        one.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}; "
+            f"like this: {program()} {args.command.example}")
     return args
 
 
@@ -7776,10 +7797,15 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
     task: Any = asyncio.current_task()
     _on_signal(signal.SIGINT, task.cancel)
+    dead: list[Any] = []
+    await engine.event_bus.subscribe("message.dead", "flexiflow", dead.append)
     try:
         return await args.command.run(args, engine)
     finally:
         await engine.close()
+        if dead:
+            put(f"{_counted(len(dead), 'message')} given up: {program()} dead-letters lists them, "
+                "redrive tries again", sys.stderr)
 
 
 def _brief(record: logging.LogRecord) -> bool:

@@ -14476,7 +14476,7 @@ class CommandSession(Shell):
                 "  (dry run)\n", ""),
             (3, "payy: not accepted in Open.Unpaid (accepts: pay, cancel); did you mean \"pay\"?"
                 "  (dry run)\n", ""),
-            (2, "", "error: A dry run is of one message\nFix: flexiflow handle pay --dry-run\n"),
+            (2, "", "error: A dry run is of one message\nFix: python -m flexiflow handle pay --dry-run\n"),
         ])
         self.assertEqual(Path(self.path("flexiflow.db")).read_bytes(), before)
 
@@ -14547,7 +14547,9 @@ class CommandSession(Shell):
             "Resolution policy: packs -> builtin\n\n"
             "States:\n  OK Broken\n  OK Off\n  OK On\n"
             "  Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest\n\n"
-            "Status: OK - config will load\n",
+            "Status: OK - config will load\n\n"
+            "Its rules as a table: python -m flexiflow visualize lamp.json --format text; "
+            "a picture: -o FILE.svg\n",
             "",
         ))
 
@@ -14646,7 +14648,9 @@ class QueueSession(Shell):
         self.assertEqual(steps, [
             (0, "ring: stays in Quiet\n", "Message ID to 'lamp' failed, attempt 1, given up:"
                 " Unknown message: 'glow'; Why: no rule of 'lamp' takes it in any state; Fix: use"
-                " one of 'drop', 'press'; Context:;  component='lamp';  state='Off'\n"),
+                " one of 'drop', 'press'; Context:;  component='lamp';  state='Off'\n"
+                "1 message given up: python -m flexiflow dead-letters lists them, redrive tries"
+                " again\n"),
             (0, "ID  COMPONENT  MESSAGE  TRIES  AGE  ERROR\n"
                 "1  lamp  glow  1  0s  StateError: Unknown message: 'glow'\n", ""),
             (0, "lamp: rules 3 -> 4\n  + Off --glow--> On\n", ""),
@@ -14705,7 +14709,8 @@ class QueueSession(Shell):
             self.flexiflow("status", "--json").stdout.splitlines()]
         self.assertEqual((done, states), (
             (0, "4 delivered, 0 dead, 0.00 s\n",
-                "Message 3 to 'van' failed, attempt 1, again in 0.0 s: OSError: no van\n"),
+                "Message 3 to 'van' failed, attempt 1, again in 0.0 s: OSError: no van "
+                "(acts.py:7)\n"),
             ["Off", "B"]))
 
     @unittest.skipIf(os.name == "nt", "Windows has no terminals of this kind")
@@ -14943,12 +14948,19 @@ class UsageErrors(Shell):
 
     def test_wrong_usage_is_exit_2(self):
         for args, last in (
-            ((), "flexiflow: error: the following arguments are required: COMMAND"),
-            (("hanlde",), "flexiflow: error: no command 'hanlde'; did you mean 'handle'?"),
-            (("handle",), "flexiflow handle: error: the following arguments are required: TYPE"),
-            (("status", "--dbb"), "flexiflow: error: unrecognized arguments: --dbb"),
+            ((), "python -m flexiflow: error: the following arguments are required: COMMAND"),
+            (("hanlde",), "python -m flexiflow: error: no command 'hanlde'; did you mean 'handle'?"),
+            (("handle",), "python -m flexiflow handle: error: the following arguments are required: TYPE"),
+            (("status", "--dbb"), "python -m flexiflow status: error: unrecognized arguments: --dbb; like this: "
+                "python -m flexiflow status order-17"),
+            (("--dbb", "status"),
+                "python -m flexiflow: error: unrecognized arguments: --dbb; like this: "
+                "python -m flexiflow status order-17"),
+            (("handle", "lamp", "press"),
+                "python -m flexiflow handle: error: unrecognized arguments: press; like this: "
+                "python -m flexiflow handle --name order-17 pay --data '{\"amount\": 12}'"),
             (("history", "--limit", "x"),
-                "flexiflow history: error: argument --limit: invalid int value: 'x'"),
+                "python -m flexiflow history: error: argument --limit: invalid int value: 'x'"),
         ):
             with self.subTest(args):
                 self.assertEqual(self.failing(*args), (2, "", last))
@@ -14967,12 +14979,13 @@ class UsageErrors(Shell):
             (("handle", "--config", "no.json", "press"),
                 "error: No config file: 'no.json'\nFix: check the path\n"),
             (("handle", "press"),
-                "error: No config given\nFix: flexiflow handle --name order-17 pay --data"
+                "error: Neither a component (--name) nor a config given\n"
+                "Fix: python -m flexiflow handle --name order-17 pay --data"
                 " '{\"amount\": 12}', or set FLEXIFLOW_CONFIG\n"),
-            (("register",), "error: No config given\n"
-                "Fix: flexiflow register --config order.json, or set FLEXIFLOW_CONFIG\n"),
+            (("register",), "error: Neither a component (--name) nor a config given\n"
+                "Fix: python -m flexiflow register --config order.json, or set FLEXIFLOW_CONFIG\n"),
             (("explain",), "error: No config given\n"
-                "Fix: flexiflow explain order.json, or set FLEXIFLOW_CONFIG\n"),
+                "Fix: python -m flexiflow explain order.json, or set FLEXIFLOW_CONFIG\n"),
             (("register", "--name", "lamp-2"),
                 "error: Unknown component: 'lamp-2'\nFix: did you mean 'lamp-1'?\n"),
             (("dead-letters", "lamp-2"),
@@ -14993,8 +15006,8 @@ class UsageErrors(Shell):
 
     def test_arguments_that_do_not_go_together_are_exit_2(self):
         which = ("error: Either numbers of dead letters or --all is needed\n"
-            "Fix: flexiflow redrive 17, or flexiflow redrive --all\n"
-            "  flexiflow dead-letters shows the numbers\n")
+            "Fix: python -m flexiflow redrive 17, or python -m flexiflow redrive --all\n"
+            "  python -m flexiflow dead-letters shows the numbers\n")
         self.shown("register", "--config", "lamp.json")
         for args, err in (
             (("redrive",), which), (("redrive", "--name", "lamp"), which),
@@ -15155,7 +15168,7 @@ class Intake(Shell):
             input=self.lines(*({"type": "go", "n": n} for n in (1, 2, 4))))
         status = json.loads(self.flexiflow("status", "c", "--json").stdout)
         self.assertEqual((done.returncode, done.stderr, status["data"]),
-            (1, "line 2: OSError: no\n", {"sum": 5}))
+            (1, "line 2: OSError: no (shop.py:3)\n", {"sum": 5}))
 
     def test_no_input_is_no_failure(self):
         self.assertEqual(self.take(""), (0, "0 messages to 0 components\n", ""))
@@ -16572,7 +16585,7 @@ class Portability(Shell):
         )
         done = self.python("-c", code)
         self.assertEqual(
-            (done.stdout.split("\n")[:2], done.stdout.endswith("load\n0\n"),
+            (done.stdout.split("\n")[:2], "Status: OK" in done.stdout and done.stdout.endswith("\n0\n"),
                 done.stderr.startswith("error: "), "sqlite" in done.stderr, "Trace" in done.stderr),
             (["True On", "1"], True, True, True, False),
         )
