@@ -940,6 +940,10 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
 
 
+def _operand_text(value: Any) -> str:
+    return str(value) if _is_reference(value) else _shown(value)
+
+
 # What the two operands must be, in words and as tests, and what is made of them.
 OPERATIONS: dict[str, tuple[str, Any, Any, Any]] = {
     "+": ("[number, number]", _is_number, _is_number, operator.add),
@@ -1083,7 +1087,7 @@ def _comparison(path: str, op: str, wanted: Any) -> Guard:
 
     def seen(scope: Scope) -> str:
         told = f" = {_shown(against(scope))}" if computed else ""
-        return f"{path} {op} {_shown(wanted)}{told} (saw {_shown(read(scope))})"
+        return f"{path} {op} {_operand_text(wanted)}{told} (saw {_shown(read(scope))})"
 
     if op == "==" and isinstance(wanted, str) and not wanted.startswith("$"):
         return Guard(lambda scope: read(scope) == wanted, seen)  # text equals nothing but text
@@ -1162,7 +1166,7 @@ def guard_text(guard: Any) -> str:
             parts.append("not " * (key == "not") + f"({word.join(map(guard_text, inner))})")
         else:
             tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
-            parts += [f"{key} {op} {_shown(operand)}" for op, operand in tests]
+            parts += [f"{key} {op} {_operand_text(operand)}" for op, operand in tests]
     return " and ".join(parts)
 
 
@@ -5576,7 +5580,7 @@ class _Svg(_Graph):
         self.lit[active or ""] = " active"
         self.joined: dict[Any, dict[tuple[str, str], list[str]]] = {}
         for source, cause, guard, target in self.edges():
-            self._join(source, _with_guard(cause, guard), target)
+            self._join(source, cause, guard, target)
         lines, width, height = self._inside(None, self.roots, self.found.initial_state)
         size = f"{width + 32:.0f}", f"{height + 32:.0f}"
         name = _xml(self.found.name or "FlexiFlow")
@@ -5592,14 +5596,20 @@ class _Svg(_Graph):
         node = self.nodes.get(name)
         return [one.name for one in node.lineage()][::-1] if node else [name]
 
-    def _join(self, source: str, label: str, target: str) -> None:
-        """Note an edge where it is drawn: between two boxes that stand in the same one."""
+    def _join(self, source: str, cause: str, guard: str, target: str) -> None:
+        """Note an edge where it is drawn: between two boxes that stand in the same one.
+
+        A guard that would make its label wide stands on a line of its own.
+        """
         a, b = self._line(source), self._line(target)
         at = min(len(os.path.commonprefix([a, b])), len(a) - 1, len(b) - 1)
-        label = f"{self._short(source)}: {label}" if len(a) > at + 1 else label
-        label += f" → {self._short(target)}" if len(b) > at + 1 else ""
+        before = f"{self._short(source)}: " if len(a) > at + 1 else ""
+        after = f" → {self._short(target)}" if len(b) > at + 1 else ""
+        label = before + _with_guard(cause, guard) + after
+        wide = guard and len(label) > LONG_LABEL * 0.6
         ends = self.joined.setdefault(a[at - 1] if at else None, {})
-        ends.setdefault((a[at], b[at]), []).append(label)
+        ends.setdefault((a[at], b[at]), []).extend(
+            [before + cause + after, f"[{guard}]"] if wide else [label])
 
     def _short(self, name: str) -> str:
         """Return a state's name without that of its parent."""
@@ -6017,15 +6027,16 @@ class HttpApp:
     async def metrics(self, request: Request) -> Any:
         """Counters of this process, and the queue, in the text format of Prometheus."""
         engine = self.engine
-        ((depth, oldest, dead),) = engine.queue.rows(
-            "SELECT SUM(dead IS NULL AND state IS NULL), MIN(CASE WHEN dead IS NULL THEN due END),"
-            " COUNT(dead) FROM flexiflow_messages")
+        ((depth, timers, oldest, dead),) = engine.queue.rows(
+            "SELECT TOTAL(dead IS NULL AND state IS NULL), TOTAL(dead IS NULL AND state IS NOT"
+            " NULL), MIN(CASE WHEN dead IS NULL THEN due END), COUNT(dead) FROM flexiflow_messages")
         waited = max(0.0, engine.clock() - oldest) if oldest is not None else 0.0
         outcomes = {f'{{outcome="{outcome}"}}': n for outcome, n in sorted(engine.outcomes.items())}
         lines = []
         for name, kind, values in (
-            ("messages_total", "counter", outcomes), ("queue_depth", "gauge", {"": depth or 0}),
-            ("oldest_due_seconds", "gauge", {"": waited}), ("dead_letters", "gauge", {"": dead}),
+            ("messages_total", "counter", outcomes), ("queue_depth", "gauge", {"": int(depth)}),
+            ("timers", "gauge", {"": int(timers)}), ("oldest_due_seconds", "gauge", {"": waited}),
+            ("dead_letters", "gauge", {"": dead}),
             ("handling_seconds", "summary",
                 {"_sum": engine.handling, "_count": sum(outcomes.values())}),
         ):
@@ -6417,6 +6428,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
   margin-bottom: 8px; border-left: 3px solid var(--bad); overflow-wrap: anywhere;
 }
 .letter > details, .letter > p { grid-column: 1 / -1; }
+#letters > p { margin-bottom: 8px; }
 mark { background: var(--mark); color: inherit; }
 #then { margin-bottom: 8px; background: var(--chosen); }
 #then pre { margin-top: 6px; max-height: 12em; }
@@ -6439,11 +6451,13 @@ mark { background: var(--mark); color: inherit; }
 }
 @media (max-width: 760px) {
   body { height: auto; min-height: 100dvh; }
-  main, .scroll { display: block; overflow: visible; }
+  main { display: flex; flex-direction: column; }
+  .scroll { overflow: visible; }
   nav { border: 0; }
   .middle { padding: 16px; }
   #back { display: block; }
-  body:not(.chosen) :is(.middle, aside), body.chosen nav { display: none; }
+  #overview { order: -1; max-height: 50dvh; padding-bottom: 8px; }
+  #overview:has(#stuck[hidden]), body:not(.chosen) aside, body.chosen nav { display: none; }
   .middle button, [type=search] { min-height: 40px; }
   textarea, [type=search], dialog input { font-size: 16px; }
 }
@@ -6471,7 +6485,7 @@ python -m flexiflow handle start --config config.json</pre>
       <h2 id="components">Components</h2>
       <input id="search" type="search" placeholder="Name, or state:Paid" title="Press / to search"
         aria-label="Search components" autocomplete="off" spellcheck="false" maxlength="200">
-      <label><input id="failed" type="checkbox">Failed</label>
+      <label><input id="failed" type="checkbox">Dead letters</label>
       <label><input id="timed" type="checkbox">On a timer</label>
     </div>
     <div class="scroll" id="pane">
@@ -6529,6 +6543,7 @@ python -m flexiflow handle start --config config.json</pre>
 </dialog>
 <script>
 "use strict";
+const MEND = "Given up after their attempts. Mend the cause (rules, code, data), then redrive.";
 const PAGE = 100, POLL = 5000, PATIENCE = 40000;  // rows; ms between looks, and of a silent stream
 const $ = id => document.getElementById(id);
 const on = (id, event, task) => $(id).addEventListener(event, task);
@@ -6572,11 +6587,12 @@ const span = seconds => {
 };
 function say(node) {  // a time element knows its moment, and is told anew every second
   const left = node.dataset.at - Date.now() / 1000, late = left < -2, {how} = node.dataset;
-  const text = how === "age" ? span(-left) : (late ? "overdue " : "in ") + span(Math.abs(left));
+  const text = how === "due" ? (late ? "overdue " : "in ") + span(Math.abs(left))
+    : how === "for" ? "for " + span(-left) : span(-left) + " ago";
   if (node.textContent !== text) node.textContent = text;
   node.classList.toggle("bad", how === "due" && late);
 }
-function when(at, how = "age") {
+function when(at, how = "ago") {
   const day = new Date(at * 1000);
   const node = el("time", {"data-at": at, "data-how": how, title: day.toLocaleString()});
   if (!isNaN(day)) node.dateTime = day.toISOString();
@@ -6666,9 +6682,9 @@ function item(one) {
   if (link.dataset.seen === seen) return link.parentNode;
   link.dataset.seen = seen;
   link.replaceChildren(el("span", {class: "name"}, show(one.name)),
-    one.since ? when(one.since) : "",
+    one.since ? when(one.since, "for") : "",
     el("span", {class: "sub"}, el("span", null, show(one.state)),
-      one.dead > 0 && el("span", {class: "badge bad"}, `${one.dead} dead`),
+      one.dead > 0 && el("span", {class: "badge bad"}, count(one.dead, "dead letter")),
       one.waiting > 0 && el("span", {class: "badge"}, `${one.waiting} queued`),
       due < Infinity && el("span", {class: "badge"}, when(due, "due")),
       one.completed && el("span", {class: "badge"}, "completed")));
@@ -6719,8 +6735,9 @@ async function totals() {
   const text = await (await ask("metrics")).text(), found = {};
   for (const [, name, value] of text.matchAll(/^(\w+)(?:\{.*\})? (\S+)/gm))
     found[name] = (found[name] || 0) + Number(value);
-  const {flexiflow_dead_letters: dead = 0, flexiflow_queue_depth: waiting = 0} = found;
-  $("waiting").textContent = `${waiting.toLocaleString()} waiting`;
+  const {flexiflow_dead_letters: dead, flexiflow_queue_depth: queued, flexiflow_timers: timers} =
+    {flexiflow_dead_letters: 0, flexiflow_queue_depth: 0, flexiflow_timers: 0, ...found};
+  $("waiting").textContent = `${queued.toLocaleString()} queued, ${count(timers, "timer")}`;
   $("dead").textContent = count(dead, "dead letter");
   $("dead").classList.toggle("bad", dead > 0);
   $("dead").hidden = false;
@@ -6735,7 +6752,7 @@ async function load() {
     const {dead_letters: letters} = await api("dead-letters?limit=100");
     if (chosen !== null) return;
     section("stuck", "", letters, part => part.map(one => letter(one, true)));
-    $("calm").textContent = letters.length ? "" : "None. Choose a component to see its machine.";
+    $("calm").textContent = letters.length ? MEND : "None. Choose a component to see its machine.";
     $("quiet").hidden = recent.length > 0;
     if (journal !== recent) $("history").replaceChildren(...recent.map(one => step(one, true)));
     journal = recent;
@@ -6774,7 +6791,7 @@ function detail(before) {
   if (readonly || facts.completed) takes.clear();
   const focus = document.activeElement.dataset.type;
   $("facts").replaceChildren(el("strong", null, show(facts.state)),
-    facts.since ? el("span", null, "for ", when(facts.since)) : "",
+    facts.since ? when(facts.since, "for") : "",
     el("span", null, `version ${facts.seq}`), facts.completed ? "completed" : "");
   $("messages").hidden = takes.size === 0;
   $("any").hidden = !takes.delete("*");  // of any type: it is asked for
@@ -6783,7 +6800,8 @@ function detail(before) {
       to ? `to ${to}` : "stays"}`)})));
   const same = [...$("buttons").children].find(one => one.dataset.type === focus);
   if (focus !== undefined && takes.size) (same || $("buttons").firstChild).focus();
-  section("letters", "Dead letters", facts.dead_letters, part => part.map(one => letter(one)));
+  section("letters", "Dead letters", facts.dead_letters, part =>
+    [el("p", {class: "muted"}, MEND), ...part.map(one => letter(one))]);
   section("timers", "Timers", facts.timers, part => table(["Message", "Due"],
     part.map(one => [show(one.message), when(one.due, "due")])));
   section("queue", "Queue", facts.queue, part => table(["Message", "Due", "Attempts"],
@@ -6816,7 +6834,7 @@ function letter(one, named) {
   return el("div", {class: "letter box"}, el("div", null, el("span", {class: "name"}, type),
     named && " to ", named && el("a", {href: "#" + encodeURIComponent(one.component),
       class: "name"}, show(one.component)), el("div", {class: "muted"}, "given up ", when(one.dead),
-      ` ago, ${count(one.attempts, "attempt")}${one.state ? ", in " + show(one.state) : ""}`)),
+      `, ${count(one.attempts, "attempt")}${one.state ? ", in " + show(one.state) : ""}`)),
     readonly ? "" : redrive, el("p", {class: "bad"}, what),
     ...rest.filter(line => /^(Why|Fix):/.test(line)).map(line => el("p", {class: "muted"}, line)),
     el("details", null, el("summary", null, "Message and traceback"),
@@ -7767,9 +7785,9 @@ def _parse(argv: list[str]) -> Any:
         parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        one: Any = commands.choices.get(argv[0], parser)
-        one.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}; "
-            f"like this: {program()} {args.command.example}")
+        given = " ".join(map(printable, unknown))
+        commands.choices.get(argv[0], parser).error(
+            f"unrecognized arguments: {given}; like this: {program()} {args.command.example}")
     return args
 
 
