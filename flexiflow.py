@@ -7172,9 +7172,9 @@ def _error_text(error: BaseException, joint: str = "\n") -> str:
     """Return an error's lines, FlexiFlow's own or any other's, joined."""
     text = str(error)
     if not isinstance(error, FlexiFlowError):
-        place = "".join(f" ({os.path.basename(frame.filename)}:{frame.lineno})"
-            for frame in traceback.extract_tb(error.__traceback__)[-1:])
-        text = f"{type(error).__name__}: {printable(text)}{place}"
+        places = [f" ({os.path.basename(frame.filename)}:{frame.lineno})"
+            for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        text = f"{type(error).__name__}: {printable(text)}{''.join(places[-1:])}"
     return joint.join(text.splitlines())
 
 
@@ -7735,7 +7735,7 @@ def cmd_explain(args: Any) -> int:
     lines = found.format().splitlines()
     if found.is_valid:
         show = f"{program()} visualize {shlex.quote(found.config_path)}"
-        lines += ["", f"Its rules as a table: {show} --format text; a picture: -o FILE.svg"]
+        lines += ["", f"Its rules: {show} --format text", f"A picture: {show} -o FILE.svg"]
     return tell(args, [{"valid": found.is_valid, **_plain(found)}], lines,
         0 if found.is_valid else 1)
 

@@ -14552,8 +14552,8 @@ class CommandSession(Shell):
             "States:\n  OK Broken\n  OK Off\n  OK On\n"
             "  Built-in: AwaitingConfirmation, ErrorHandling, InitialState, ProcessingRequest\n\n"
             "Status: OK - config will load\n\n"
-            "Its rules as a table: python -m flexiflow visualize lamp.json --format text; "
-            "a picture: -o FILE.svg\n",
+            "Its rules: python -m flexiflow visualize lamp.json --format text\n"
+            "A picture: python -m flexiflow visualize lamp.json -o FILE.svg\n",
             "",
         ))
 
