@@ -7579,12 +7579,9 @@ def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
 @command("run --until-idle", "deliver messages and timers when they are due, until Ctrl-C", "write",
     "--until-idle --concurrency --allow-import --watch --config --name")
 async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
-    dead: list[Any] = []
     start, seen = time.monotonic(), itertools.count(1)
     watch = args.watch and asyncio.ensure_future(
         watch_config(engine, _config_path(args), args.name))
-
-    await engine.event_bus.subscribe("message.dead", "run", dead.append)
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
@@ -7599,8 +7596,9 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
         engine._stop()
         delivered, spent = await work, time.monotonic() - start
         hint("\r", end="")
-        tell(args, [{"delivered": delivered, "dead": len(dead), "seconds": round(spent, 3)}],
-            [f"{delivered:,} delivered, {len(dead):,} dead, {spent:.2f} s"])
+        dead = len(args.dead)
+        tell(args, [{"delivered": delivered, "dead": dead, "seconds": round(spent, 3)}],
+            [f"{delivered:,} delivered, {dead:,} dead, {spent:.2f} s"])
     return 0
 
 
@@ -7815,15 +7813,15 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
     task: Any = asyncio.current_task()
     _on_signal(signal.SIGINT, task.cancel)
-    dead: list[Any] = []
-    await engine.event_bus.subscribe("message.dead", "flexiflow", dead.append)
+    args.dead = []
+    await engine.event_bus.subscribe("message.dead", "flexiflow", args.dead.append)
     try:
         return await args.command.run(args, engine)
     finally:
         await engine.close()
-        if dead:
-            put(f"{_counted(len(dead), 'message')} given up: {program()} dead-letters lists them, "
-                "redrive tries again", sys.stderr)
+        if args.dead:
+            put(f"{_counted(len(args.dead), 'message')} given up: {program()} dead-letters lists "
+                "them, redrive tries again", sys.stderr)
 
 
 def _brief(record: logging.LogRecord) -> bool:
