@@ -3041,8 +3041,7 @@ _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
     " AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
-_RENEW = "UPDATE flexiflow_components SET lease=? WHERE name=? AND owner=?"
-_RELEASE = "UPDATE flexiflow_components SET owner=NULL, lease=NULL WHERE name=? AND owner=?"
+_RECLAIM = f"{_CLAIM} AND owner=?"
 # Whose code another process runs. A lease further away than any can be is a clock that was set.
 _CLAIMED = ("SELECT name FROM flexiflow_components WHERE owner IS NOT NULL AND owner<>? AND lease>?"
     " AND lease<=?")
@@ -4717,13 +4716,14 @@ class FlexiFlowEngine:
         self._renewal = None
         until, claims = self.clock() + LEASE, [*self._claims]
         if claims:
-            self._write_unwaited([(_RENEW, (until, name, self.id)) for name in claims])
+            self._write_unwaited([
+                (_RECLAIM, (self.id, until, name, self.id)) for name in claims])
             self._hold(claims[0])
 
     def _release(self, name: str) -> list[Row]:
         """Return what lets go of a component."""
         self._claims.discard(name)
-        return [(_RELEASE, (name, self.id))]
+        return [(_RECLAIM, (None, None, name, self.id))]
 
     def _give_back(self, row: Json) -> None:
         """Let go of a queued message whose attempt was broken off, and does not count."""
