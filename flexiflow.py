@@ -3834,32 +3834,27 @@ class AsyncComponent:
 
     async def _prepare(self, turn: Turn) -> None:
         """Do what must be done before the next message: be born, be read again, be compiled."""
-        store = self._engine.store
-        if self._engine is not _ALONE and self._engine.components.get(self.name) is not self:
+        engine = self._engine
+        if engine is not _ALONE and engine.components.get(self.name) is not self:
             raise _gone(self.name)
         if self._birth is not None:
             await self._be_born(turn, self._birth)
-        elif self._unready and store is not None:
-            await store.settled()
-            self._load(self._engine._head(self.name))
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
             self._define(self._compiled(self.rules))
-        if self._update is not None:
-            await self._adapt(turn)
-        self._unready = False
+        elif self._unready and engine.store is not None:  # even where its head is the same
+            await engine.store.settled()
+            self._load(engine._head(self.name))
+        if self._update is not None:  # which `create_component(update=True)` has brought
+            try:
+                await self._swap(turn, lambda: self._update)
+            except ConfigError as error:  # meanwhile it went where the new config has no state
+                engine.logger.error("%r keeps its definition", self.name, exc_info=error)
+        self._unready, self._update = False, None
+        engine._unborn.pop(self.name, None)
         if self._internal:  # left over by a turn that was cancelled
             await self._drain(turn)
         turn.begin()
-
-    async def _adapt(self, turn: Turn) -> None:
-        """Go over to the config that `create_component(update=True)` brought, if that can be."""
-        try:
-            await self._swap(turn, lambda: self._update)
-        except ConfigError as error:  # meanwhile it went where the new config has no state
-            self._engine.logger.error("%r keeps its definition", self.name, exc_info=error)
-        self._update = None
-        self._engine._unborn.pop(self.name, None)
 
     def _define(self, definition: Definition) -> None:
         self.head = self.head._replace(definition=definition)
@@ -3907,7 +3902,6 @@ class AsyncComponent:
             commit = turn.commit(plan)
             lost = commit is not None and await commit is not None
             self._birth = None
-            self._engine._unborn.pop(self.name, None)
             if lost:  # another process made it first
                 self._load(self._engine._head(self.name))
             else:
