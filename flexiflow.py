@@ -3315,13 +3315,8 @@ class Turn(Context):
 
     async def refresh(self) -> bool:
         """Begin again with what the store says; tell whether another process has changed it."""
-        component, store = self.component, self.engine.store
-        if store is not None:
-            await store.settled()
-        changed = store is not None and store.rows(_STAMP, (component.name,)) != [
-            (component.head.seq, component.head.crc)]
-        if changed:
-            component._load(self.engine._head(component.name))
+        await self.engine.queue.settled()
+        changed = self.component._catch_up()
         self.begin()
         return changed
 
@@ -3918,6 +3913,14 @@ class AsyncComponent:
             definition.nodes[head["state"]].create(head["attributes"]))
         self._unready = False
 
+    def _catch_up(self) -> bool:
+        """Become what the store says by now; tell whether another process has changed it."""
+        store, head = self._engine.store, self.head
+        if store is None or store.rows(_STAMP, (self.name,)) == [(head.seq, head.crc)]:
+            return False
+        self._load(self._engine._head(self.name))
+        return True
+
     async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
@@ -4425,10 +4428,8 @@ class FlexiFlowEngine:
     def _current(self, name: str) -> AsyncComponent:
         """Return a component as it is by now, though another process may have changed it."""
         component = self._find(name)
-        if self.store is not None and name not in self._unborn and component._turn is None:
-            head = self._head(name)
-            if head["crc"] != component.head.crc:
-                component._load(head)
+        if name not in self._unborn and component._turn is None:
+            component._catch_up()
         return component
 
     def _unknown(self, name: str) -> StateError:
