@@ -4342,8 +4342,7 @@ class FlexiFlowEngine:
             return self._add(component)
         if known.definition is not None and known.definition.text == definition.text:
             known._update = None if update else known._update  # the last one wins
-            return known
-        if update:
+        elif update:
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
