@@ -4841,23 +4841,19 @@ class FlexiFlowEngine:
         given, component = check_message(_message(message, fields)), self._current(name)
         turn = Turn(component, None, given)
         turn.id, turn.text = given.get("id") or new_id(), _written(payload(given), "message")
-        before: Json = {"component": name, "id": turn.id}
         earlier = await turn._answered() if self.store is not None and given.get("id") else None
-        if earlier is not None:
-            kept = {key: getattr(earlier, key) for key in (
-                "outcome", "from_state", "to_state", "reason", "duplicate")}
-            return {**before, **kept, "changes": {}, "sends": [], "emits": [], "actions": [],
-                "timers": [], "ended": []}
-        plan = turn._decided()
+        plan = turn._decided() if earlier is None else Plan(earlier.outcome, turn.base)
         if plan.outcome == "class" and getattr(turn.state, "moves", None):  # a built-in's table
             await turn._ask_class(plan)
         node = plan.passage.node.name if plan.passage else turn.leaf
-        before.update(outcome=plan.outcome, from_state=turn.leaf, to_state=node,
-            reason=plan.reason, duplicate=False)
+        receipt = Receipt(plan.outcome, name, turn.id, turn.leaf, node,
+            reason=plan.reason) if earlier is None else earlier
         ends = plan.passage is not None and plan.passage.completes  # then no timer is left
         left = [*(plan.passage.exits if plan.passage else ()), *["*"] * ends]
         was, now = turn.base, plan.data
-        return {**before, "changes": {key: [was.get(key), now.get(key)]
+        return {**{key: getattr(receipt, key) for key in (
+                "component", "id", "outcome", "from_state", "to_state", "reason", "duplicate")},
+            "changes": {key: [was.get(key), now.get(key)]
                 for key in {**was, **now} if not same(was.get(key), now.get(key))},
             "sends": [{"to": one.to, "message": one.message, "delay": one.delay, "id": one.id}
                 for one in plan.sends],
