@@ -4621,9 +4621,8 @@ class FlexiFlowEngine:
         if live_turn(component) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
-            self._current(name)
-            facts, definition = self._facts(name), component.definition
-            state = facts["state"]
+            component = self._current(name)
+            state, definition = component.state, component.definition
             known = definition.nodes if definition else component.state_machine.registry.names()
             for wanted in states:
                 if wanted not in known:
@@ -4632,7 +4631,7 @@ class FlexiFlowEngine:
             if {state, *around} & {*states}:
                 return component
             left = limit - (time.monotonic() - start)
-            if left <= 0 or facts["completed"] is not None:
+            if left <= 0 or component.completed is not None:
                 raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
                     why=f"waited {limit:g} s" if left <= 0 else "it has completed",
                     component=name)
