@@ -3273,7 +3273,6 @@ class Turn(Context):
                         return answer
                 if store is not None and self.head.definition.has_code and not self.claimed:
                     await self.claim()
-                    await self.refresh()  # nothing runs on what is over
                     continue
                 try:
                     plan = self._decided()
@@ -3373,6 +3372,7 @@ class Turn(Context):
         while True:
             claim = (_CLAIM, (engine.id, engine.clock() + LEASE, name))
             if await engine.store.write(held, [claim, *rows], done) is None:
+                await self.refresh()  # nothing runs on what is over
                 return
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
