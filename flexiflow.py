@@ -4709,8 +4709,7 @@ class FlexiFlowEngine:
         self._renewal = None
         until, claims = self.clock() + LEASE, [*self._claims]
         if claims:
-            self._write_unwaited([
-                (_RECLAIM, (self.id, until, name, self.id)) for name in claims])
+            self._write_unwaited([(_RECLAIM, (self.id, until, name, self.id)) for name in claims])
             self._hold(claims[0])
 
     def _release(self, name: str) -> list[Row]:
