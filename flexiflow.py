@@ -3239,9 +3239,8 @@ class Turn(Context):
         At a queued message that failed it is let go together with the count of the failure, or
         another process would try again at once.
         """
-        if not self.over:
-            self.over = True
-            self.undo()
+        self.over = True
+        self.undo()
         if not failed or self.row is None:
             self.let_go()
 
