@@ -3869,7 +3869,7 @@ class AsyncComponent:
         source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
-            definition: Definition = _looked_at(config, registry=registry,
+            return _looked_at(config, registry=registry,  # type: ignore[no-any-return]
                 allow_imports=self._engine.allow_imports).definition
         except ConfigError as error:
             if not replace and "can never fire" in error.what:
