@@ -4071,11 +4071,6 @@ def _recorded(row: Json) -> Json:
     return {}
 
 
-def _failures(row: Json) -> int:
-    """Return how many of the attempts at a message of the queue have failed, and not died."""
-    return int(_recorded(row).get("attempts", 0))
-
-
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
@@ -4129,7 +4124,7 @@ class _Delivery:
         room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
-        deadly = [row for row in rows if row["attempts"] > 1 + _failures(row)]
+        deadly = [row for row in rows if row["attempts"] > 1 + _recorded(row).get("attempts", 0)]
         if deadly:  # its process died of it twice: it would take down what runs beside it
             self.alone = not self.streams
             rows = deadly[:1] if self.alone else []
