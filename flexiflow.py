@@ -4923,12 +4923,11 @@ class FlexiFlowEngine:
         """
         store, other = self._stored(), None if config is None else _on_paper(config)
         names = self._kept(name)
-        known: dict[str, tuple[Definition, str]] = {}
 
+        @functools.lru_cache(maxsize=None)
         def definition_of(hash: str) -> tuple[Definition, str, Definition]:
-            if hash not in known:
-                known[hash] = _on_paper({"name": "stored", **store.definition(hash)})
-            return (*(other or known[hash]), known[hash][0])
+            stored = _on_paper({"name": "stored", **store.definition(hash)})
+            return (*(other or stored), stored[0])
 
         return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
             definition_of) for one in names]
