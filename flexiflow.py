@@ -3182,6 +3182,7 @@ class Turn(Context):
         return self
 
     def __exit__(self, *failure: Any) -> None:
+        self.end()
         self.live = False
         _context.set(self.parent)
         if self.component._turn is self:
@@ -3799,7 +3800,6 @@ class AsyncComponent:
                 except BaseException as error:
                     if not _is_own_failure(error) and not isinstance(error, SystemExit):
                         self._internal.insert(0, row)  # the next turn will run it
-                        self._engine._give_back(row)
                         raise
                     turn.end(failed=True)
                     await self._engine._failed(row, error, count > DRAIN_LIMIT)
@@ -3923,24 +3923,19 @@ class AsyncComponent:
     async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
         with Turn(self, holder, {"type": "rules.updated"}) as turn:
-            try:
-                while True:
-                    await turn.refresh()
-                    if self._engine.store and self.definition.has_code and not turn.claimed:
-                        await turn.claim()
-                        continue
-                    changed, plan = change(), Plan("updated", self.head.data)
-                    node = self._counterpart(changed)
-                    plan.state = node.create(vars(turn.state) or None)
-                    old = self.definition
-                    hashes = {"definition": changed.hash, "before": old and old.hash}
-                    turn.id, turn.text = new_id(), _encode(hashes)
-                    commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
-                    if commit is None or await commit is None:
-                        break
-                    turn.let_go()  # another process was quicker
-            finally:
-                turn.end()
+            while True:
+                await turn.refresh()
+                if self._engine.store and self.definition.has_code:
+                    await turn.claim()  # what another process runs comes first
+                changed, plan, old = change(), Plan("updated", self.head.data), self.definition
+                node = self._counterpart(changed)
+                plan.state = node.create(vars(turn.state) or None)
+                hashes = {"definition": changed.hash, "before": old and old.hash}
+                turn.id, turn.text = new_id(), _encode(hashes)
+                commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
+                if commit is None or await commit is None:
+                    break
+                turn.let_go()  # another process was quicker
             await turn.publish("rules.updated", rules=len(self.rules))
             await turn.settled()
 
