@@ -4616,8 +4616,7 @@ class FlexiFlowEngine:
             for wanted in states:
                 if wanted not in known:
                     raise StateError(f"Unknown state: {wanted!r}", fix=choose(wanted, known))
-            around = definition.sources(state) if definition and state in known else ()
-            if {state, *around} & {*states}:
+            if {*(definition.sources(state) if definition else [state])} & {*states}:
                 return component
             left = limit - (time.monotonic() - start)
             if left <= 0 or component.completed is not None:
