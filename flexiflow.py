@@ -3875,8 +3875,6 @@ class AsyncComponent:
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
             raise
-        self._counterpart(definition)
-        return definition
 
     def _counterpart(self, definition: Definition) -> Node:
         """Return the current state's node in another definition; else raise ConfigError."""
@@ -4918,7 +4916,7 @@ class FlexiFlowEngine:
         store, other = self._stored(), None if config is None else _on_paper(config)
         names = self._kept(name)
 
-        @functools.lru_cache(maxsize=None)
+        @functools.cache
         def definition_of(hash: str) -> tuple[Definition, str, Definition]:
             stored = _on_paper({"name": "stored", **store.definition(hash)})
             return (*(other or stored), stored[0])
