@@ -3463,10 +3463,6 @@ class Turn(Context):
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
-        if changed is not None:
-            then = {changed.renamed.get(name, name): at for name, at in since.items()}
-            leaf = changed.nodes[changed.registry.name_of(plan.state)]
-            since = {node.name: then.get(node.name, now) for node in leaf.lineage()}
         self.sent = [*plan.sends, *self.outbox] if plan.sends or self.outbox else ()
         self.outbox = ()
         if self.row is not None or self.sent or (passage is not None and passage.busy):
@@ -3928,6 +3924,9 @@ class AsyncComponent:
                 changed, plan, old = change(), Plan("updated", self.head.data), self.definition
                 node = self._counterpart(changed)
                 plan.state = node.create(vars(turn.state) or None)
+                then = {changed.renamed.get(name, name): at for name, at in turn.head.since.items()}
+                turn.head = turn.head._replace(
+                    since={one.name: then.get(one.name, turn.now) for one in node.lineage()})
                 hashes = {"definition": changed.hash, "before": old and old.hash}
                 turn.id, turn.text = new_id(), _encode(hashes)
                 commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
@@ -3962,11 +3961,11 @@ class AsyncComponent:
                 rows.append(_of_row(_UNQUEUE, row))
             else:  # it may be given back, and must not find another rule at its number
                 rows.append(queue.change_message(row, rule=None, state=owner))
-        scope, back = turn.scope(node.name), {new: old for old, new in changed.renamed.items()}
+        scope = turn.scope(node.name)
         for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
                 if gist(rule) not in before.values():
-                    since = self.head.since.get(back.get(owner, owner), turn.now)
+                    since = turn.head.since.get(owner, turn.now)
                     rows.append(turn.timer_row(rule, owner, since + seconds(rule.after(scope))))
         return rows
 
