@@ -3904,7 +3904,6 @@ class AsyncComponent:
         self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
             head["data_text"], head["chain"], head["crc"]),
             definition.nodes[head["state"]].create(head["attributes"]))
-        self._unready = False
 
     def _catch_up(self) -> bool:
         """Become what the store says by now; tell whether another process has changed it."""
