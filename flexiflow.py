@@ -3322,8 +3322,7 @@ class Turn(Context):
     async def _answered(self) -> Receipt | None:
         """Return the receipt of a message that is over, here or in another process."""
         name, store = self.component.name, self.engine.store
-        if store is not None:
-            await store.settled()
+        await self.engine.queue.settled()
         found = store.journal(name, 1, "message_id=?", (self.id,)) if store else []
         if not found:
             if self._queued():
