@@ -3361,9 +3361,7 @@ class Turn(Context):
 
         def done() -> None:
             self.claimed = True
-            engine._hold(name)
-            if self.row is not None:
-                self.row["claimed"] = True
+            engine._hold(name, self.row)
             if self.over:  # cancelled meanwhile
                 self.let_go()
 
@@ -3550,7 +3548,7 @@ class Turn(Context):
         self.base, self.kept = self.head.data, None
         if self.claimed:
             self.claimed = False
-            self.engine._claims.discard(self.component.name)
+            self.engine._claimed.pop(self.component.name, None)
         self.over = True
         if self.sent:
             self._keep(self.sent)
@@ -4225,7 +4223,8 @@ class FlexiFlowEngine:
         self.components: dict[str, AsyncComponent] = {}
         self.posted: set[str] = set()  # components that turns of this engine have sent to
         self.id = new_id()  # under which it claims components
-        self._claims: set[str] = set()  # the components whose code runs here
+        # The components whose code runs here, and the message of the queue that it runs for.
+        self._claimed: dict[str, Json | None] = {}
         self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
@@ -4640,7 +4639,7 @@ class FlexiFlowEngine:
             self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
                 exc_info=error)
             return
-        begun = row.pop("claimed", False)  # and counted then
+        begun = self._claimed.get(row["component"]) is row  # and counted then
         rows = self._release(row["component"]) if begun else []
         found = self.queue.messages(*_of_row("dead IS NULL AND", row))
         if not found:
@@ -4682,27 +4681,27 @@ class FlexiFlowEngine:
         now = self.clock()
         return self.id, now, now + 2 * LEASE
 
-    def _hold(self, name: str) -> None:
+    def _hold(self, name: str, row: Json | None) -> None:
         """Renew the claim on a component for as long as its code runs."""
-        self._claims.add(name)
+        self._claimed[name] = row
         if self._renewal is None:
             self._renewal = asyncio.get_running_loop().call_later(LEASE / 3, self._renew)
 
     def _renew(self) -> None:
         self._renewal = None
-        until, claims = self.clock() + LEASE, [*self._claims]
-        if claims:
-            self._write_unwaited([(_RECLAIM, (self.id, until, name, self.id)) for name in claims])
-            self._hold(claims[0])
+        until = self.clock() + LEASE
+        for name, row in self._claimed.items():
+            self._write_unwaited([(_RECLAIM, (self.id, until, name, self.id))])
+            self._hold(name, row)
 
     def _release(self, name: str) -> list[Row]:
         """Return what lets go of a component."""
-        self._claims.discard(name)
+        self._claimed.pop(name, None)
         return [(_RECLAIM, (None, None, name, self.id))]
 
     def _give_back(self, row: Json) -> None:
         """Let go of a queued message whose attempt was broken off, and does not count."""
-        if row.pop("claimed", False):
+        if self._claimed.get(row["component"]) is row:
             count = (_COUNT, (-1, row["component"], row["id"]))
             self._write_unwaited([count, *self._release(row["component"])])
 

@@ -9805,7 +9805,7 @@ class Claims(StoreCase):
                 await asyncio.wait([task])
                 await self.engine.handle_message(name, "go", id="y")
                 with self.subTest(slow=slow, steps=steps):
-                    self.assertEqual((self.owner(name), self.engine._claims), ((None, None), set()))
+                    self.assertEqual((self.owner(name), self.engine._claimed), ((None, None), {}))
 
     async def test_an_engine_that_lost_a_claim_stops_renewing_it(self):
         self.engine.create_component(self.hanging())
@@ -9818,10 +9818,10 @@ class Claims(StoreCase):
         self.change("UPDATE flexiflow_components SET owner='third', lease=?", self.clock.now + 30)
         self.go.set()
         await self.asked()
-        held = set(self.engine._claims)
+        held = dict(self.engine._claimed)
         self.clock.now += 30
         await task
-        self.assertEqual((held, self.engine._claims), (set(), set()))
+        self.assertEqual((held, self.engine._claimed), ({}, {}))
 
     # ---- what holds
 
@@ -10589,7 +10589,7 @@ class Withdrawing(EngineCase):
         if self.stored:
             self.assertEqual((answer, facts["state"], facts["waiting"]), (True, "A", 0))
             self.assertEqual(self.rows("SELECT owner FROM flexiflow_components"), [(None,)])
-            self.assertEqual((receipt.seq, self.engine._claims), (1, set()))
+            self.assertEqual((receipt.seq, self.engine._claimed), (1, {}))
 
     async def test_an_own_message_is_cancelled_by_an_earlier_one(self):
         async def take_back(message, component):
