@@ -4132,20 +4132,36 @@ class _Delivery:
             f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
 
     async def _deliver(self, rows: list[Json]) -> int:
-        """Deliver rows of one component; what fails is tried again later, if it can be read."""
+        """Deliver rows of one component; what fails is tried again later.
+
+        Dead at once is what cannot be read, or whose component cannot, and what has killed its
+        process too often.
+        """
+        engine = self.engine
         for count, row in enumerate(rows):
             if self._stopped():
                 return count
+            hopeless: Any = PersistenceError, ValueError  # what there is no use in trying again
             try:
-                await self._deliver_one(row)
+                message = message_of(self.queue.sealed(row))
+                hopeless = ConfigError
+                component = engine._find(row["component"])
+                hopeless = ()
+                await engine._announce()
+                if row["attempts"] >= engine._retry(component.name).max_attempts:
+                    died = StateError(f"Its process died of it {row['attempts']} times",
+                        why="each time it was begun, and neither done nor failed")
+                    await engine._failed(row, died, dead=True)
+                else:
+                    await component.handle_message(message, _row=row)
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
-                    self.engine._give_back(row)
+                    engine._give_back(row)
                     raise
                 if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
-                    self.engine._give_back(row)
+                    engine._give_back(row)
                     return count
-                await self.engine._failed(row, error)
+                await engine._failed(row, error, isinstance(error, hopeless))
         return len(rows)
 
     def _is_foreign(self, name: str, error: ImportError_) -> bool:
@@ -4158,25 +4174,6 @@ class _Delivery:
             engine._foreign.add(head["definition"])
             engine.logger.warning("Messages to %r are left alone: %s", name, error.what)
         return True
-
-    async def _deliver_one(self, row: Json) -> None:
-        """Deliver a row; one that cannot be read, or has killed its process too often, is dead."""
-        engine, name = self.engine, row["component"]
-        try:
-            message = message_of(self.queue.sealed(row))
-        except (PersistenceError, ValueError) as error:
-            return await engine._failed(row, error, dead=True)
-        try:
-            component = engine._find(name)
-        except ConfigError as error:
-            return await engine._failed(row, error, dead=True)
-        await engine._announce()
-        if row["attempts"] >= engine._retry(name).max_attempts:
-            died = StateError(f"Its process died of it {row['attempts']} times",
-                why="each time it was begun, and neither done nor failed")
-            await engine._failed(row, died, dead=True)
-        else:
-            await component.handle_message(message, _row=row)
 
 
 # ----------------------------------------------------------------------------
