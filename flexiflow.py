@@ -3196,10 +3196,12 @@ class Turn(Context):
             self._correlation_id = self.message.get("correlation_id") or outer or new_id()
         return self._correlation_id
 
-    async def post(self, out: Outgoing) -> Receipt:
+    async def post(self, name: str, message: Json, delay: float = 0.0) -> Receipt:
         """Send a message: with the turn's commit, or at once where that has been."""
-        _written(out.message, f"message to {out.to}")
-        out.id, out.message = out.id or new_id(), fresh(out.message)
+        body = payload(message)
+        _written(body, f"message to {name}")
+        out = Outgoing(name, fresh(body), delay, message.get("id") or new_id(),
+            message.get("correlation_id"))
         if not self.over:
             self.outbox = [*self.outbox, out]
         elif self._post_late(out):
@@ -3712,8 +3714,7 @@ class AsyncComponent:
         if self._turn is not None:
             own = live_turn(self)
             if own is not None:  # called from within: it runs when the turn is over
-                return await own.post(Outgoing(self.name, payload(message), 0.0, message.get("id"),
-                    message.get("correlation_id")))
+                return await own.post(self.name, message)
             await self._wait_for(turn)
         self._turn = turn
         _context.set(turn)  # as `with turn` does, but quicker
@@ -4557,12 +4558,12 @@ class FlexiFlowEngine:
         """
         check_name(name)
         given = check_message(_message(message, fields if id is None else {**fields, "id": id}))
-        key, pause, body = given.get("id") or new_id(), seconds(delay), payload(given)
-        turn, correlation_id = live_turn(), given.get("correlation_id")
+        turn, pause = live_turn(), seconds(delay)
         if turn is not None and turn.component._engine is self:
-            return await turn.post(Outgoing(name, body, pause, key, correlation_id))
-        text, now = _written(body, "message"), self.clock()
-        correlation_id = correlation_id or get_correlation_id() or new_id()
+            return await turn.post(name, given, pause)
+        text, now = _written(payload(given), "message"), self.clock()
+        key = given.get("id") or new_id()
+        correlation_id = given.get("correlation_id") or get_correlation_id() or new_id()
         row = self.queue.message_row(now, name, key, correlation_id, text, now + pause)
         rows = [row, (_GIVE_PLACES, (now,))] if now + pause <= now else [row]
         sql = ("SELECT message FROM flexiflow_journal WHERE component=? AND message_id=? UNION ALL"
