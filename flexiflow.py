@@ -3368,14 +3368,12 @@ class Turn(Context):
                 self.let_go()
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
-        while True:
-            claim = (_CLAIM, (engine.id, engine.clock() + LEASE, name))
-            if await engine.store.write(held, [claim, *rows], done) is None:
-                await self.refresh()  # nothing runs on what is over
-                return
+        while await engine.store.write(held, [
+                (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) is not None:
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
             await asyncio.sleep(_pause())
+        await self.refresh()  # nothing runs on what is over
 
     # ---- deciding and acting
 
@@ -4944,8 +4942,8 @@ class FlexiFlowEngine:
             return [self._facts(one) for one in sorted(self._names())]
         waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
             " ORDER BY place IS NULL, place, due, number", (name,))
-        queue = [{key: self.queue.sealed(row)[key] for key in (
-            "number", "message", "due", "id", "attempts")} for row in waiting]
+        queue = [{key: row[key] for key in ("number", "message", "due", "id", "attempts")}
+            for row in map(self.queue.sealed, waiting)]
         facts = {**self._facts(name), "accepts": None, "queue": queue}
         with contextlib.suppress(ImportError_):
             facts["accepts"] = self.accepts(name)
