@@ -4962,16 +4962,14 @@ class FlexiFlowEngine:
                 and (one["timers"] or not waiting)]
             later = [name for name in names if name > after]
             return later[:limit] if limit > 0 else later, len(names)
-        where = "instr(lower(name), lower(?)) AND COALESCE(?, state)=state"
-        for wanted, what in ((failed, "m.dead IS NOT NULL"),
-                (waiting, "m.dead IS NULL AND m.state IS NOT NULL")):
-            if wanted:
-                where += (" AND EXISTS (SELECT 1 FROM flexiflow_messages AS m"
-                    f" WHERE m.component=name AND {what})")
-        ((total,),) = self.store.rows(
-            f"SELECT COUNT(*) FROM flexiflow_components WHERE {where}", (part, state))
-        found = self.store.rows(f"SELECT name FROM flexiflow_components WHERE {where}"
-            " AND name>? ORDER BY name LIMIT ?", (part, state, after, limit))
+        matching = ("FROM flexiflow_components WHERE instr(lower(name), lower(?))"
+            " AND COALESCE(?, state)=state AND (NOT ? OR EXISTS (SELECT 1 FROM flexiflow_messages"
+            " WHERE component=name AND dead IS NOT NULL)) AND (NOT ? OR EXISTS (SELECT 1 FROM"
+            " flexiflow_messages AS m WHERE component=name AND dead IS NULL AND m.state NOT NULL))")
+        asked = (part, state, failed, waiting)
+        ((total,),) = self.store.rows(f"SELECT COUNT(*) {matching}", asked)
+        found = self.store.rows(
+            f"SELECT name {matching} AND name>? ORDER BY name LIMIT ?", (*asked, after, limit))
         return [name for (name,) in found], total
 
     def _facts(self, name: str) -> Json:
