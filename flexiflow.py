@@ -3552,8 +3552,7 @@ class Turn(Context):
         self.over = True
         if self.sent:
             self._keep(self.sent)
-        while self.outbox:
-            out, *self.outbox = self.outbox
+        for out in self.outbox:
             self._post_late(out)
 
     # ---- events
