@@ -1348,8 +1348,9 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
 
     module_name, _, symbol = (part.strip() for part in dotted_path.partition(":"))
     if not all(map(str.isidentifier, f"{module_name}.{symbol}".split("."))):
-        raise ImportError_(f"Not a dotted path: {dotted_path!r}",
-            fix="write it like 'package.module:name'")
+        near = re.fullmatch(r"([\w.]+)\.(\w+)", dotted_path)
+        like = "{}:{}".format(*near.groups()) if near else "package.module:name"
+        raise ImportError_(f"Not a dotted path: {dotted_path!r}", fix=f"write it like {like!r}")
     if module_name.split(".")[0] == "flexiflow":  # this file, whatever it is called here
         module_name = __name__
     check(module_name)
