@@ -3031,9 +3031,8 @@ _UPDATE_HEAD = (
     " WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
-_NEW_ENTRY = (
-    "INSERT INTO flexiflow_journal(component, seq, message_id, correlation_id, message, receipt,"
-    " data, time, prior, crc) VALUES (?,?,?,?,?,?,?,?,?,?)")
+_NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
+    " VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
 # A message without a place is dead, or put off: by another worker, where this one had read it.
