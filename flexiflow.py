@@ -3125,9 +3125,7 @@ def _timer_message(rule: Rule, owner: str) -> str:
     return _encode({"type": rule.timer_type, "state": owner, "rule": rule.number})
 
 
-@functools.lru_cache(maxsize=4096)
-def _receipt_text(*parts: str | None) -> str:
-    return _encode(parts)
+_receipt_text = functools.lru_cache(maxsize=4096)(_encode)  # most moves are made again and again
 
 
 def _gone(name: str) -> StateError:
@@ -3480,7 +3478,7 @@ class Turn(Context):
         kept = _written(attributes, f"attributes of {name}") if attributes else None
         old = self.head
         text = (old.text if data is old.data else None) or _written(data, "data")
-        receipt = _receipt_text(plan.outcome, self.leaf, name, plan.reason)
+        receipt = _receipt_text((plan.outcome, self.leaf, name, plan.reason))
         entry = (component.name, seq, self.id, self.correlation_id, self.text, receipt,
             text if text != old.text or not seq else None, self.now)
         chain = checksum(*entry, start=old.chain)
