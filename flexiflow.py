@@ -3152,7 +3152,6 @@ class Turn(Context):
 
     live = True  # until the component takes the next message
     over = False  # committed, or failed
-    claimed = False  # the component, for this process alone
     id: str | None = None  # the message's; in a store a new one, where it has none
     text = ""  # its payload
     data: Json | None = None  # a copy of `base`, once code has asked for it
@@ -3247,12 +3246,11 @@ class Turn(Context):
 
     def let_go(self) -> None:
         """Let go of the claim; what was counted as an attempt at a queued message was none."""
-        if self.claimed and self.row is not None:
+        if self.row is not None:
             self.engine._give_back(self.row)
         elif self.claimed:
             self.late = [*self.late, self.engine.store.write(
                 None, self.engine._release(self.component.name))]
-        self.claimed = False
 
     # ---- from the message to the receipt
 
@@ -3349,6 +3347,10 @@ class Turn(Context):
             return True
         return False
 
+    claimed = property(
+        lambda self: self.engine._claimed.get(self.component.name) is (self.row or self),
+        doc="Whether its component is its own, among the turns of all processes.")
+
     async def claim(self) -> None:
         """Let nobody else run the component's code; count the attempt at a queued message.
 
@@ -3360,8 +3362,7 @@ class Turn(Context):
             return execute(f"{_CLAIMED} AND name=?", (*engine._rivals(), name)).fetchone()
 
         def done() -> None:
-            self.claimed = True
-            engine._hold(name, self.row)
+            engine._hold(name, self.row or self)
             if self.over:  # cancelled meanwhile
                 self.let_go()
 
@@ -3544,8 +3545,7 @@ class Turn(Context):
         """Take note of the commit, and send what a task has sent while it was under way."""
         self.state, self.head = self.machine._state, self.component.head
         self.base, self.kept = self.head.data, None
-        if self.claimed:
-            self.claimed = False
+        if self.engine._claimed:  # a commit lets go
             self.engine._claimed.pop(self.component.name, None)
         self.over = True
         if self.sent:
@@ -4216,8 +4216,9 @@ class FlexiFlowEngine:
         self.components: dict[str, AsyncComponent] = {}
         self.posted: set[str] = set()  # components that turns of this engine have sent to
         self.id = new_id()  # under which it claims components
-        # The components whose code runs here, and the message of the queue that it runs for.
-        self._claimed: dict[str, Json | None] = {}
+        # The components whose code runs here, and the message of the queue, or else the turn,
+        # that it runs for.
+        self._claimed: dict[str, Json | Turn] = {}
         self._renewal: asyncio.TimerHandle | None = None
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
@@ -4674,18 +4675,18 @@ class FlexiFlowEngine:
         now = self.clock()
         return self.id, now, now + 2 * LEASE
 
-    def _hold(self, name: str, row: Json | None) -> None:
+    def _hold(self, name: str, claimant: Json | Turn) -> None:
         """Renew the claim on a component for as long as its code runs."""
-        self._claimed[name] = row
+        self._claimed[name] = claimant
         if self._renewal is None:
             self._renewal = asyncio.get_running_loop().call_later(LEASE / 3, self._renew)
 
     def _renew(self) -> None:
         self._renewal = None
         until = self.clock() + LEASE
-        for name, row in self._claimed.items():
+        for name, claimant in self._claimed.items():
             self._write_unwaited([(_RECLAIM, (self.id, until, name, self.id))])
-            self._hold(name, row)
+            self._hold(name, claimant)
 
     def _release(self, name: str) -> list[Row]:
         """Return what lets go of a component."""
