@@ -3976,7 +3976,7 @@ def _on_paper(config: Any) -> tuple[Definition, str]:
 
 
 def _decided_again(definition: Definition, then: Definition, name: str, leaf: str, data: Json,
-        entry: Json) -> tuple[list[str], Json]:
+        entry: Json) -> tuple[list[Any], Json]:
     """Return outcome, state before and after, and data of what a journal row's message does now.
 
     `then` is the definition by which it was decided, and which knows the number of a timer's rule.
@@ -4014,9 +4014,7 @@ def _replayed(name: str, history: list[Json], last: str,
     if not history:
         return {**answer, "skipped": "what is left of its history begins without its data"}
     swaps = [one["message"] for one in history if one["outcome"] == "updated"]
-    first = history[0]["message"] if not history[0]["seq"] else {}
-    definition, code, then = definition_of(
-        first.get("created") or (swaps[0]["before"] if swaps else last))
+    definition, code, then = definition_of(swaps[0]["before"] if swaps else last)
     leaf, data, data_then = (history[0][key] for key in ("to_state", "data", "data"))
     leaf = definition.renamed.get(leaf, leaf)
     for entry in history[1:]:
@@ -4029,13 +4027,12 @@ def _replayed(name: str, history: list[Json], last: str,
             return {**answer, "skipped": f"its definition runs code: {code}"}
         was = [entry["outcome"], entry["from_state"], entry["to_state"]]
         now, data = _decided_again(definition, then, name, leaf, data, entry)
-        leaf = now[2]
-        same = now == [definition.renamed.get(one, one) for one in was]
-        if answer["differences"] or not same or data != data_then:
-            both = ([was, data_then], [now, data]) if data != data_then else ([was], [now])
-            before, again = ([*facts, *rest] for facts, *rest in both)
+        leaf, differs = now[2], now != [definition.renamed.get(one, one) for one in was]
+        if data != data_then:
+            was, now, differs = [*was, data_then], [*now, data], True
+        if answer["differences"] or differs:
             answer["differences"].append({"seq": entry["seq"], "message": entry["message"]["type"],
-                "was": before, "now": again})
+                "was": was, "now": now})
         answer["steps"] += 1
         answer["same"] += not answer["differences"]
     return {**answer, "would_be": leaf}
