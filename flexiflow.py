@@ -3944,15 +3944,14 @@ class AsyncComponent:
         after = {gist(rule): rule.number for rule in changed.rules}
         rows: list[Row] = []
         for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
-            kept = after.get(before.get(row["rule"], ""))
+            new = after.get(before.get(row["rule"], ""))  # its rule's number, if that is kept
             owner: Any = changed.renamed.get(row["state"], row["state"])
-            if kept is not None:
-                text = _timer_message(changed.by_number[kept], owner)
-                rows.append(queue.change_message(row, rule=kept, state=owner, message=text))
-            elif row["dead"] is None:
+            if new is None and row["dead"] is None:
                 rows.append(_of_row(_UNQUEUE, row))
-            else:  # it may be given back, and must not find another rule at its number
-                rows.append(queue.change_message(row, rule=None, state=owner))
+                continue
+            # A dead one may be given back, and must not find another rule at its number.
+            text = row["message"] if new is None else _timer_message(changed.by_number[new], owner)
+            rows.append(queue.change_message(row, rule=new, state=owner, message=text))
         scope = turn.scope(node.name)
         for owner in changed.sources(node.name):
             for rule in changed.timers(owner):
