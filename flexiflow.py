@@ -3512,9 +3512,8 @@ class Turn(Context):
                     f"{name!r} sends or waits without an engine", fix="engine.register(it)")
             return []
         rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
-        if passage and definition.has_timers:
-            gone = [*filter(definition.timers, passage.exits), *["*"] * passage.completes]
-            rows += [(_NO_TIMERS, (name, owner)) for owner in gone]
+        left = (*passage.exits, *["*"] * passage.completes) if passage else ()
+        rows += [(_NO_TIMERS, (name, owner)) for owner in left if definition.timers(owner)]
         for out in self.sent:
             out.id = out.id or new_id()
             text = _written(out.message, f"message to {out.to}")
