@@ -3951,13 +3951,11 @@ class AsyncComponent:
             # A dead one may be given back, and must not find another rule at its number.
             text = row["message"] if new is None else _timer_message(changed.by_number[new], owner)
             rows.append(queue.change_message(row, rule=new, state=owner, message=text))
-        scope = turn.scope(node.name)
-        for owner in changed.sources(node.name):
-            for rule in changed.timers(owner):
-                if gist(rule) not in before.values():
-                    since = turn.head.since.get(owner, turn.now)
-                    rows.append(turn.timer_row(rule, owner, since + seconds(rule.after(scope))))
-        return rows
+        scope, since = turn.scope(node.name), turn.head.since
+        return rows + [turn.timer_row(
+                rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
+            for owner in changed.sources(node.name) for rule in changed.timers(owner)
+            if gist(rule) not in before.values()]
 
 
 # ----------------------------------------------------------------------------
