@@ -3891,11 +3891,11 @@ class AsyncComponent:
     def _load(self, head: Json) -> None:
         """Become what the store says."""
         definition = self._engine._definition(head["definition"], self.state_machine.registry)
-        if head["state"] not in definition.nodes:
+        node = definition.nodes.get(head["state"])
+        if node is None:
             raise StateError(f"State {head['state']!r} of {self.name!r} is not in its definition")
-        self._adopt(Head(definition, head["data"], head["seq"], head["since"], head["completed"],
-            head["data_text"], head["chain"], head["crc"]),
-            definition.nodes[head["state"]].create(head["attributes"]))
+        facts = map(head.get, ("data", "seq", "since", "completed", "data_text", "chain", "crc"))
+        self._adopt(Head(definition, *facts), node.create(head["attributes"]))
 
     def _catch_up(self) -> bool:
         """Become what the store says by now; tell whether another process has changed it."""
