@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     import sqlite3
     import threading
     import traceback
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any, TypeVar, Union
     from urllib import parse as urllib_parse
 
@@ -3690,9 +3690,8 @@ class AsyncComponent:
                 rules += [] if rule in rules else [rule]
             return self._compiled(rules, replace)
 
-        async with self._own_turn("rules.updated") as turn:
-            await self._swap(turn, changed)
-            return self.rules
+        await self._own_turn("rules.updated", changed)
+        return self.rules
 
     async def handle_message(self, message: Json, *, _row: Json | None = None,
             _strict: bool = True) -> Receipt:
@@ -3728,9 +3727,8 @@ class AsyncComponent:
 
     # ---- turns: one at a time, in the order of their coming
 
-    @contextlib.asynccontextmanager
-    async def _own_turn(self, kind: str) -> AsyncIterator[Turn]:
-        """Hold the turn for something that is not a message."""
+    async def _own_turn(self, kind: str, change: Callable[[], Definition] | None = None) -> None:
+        """Take a turn that has no message: to be prepared, and to go over to a definition."""
         if live_turn(self) is not None:
             raise StateError(f"{self.name!r} is in the middle of a turn", fix="do it afterwards")
         turn = Turn(self, _context.get(), {"type": kind})
@@ -3739,7 +3737,8 @@ class AsyncComponent:
         self._turn = turn
         with turn:
             await self._prepare(turn)
-            yield turn
+            if change is not None:
+                await self._swap(turn, change)
             turn.end()
             await self._drain(turn)
 
@@ -4478,8 +4477,7 @@ class FlexiFlowEngine:
         await self._announce()
         for component in list(self._unborn.values()):
             try:
-                async with component._own_turn("created"):
-                    pass  # which prepares it
+                await component._own_turn("created")
             except Exception as error:
                 if strict:
                     raise
