@@ -4806,7 +4806,7 @@ class FlexiFlowEngine:
         given, component = check_message(_message(message, fields)), self._current(name)
         turn = Turn(component, None, given)
         turn.id, turn.text = given.get("id") or new_id(), _written(payload(given), "message")
-        earlier = await turn._answered() if self.store is not None and given.get("id") else None
+        earlier = await turn._answered()
         plan = turn._decided() if earlier is None else Plan(earlier.outcome, turn.base)
         if plan.outcome == "class" and getattr(turn.state, "moves", None):  # a built-in's table
             await turn._ask_class(plan)
