@@ -4134,9 +4134,9 @@ class _Delivery:
                 message = message_of(self.queue.sealed(row))
                 hopeless = ConfigError
                 component = engine._find(row["component"])
-                hopeless = ()
+                hopeless, retry = (), getattr(component.definition, "retry", QUEUE_RETRY)
                 await engine._announce()
-                if row["attempts"] >= engine._retry(component.name).max_attempts:
+                if row["attempts"] >= retry.max_attempts:
                     died = StateError(f"Its process died of it {row['attempts']} times",
                         why="each time it was begun, and neither done nor failed")
                     await engine._failed(row, died, dead=True)
@@ -4637,7 +4637,7 @@ class FlexiFlowEngine:
         if component is None:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
         else:
-            retry = self._retry(component.name)
+            retry = getattr(component.definition, "retry", QUEUE_RETRY)
             dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
             pause = retry.delay(attempts, random.random())
         again = {"dead": now} if dead else {"due": now + pause}
@@ -4655,9 +4655,6 @@ class FlexiFlowEngine:
             await self.event_bus.publish("message.dead", {
                 **{key: row[key] for key in ("component", "message", "id", "correlation_id")},
                 "error": str(error), "seq": component and component.seq})
-
-    def _retry(self, name: str) -> RetryConfig:
-        return getattr(self.components[name].definition, "retry", QUEUE_RETRY)
 
     # ---- claims: see `Turn.claim`
 
