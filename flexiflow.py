@@ -3575,8 +3575,7 @@ class Turn(Context):
         if component.event_bus is None or not component.event_bus.listens(event):
             return
         if content is None:
-            facts = {key: fresh(one) for key, one in facts.items()}
-            content = {"component": component.name, **facts, "seq": component.seq,
+            content = {"component": component.name, **fresh(facts), "seq": component.seq,
                 "correlation_id": self.correlation_id}
         try:
             await component.event_bus.publish(event, content)
