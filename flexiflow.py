@@ -4670,9 +4670,8 @@ class FlexiFlowEngine:
 
     def _renew(self) -> None:
         self._renewal = None
-        until = self.clock() + LEASE
         for name, claimant in self._claimed.items():
-            self._write_unwaited([(_RECLAIM, (self.id, until, name, self.id))])
+            self._write_unwaited([(_RECLAIM, (self.id, self.clock() + LEASE, name, self.id))])
             self._hold(name, claimant)
 
     def _release(self, name: str) -> list[Row]:
