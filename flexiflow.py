@@ -3285,7 +3285,7 @@ class Turn(Context):
                 if plan.outcome == "unknown":
                     if await self.refresh():
                         continue
-                    self.end()
+                    self.end(failed=True)
                     break
                 commit = self.commit(plan)
                 if commit is None or await commit is None:

@@ -8969,6 +8969,15 @@ class Queue(EngineCase):
         receipt = await self.engine.handle_message("m", "go")
         self.assertEqual((found, receipt.seq, bad.data), ("On", 1, {"born": True}))
 
+    async def test_an_unknown_message_to_a_component_with_code_is_one_attempt(self):
+        self.engine.create_component(self.flaky(0))
+        await self.engine.send("m", "nonsense")
+        await self.deliver()
+        await self.engine.send("m", "nonsense")
+        await self.engine.redrive(1)
+        await self.deliver()
+        self.assertEqual([one["attempts"] for one in self.engine.dead_letters("m")], [1, 1])
+
     async def test_an_unknown_message_is_dead_at_once(self):
         dead = await self.listen("message.dead", keys=("component", "message"))
         self.engine.create_component(self.LAMP)
