@@ -7475,7 +7475,16 @@ def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
         states = _ranked(one["state"] for one in found)
         return tell(args, [{"state": state, "components": n} for state, n in states],
             _state_table(states))
-    return tell(args, found, _details(found[0], now) if args.component else _overview(found, now))
+    return tell(args, found, _details(found[0], now) if args.component
+        else itertools.chain(_overview(found, now), _astray(engine)))
+
+
+def _astray(engine: FlexiFlowEngine) -> Iterator[str]:
+    """Yield for which components that are not there messages wait: a name may be misspelt."""
+    for name, number in engine.queue.rows(
+            "SELECT component, COUNT(*) FROM flexiflow_messages WHERE dead IS NULL AND component"
+            " NOT IN (SELECT name FROM flexiflow_components) GROUP BY component ORDER BY 1"):
+        yield f"{_counted(number, 'message')} for {name!r}, which is not there (yet)"
 
 
 def _overview(found: list[Json], now: float) -> Iterator[str]:

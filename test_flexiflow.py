@@ -14676,6 +14676,15 @@ class QueueSession(Shell):
                 "2  TIME  glow  Off  On  moved  ID\n", ""),
         ])
 
+    def test_status_names_what_waits_for_components_that_are_not_there(self):
+        self.shown("register", "--config", "bell.json")
+        self.shown("handle", "--name", "bell", "ring")
+        self.assertEqual(self.shown("status"), (0,
+            "COMPONENT  STATE  SINCE  V  WAITING  NEXT TIMER  DEAD\n"
+            "bell  Quiet  0s  1  0  -  -\n"
+            "1 component, 0 messages waiting, 0 dead letters\n"
+            "1 message for 'lamp', which is not there (yet)\n", ""))
+
     def test_dead_letters_json_tells_all_about_each(self):
         self.give_up()
         letter = json.loads(self.flexiflow("dead-letters", "--json").stdout)
