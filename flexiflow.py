@@ -4046,6 +4046,12 @@ def _recorded(row: Json) -> Json:
     return {}
 
 
+def _pending(row: Json) -> Json:
+    """Return when a message or timer of the queue is due, and how it has fared so far."""
+    return {"due": row["due"], "id": row["id"], "attempts": row["attempts"],
+        "error": _recorded(row).get("error")}
+
+
 class _Delivery:
     """One `run` of an engine: a stream of messages for each component that has some."""
 
@@ -4119,15 +4125,15 @@ class _Delivery:
             f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
 
     async def _deliver(self, rows: list[Json]) -> int:
-        """Deliver rows of one component; what fails is tried again later.
+        """Deliver rows of one component; return how many were handled, the others come again.
 
         Dead at once is what cannot be read, or whose component cannot, and what has killed its
         process too often.
         """
-        engine = self.engine
-        for count, row in enumerate(rows):
+        engine, handled = self.engine, 0
+        for row in rows:
             if self._stopped():
-                return count
+                break
             hopeless: Any = PersistenceError, ValueError  # what there is no use in trying again
             try:
                 message = message_of(self.queue.sealed(row))
@@ -4141,15 +4147,16 @@ class _Delivery:
                     await engine._failed(row, died, dead=True)
                 else:
                     await component.handle_message(message, _row=row)
+                    handled += 1
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
                     engine._give_back(row)
                     raise
                 if isinstance(error, ImportError_) and self._is_foreign(row["component"], error):
                     engine._give_back(row)
-                    return count
+                    break
                 await engine._failed(row, error, isinstance(error, hopeless))
-        return len(rows)
+        return handled
 
     def _is_foreign(self, name: str, error: ImportError_) -> bool:
         """Tell whether a component's own code is not to be had here; say so once."""
@@ -4225,6 +4232,7 @@ class FlexiFlowEngine:
         self._worker: asyncio.Task[Any] | None = None
         self.outcomes: dict[str, int] = {}  # of the messages handled here: outcome -> how many
         self.handling = 0.0  # seconds that they took
+        self.retries = 0  # failed attempts at messages that come again
         self.reload_error: str | None = None  # why `watch_config` did not take over a config
 
     async def __aenter__(self) -> FlexiFlowEngine:
@@ -4607,8 +4615,9 @@ class FlexiFlowEngine:
             component: str | None = None) -> int:
         """Deliver queued messages and due timers, of one component or of all; return how many.
 
-        Goes on until `close`, or until nothing is due. Components run concurrently, the
-        messages of one in order. Being cancelled gives back what it was at work on.
+        Those that failed do not count. Goes on until `close`, or until nothing is due. Components
+        run concurrently, the messages of one in order. Being cancelled gives back what it was at
+        work on.
         """
         check_count("concurrency", concurrency)
         if live_turn() is not None:
@@ -4640,6 +4649,7 @@ class FlexiFlowEngine:
             dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
             pause = retry.delay(attempts, random.random())
         again = {"dead": now} if dead else {"due": now + pause}
+        self.retries += not dead
         self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
@@ -4918,15 +4928,16 @@ class FlexiFlowEngine:
         """Return what is known of one component or of all, as dicts, by name.
 
         Each has name, state, seq, since (epoch seconds), data, completed, waiting, dead and
-        timers: dicts of message, due, id and state (whose timer it is); that of one component
-        also what it `accepts`, None where its code is not to be had here, and its queue: dicts of
-        number, message, due, id and attempts. Raises StateError for an unknown name.
+        timers: dicts of message, state (whose timer it is), due, id, attempts and error (of the
+        last attempt, or None); that of one component also what it `accepts`, None where its code
+        is not to be had here, and its queue: dicts of number, message, due, id, attempts and
+        error. Raises StateError for an unknown name.
         """
         if name is None:
             return [self._facts(one) for one in sorted(self._names())]
         waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
             " ORDER BY place IS NULL, place, due, number", (name,))
-        queue = [{key: row[key] for key in ("number", "message", "due", "id", "attempts")}
+        queue = [{"number": row["number"], "message": row["message"], **_pending(row)}
             for row in map(self.queue.sealed, waiting)]
         facts = {**self._facts(name), "accepts": None, "queue": queue}
         with contextlib.suppress(ImportError_):
@@ -4968,7 +4979,7 @@ class FlexiFlowEngine:
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
         dead = sum(row["dead"] is not None for row in rows)
         timers = [{"message": self.queue.sealed(row)["message"]["type"],
-            **{key: row[key] for key in ("due", "id", "state")}}
+            "state": row["state"], **_pending(row)}
             for row in rows if row["dead"] is None and row["state"] is not None]
         return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
             "since": head["since"].get(head["state"]), "completed": head["completed"],
@@ -5226,13 +5237,13 @@ class _Graph:
         self.roots = [node for node in self.nodes.values() if node.parent is None]
 
     def edges(self) -> Iterator[tuple[str, str, str, str]]:
-        """Yield source, cause, guard and target of what packs, rules and classes tell."""
+        """Yield source, cause, guard and target (or "") of what packs, rules and classes tell."""
         for edge in self.pack_edges:
             yield edge.from_state, edge.on_message, edge.guard or "", edge.to_state
         for rule in self.rules:
             cause, guard = ", ".join(rule.on) or rule.timer_type, rule.text.get("guard")
             text = "" if guard is None else guard_text(guard)
-            yield from ((source, cause, text, rule.to or source) for source in rule.sources)
+            yield from ((source, cause, text, rule.to or "") for source in rule.sources)
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, "", target
@@ -5247,9 +5258,9 @@ class _Graph:
             for depth, node in _tree(self.roots)}
         for name in {**shown, **ways}:
             mark = "* " if name == active else "> " if name == self.found.initial_state else "  "
-            for cause, guard, target in ways.get(name) or [["-", "", ""]]:
-                rows.append((mark + shown.get(name, name), cause, guard or "-",
-                    target if target != name else "(stays)"))
+            for cause, guard, target in ways.get(name) or [["-", "", "-"]]:
+                rows.append((
+                    mark + shown.get(name, name), cause, guard or "-", target or "(stays)"))
         return columns(rows)
 
 
@@ -5294,7 +5305,7 @@ class _Mermaid(_Graph):
                 self.ids["*"] = "any_"
                 yield 'any_(("*"))'
             label = self.label(_with_guard(cause, guard))
-            yield f'{self.id_of(source)} -->|"{label}"| {self.id_of(target)}'
+            yield f'{self.id_of(source)} -->|"{label}"| {self.id_of(target or source)}'
         if active in self.nodes:
             yield f"style {self.id_of(active)} stroke-width:4px"
 
@@ -5325,14 +5336,16 @@ class _Layers:
 
     After Sugiyama, Tagawa and Toda (1981): break circles, rank, order, place. `sizes` are (width,
     height) of boxes by name; an edge is (source, target, size of its label), never to itself.
-    `heights` are those of boxes that take more room than edges should keep from them.
+    `boxes` are their sizes as drawn, where edges end: what stands beside a box takes room, too.
     """
 
     GAP = 20.0
+    PORTS = 16.0  # at most between the ends of two edges at a box
 
     def __init__(self, sizes: dict[Any, tuple[float, float]],
-            edges: list[tuple[Any, Any, tuple[float, float]]], heights: dict[Any, float]) -> None:
-        self.sizes, self.edges, self.heights = dict(sizes), edges, heights
+            edges: list[tuple[Any, Any, tuple[float, float]]],
+            boxes: dict[Any, tuple[float, float]]) -> None:
+        self.sizes, self.edges, self.boxes = dict(sizes), edges, boxes
         self.back: set[int] = set()  # edges that close a circle: they are drawn upwards
         # Neighbours above and below, and how strongly they pull.
         self.near: dict[int, dict[Any, dict[Any, int]]] = {
@@ -5359,7 +5372,8 @@ class _Layers:
     def _ranks(self) -> dict[Any, int]:
         """Return the layer of each box: even ones, the longest way from the top; labels between.
 
-        It goes depth first, and notes on the way which edges lead back.
+        It goes depth first, and notes on the way which edges lead back. To what no edge leads, as
+        to `*`, stands right above the first box that it leads to.
         """
         ahead: dict[Any, list[tuple[int, Any]]] = {name: [] for name in self.sizes}
         for number, (source, target, _) in enumerate(self.edges):
@@ -5379,11 +5393,13 @@ class _Layers:
             elif name not in done:
                 way.add(name)
                 steps += [(None, name), *reversed(ahead[name])]
-        rank = dict.fromkeys(reversed(done), 0)
+        rank, below = dict.fromkeys(reversed(done), 0), {name: [target for number, target in ways
+            if number not in self.back] for name, ways in ahead.items()}
         for name in rank:
-            for number, target in ahead[name]:
-                if number not in self.back:
-                    rank[target] = max(rank[target], rank[name] + 2)
+            for target in below[name]:
+                rank[target] = max(rank[target], rank[name] + 2)
+        for name in rank.keys() - {*itertools.chain.from_iterable(below.values())}:
+            rank[name] = min((rank[target] for target in below[name]), default=2) - 2
         return rank
 
     def _chain(self, number: int, rank: dict[Any, int]) -> list[Any]:
@@ -5459,8 +5475,11 @@ class _Layers:
         chain = self.chains[number]
         points = [self.at[one] for one in chain]
         for end, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
-            x, y = points[end]
-            points[end] = x, y + side * self.heights[chain[end]] / 2
+            (x, y), (width, height) = points[end], self.boxes[chain[end]]
+            ends = sorted(self.near[side][chain[end]], key=self.at.__getitem__)
+            gap = min(self.PORTS, max(0.0, width - 24) / max(1, len(ends) - 1))
+            port = gap * (ends.index(chain[end + side]) - (len(ends) - 1) / 2)
+            points[end] = x + port, y + side * height / 2
         points = points[::-1] if number in self.back else points
         steps = [(c - a) / (d - b) for (a, b), (c, d) in zip(points, points[1:])]
         # Straight out of a box and into one; between, never further out than a bend is.
@@ -5527,7 +5546,7 @@ class _Svg(_Graph):
         self.lit[active or ""] = " active"
         self.joined: dict[Any, dict[tuple[str, str], list[str]]] = {}
         for source, cause, guard, target in self.edges():
-            self._join(source, cause, guard, target)
+            self._join(source, cause, guard, target or source)
         lines, width, height = self._inside(None, self.roots, self.found.initial_state)
         size = f"{width + 32:.0f}", f"{height + 32:.0f}"
         name = _xml(self.found.name or "FlexiFlow")
@@ -5577,7 +5596,7 @@ class _Svg(_Graph):
         ways: dict[tuple[str, str], list[str]] = {("", name): [] for name in first}
         ways.update((ends, texts) for ends, texts in joined.items() if ends[0] != ends[1])
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
-            {"": 10.0, **{name: height for name, (_, _, height) in drawn.items()}})
+            {"": (10.0, 10.0), **{name: tuple(size) for name, (_, *size) in drawn.items()}})
         lines = [self.EDGE.format(layers.way(number)) for number in range(len(ways))]
         lines += ['<circle class="start" cx="{:.1f}" cy="{:.1f}" r="5"/>'.format(*layers.at[""])
             for _ in first]
@@ -6749,11 +6768,13 @@ function detail(before) {
   if (focus !== undefined && takes.size) (same || $("buttons").firstChild).focus();
   section("letters", "Dead letters", facts.dead_letters, part =>
     [el("p", {class: "muted"}, MEND), ...part.map(one => letter(one))]);
-  section("timers", "Timers", facts.timers, part => table(["Message", "Due"],
-    part.map(one => [show(one.message), when(one.due, "due")])));
+  const tried = one => !one.attempts && !one.error ? "-" : el("span", {title: show(one.error || "")},
+    one.error ? `${one.attempts}: ${show(one.error.split("\n")[0])}` : String(one.attempts));
+  section("timers", "Timers", facts.timers, part => table(["Message", "Due", "Attempts"],
+    part.map(one => [show(one.message), when(one.due, "due"), tried(one)])));
   section("queue", "Queue", facts.queue, part => table(["Message", "Due", "Attempts"],
     part.map(one => [el("span", {title: pretty(one.message)}, show(one.message.type)),
-      when(one.due, "due"), String(one.attempts)])));
+      when(one.due, "due"), tried(one)])));
   if (pinned === null) $("json").replaceChildren(...json(facts.data, before && before.data));
 }
 async function draw(name) {
@@ -7115,14 +7136,15 @@ def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -
     return code
 
 
-def _error_text(error: BaseException, joint: str = "\n") -> str:
-    """Return an error's lines, FlexiFlow's own or any other's, joined."""
+def _error_text(error: BaseException, flat: bool = False) -> str:
+    """Return an error's text, FlexiFlow's own or any other's; `flat` on one line."""
     text = str(error)
     if not isinstance(error, FlexiFlowError):
         places = [f" ({os.path.basename(frame.filename)}:{frame.lineno})"
             for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         text = f"{type(error).__name__}: {printable(text)}{''.join(places[-1:])}"
-    return joint.join(text.splitlines())
+    lines = (line.strip() for line in text.splitlines() if line != "Context:")
+    return "; ".join(lines) if flat else text
 
 
 def program() -> str:
@@ -7392,7 +7414,7 @@ class _Intake:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
-        text = _error_text(error, "; ")
+        text = _error_text(error, flat=True)
         self.answers[number] = {"line": number, "error": text}
         self.failed += 1
         put(f"line {number}: {text}", sys.stderr)
@@ -7464,7 +7486,7 @@ def _checks(args: Any) -> Iterator[tuple[str, str, bool]]:
             yield "journal", store.rows("PRAGMA journal_mode")[0][0], True
             yield "components", f"{len(store.names()):,}", True
     except (ImportError, FlexiFlowError) as error:
-        yield "store", _error_text(error, "; "), False
+        yield "store", _error_text(error, flat=True), False
 
 
 @command("status order-17", "list the components, or show all about one", "read",
@@ -7502,6 +7524,12 @@ def _timer_text(timer: Json, now: float) -> str:
     return f"{timer['message']}, " + (f"in {age(due)}" if due > 0 else "due")
 
 
+def _failure_text(one: Json) -> str:
+    """Return why a timer or a message of the queue comes again, if it has failed."""
+    first = str(one["error"]).partition("\n")[0]
+    return f" (attempt {one['attempts']}: {first})" if one["error"] else ""
+
+
 def _details(facts: Json, now: float) -> Iterator[str]:
     since = facts["since"] or now
     yield (f"state    {facts['state']}, version {facts['seq']}, since {_when(since)}"
@@ -7511,9 +7539,11 @@ def _details(facts: Json, now: float) -> Iterator[str]:
     else:
         what = (one["type"] + f" [{one['guard']}]" * bool(one["guard"]) for one in facts["accepts"])
         yield f"accepts  {', '.join(what) or 'nothing'}"
-    yield from (f"timer    {_timer_text(timer, now)}" for timer in facts["timers"])
+    yield from (f"timer    {_timer_text(one, now)}{_failure_text(one)}" for one in facts["timers"])
     yield f"data     {json.dumps(facts['data'], ensure_ascii=False)}"
     yield f"queue    {facts['waiting']} waiting, {facts['dead']} dead"
+    again = ({**one, "message": one["message"]["type"]} for one in facts["queue"] if one["error"])
+    yield from (f"retry    {_timer_text(one, now)}{_failure_text(one)}" for one in again)
     if facts["dead"]:
         yield f"see      {program()} dead-letters {shlex.quote(facts['name'])}"
 
@@ -7552,9 +7582,9 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
         engine._stop()
         delivered, spent = await work, time.monotonic() - start
         hint("\r", end="")
-        dead = len(args.dead)
-        tell(args, [{"delivered": delivered, "dead": dead, "seconds": round(spent, 3)}],
-            [f"{delivered:,} delivered, {dead:,} dead, {spent:.2f} s"])
+        facts = {"delivered": delivered, "failed": engine.retries, "dead": len(args.dead)}
+        counts = ", ".join(f"{number:,} {what}" for what, number in facts.items())
+        tell(args, [{**facts, "seconds": round(spent, 3)}], [f"{counts}, {spent:.2f} s"])
     return 0
 
 
@@ -7783,7 +7813,7 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
 def _brief(record: logging.LogRecord) -> bool:
     """Say of an exception what it is; FLEXIFLOW_DEBUG=1 keeps the traceback."""
     if record.exc_info and record.exc_info[1] and os.environ.get("FLEXIFLOW_DEBUG") != "1":
-        why = _error_text(record.exc_info[1], "; ")
+        why = _error_text(record.exc_info[1], flat=True)
         record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", None, None
     return _one_line.filter(record)
 

@@ -5358,6 +5358,21 @@ class SvgPictures(ConfigCase):
                 causes = [label for label in labels if label[4][0] != "["]
                 self.assertEqual(len(causes), len(rules))
 
+    def test_every_end_of_an_edge_has_a_place_of_its_own(self):
+        config = {"name": "m", "initial_state": "A", "states": {"A": {}, "B": {}, "C": {}},
+            "rules": [{"from": one, "on": one + to, "to": to} for one, to in (
+                ("A", "B"), ("B", "A"), ("B", "C"), ("C", "B"), ("*", "C"), ("*", "B"))]}
+        edges = re.findall(r'class="edge" d="M([^C]+)C[^"]* ([^ "]+)"',
+            ff.visualize(config, format="svg"))
+        self.assertEqual((len(edges), len({point for edge in edges for point in edge})), (7, 14))
+
+    def test_what_nothing_leads_to_stands_right_above_where_it_leads(self):
+        config = {"name": "m", "initial_state": "A", "states": {one: {} for one in "ABC"},
+            "rules": [{"from": "A", "on": "b", "to": "B"}, {"from": "B", "on": "c", "to": "C"},
+                {"from": "*", "on": "end", "to": "C"}]}
+        boxes, _ = self.drawn(config)
+        self.assertEqual(boxes["*"][1], boxes["B"][1])
+
     def test_the_current_state_and_what_is_around_it_are_marked(self):
         boxes, _ = self.drawn(self.NEST, "On.Work.B")
         self.assertEqual({name: box[4] for name, box in boxes.items()}, {
@@ -14257,8 +14272,14 @@ class TextPictures(Shell):
             *   Open.Unpaid    after 1d  -                      Open.Reminded
                 Open.Reminded  after 7d  -                      Closed
               Paid             deliver   -                      Closed
-              Closed (final)   -         -
+              Closed (final)   -         -                      -
               *                cancel    -                      Closed"""))
+
+    def test_a_move_to_the_own_state_is_told_from_staying_there(self):
+        rules = [{"on": "again", "from": "A", "to": "A"}, {"on": "note", "from": "A"}]
+        self.assertEqual(ff.visualize({"name": "m", "initial_state": "A", "states": {"A": {}},
+            "rules": rules}, format="text").splitlines()[1:],
+            ["> A    again  -      A", "> A    note   -      (stays)"])
 
     def test_the_output_has_the_format_of_its_name(self):
         order = str(EXAMPLES / "order.json")
@@ -14663,14 +14684,14 @@ class QueueSession(Shell):
         self.assertEqual(steps, [
             (0, "ring: stays in Quiet\n", "Message ID to 'lamp' failed, attempt 1, given up:"
                 " Unknown message: 'glow'; Why: no rule of 'lamp' takes it in any state; Fix: use"
-                " one of 'drop', 'press'; Context:;  component='lamp';  state='Off'\n"
+                " one of 'drop', 'press'; component='lamp'; state='Off'\n"
                 "1 message given up: python -m flexiflow dead-letters lists them, redrive tries"
                 " again\n"),
             (0, "ID  COMPONENT  MESSAGE  TRIES  AGE  ERROR\n"
                 "1  lamp  glow  1  0s  StateError: Unknown message: 'glow'\n", ""),
             (0, "lamp: rules 3 -> 4\n  + Off --glow--> On\n", ""),
             (0, "1 message back in the queue of lamp\n", ""),
-            (0, "1 delivered, 0 dead, 0.00 s\n", ""),
+            (0, "1 delivered, 0 failed, 0 dead, 0.00 s\n", ""),
             (0, "ID  COMPONENT  MESSAGE  TRIES  AGE  ERROR\n", ""),
             (0, "V  WHEN  MESSAGE  FROM  TO  OUTCOME  ID\n"
                 "2  TIME  glow  Off  On  moved  ID\n", ""),
@@ -14684,6 +14705,26 @@ class QueueSession(Shell):
             "bell  Quiet  0s  1  0  -  -\n"
             "1 component, 0 messages waiting, 0 dead letters\n"
             "1 message for 'lamp', which is not there (yet)\n", ""))
+
+    def test_status_says_why_a_message_or_timer_comes_again(self):
+        self.write("acts.py", "def fail(message, component):\n    raise OSError('no\\nvan')\n")
+        self.write("van.json", {"name": "van", "initial_state": "A", "states": {"A": {}},
+            "retry": {"base_delay": 7000, "max_delay": 7000}, "rules": [
+            {"on": "go", "action": "acts:fail"}, {"after": 0, "action": "acts:fail"}]})
+        self.shown("register", "--config", "van.json")
+        self.send(("van", "go", "3"))
+        done = self.shown("run", "--until-idle")[:2]
+        shown = self.shown("status", "van")[1]
+        facts = json.loads(self.flexiflow("status", "van", "--json").stdout)
+        self.assertEqual((done, shown.splitlines()[2:], [
+            {**one, "due": 0, "id": "ID"} for one in facts["timers"] + facts["queue"]]), (
+            (0, "0 delivered, 1 failed, 0 dead, 0.00 s\n"),
+            ["timer  after 0, in 2h (attempt 1: OSError: no)", "data  {}",
+                "queue  1 waiting, 0 dead", "retry  go, in 2h (attempt 1: OSError: no)"],
+            [{"message": "after 0", "state": "*", "due": 0, "id": "ID", "attempts": 1,
+                "error": "OSError: no\nvan"},
+             {"number": 2, "message": {"type": "go"}, "due": 0, "id": "ID", "attempts": 1,
+                "error": "OSError: no\nvan"}]))
 
     def test_dead_letters_json_tells_all_about_each(self):
         self.give_up()
@@ -14705,7 +14746,7 @@ class QueueSession(Shell):
             [self.shown("run", "--until-idle")[:2], self.shown("redrive", "--all", "--name",
                 "lamp-2"), self.shown("redrive", "--all"), self.shown("redrive", "--all")],
             [
-                (0, "4 delivered, 4 dead, 0.00 s\n"),
+                (0, "0 delivered, 0 failed, 4 dead, 0.00 s\n"),
                 (0, "1 message back in the queue of lamp-2\n", ""),
                 (0, "3 messages back in the queue of lamp\n", ""),
                 (0, "no dead letters\n", ""),
@@ -14717,7 +14758,7 @@ class QueueSession(Shell):
         letter = json.loads(self.flexiflow("redrive", "--all", "--json").stdout)
         done = json.loads(self.flexiflow("run", "--until-idle", "--json").stdout)
         self.assertEqual((letter["number"], {**done, "seconds": 0}),
-            (1, {"delivered": 1, "dead": 1, "seconds": 0}))
+            (1, {"delivered": 0, "failed": 0, "dead": 1, "seconds": 0}))
 
     def test_run_delivers_to_all_what_waits_and_tries_again_what_fails(self):
         self.write("acts.py", "import os\n\n\ndef once(message, component):\n"
@@ -14732,7 +14773,7 @@ class QueueSession(Shell):
         states = [json.loads(line)["state"] for line in
             self.flexiflow("status", "--json").stdout.splitlines()]
         self.assertEqual((done, states), (
-            (0, "4 delivered, 0 dead, 0.00 s\n",
+            (0, "3 delivered, 1 failed, 0 dead, 0.00 s\n",
                 "Message 3 to 'van' failed, attempt 1, again in 0.0 s: OSError: no van "
                 "(acts.py:7)\n"),
             ["Off", "B"]))
@@ -14750,7 +14791,7 @@ class QueueSession(Shell):
         shown = os.read(mine, 1000)
         os.close(mine)
         self.assertEqual((child.returncode, plain(out), shown),
-            (0, "2 delivered, 0 dead, 0.00 s\n", b"\r1 message\r2 messages\r"))
+            (0, "2 delivered, 0 failed, 0 dead, 0.00 s\n", b"\r1 message\r2 messages\r"))
 
 
 class CareSession(Shell):
@@ -15146,8 +15187,8 @@ class Intake(Shell):
         wrong = ["Not valid JSON: line 2; Why: Expecting property name enclosed in double quotes:"
             " line 1 column 2 (char 1)",
             "The id 'k-1' was used for another message to 'a'; Why: an id stands for one message,"
-            " its type and payload included; Fix: send the new message under a new id; Context:;"
-            "  first='press'"]
+            " its type and payload included; Fix: send the new message under a new id;"
+            " first='press'"]
         self.assertEqual(
             (code, [one.get("id", one) for one in found], err.splitlines()),
             (
@@ -15311,7 +15352,7 @@ class Interruptions(Shell):
                 child = self.work(told)
                 self.write("go", "")
                 self.assertEqual(self.ended(child),
-                    (code, "1 delivered, 0 dead, 0.00 s\n", err, "B", 0, 0))
+                    (code, "1 delivered, 0 failed, 0 dead, 0.00 s\n", err, "B", 0, 0))
                 os.unlink(self.path("go"))
                 self.shown("remove", "c", "--yes")
 
