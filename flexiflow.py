@@ -257,8 +257,8 @@ class MissingSnapshot(PersistenceError, FileNotFoundError):
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise ArgumentError unless a value is a whole number from 1."""
-    if value.__class__ is not int or value < 1:
+    """Raise ArgumentError unless a value is a whole number from 1, as SQLite has them."""
+    if value.__class__ is not int or not 0 < value < 1 << 63:
         raise ArgumentError(f"{name} is a whole number from 1: {value!r}")
 
 
@@ -453,6 +453,7 @@ class Context:
 
     __slots__ = ("parent", "_correlation_id")
     machine: Any = None  # of a turn, the state machine that it works on
+    live = False  # whether it is a turn that is not over
 
     def __init__(self, parent: Context | None, correlation_id: str | None = None) -> None:
         self.parent = parent
@@ -465,6 +466,14 @@ class Context:
 
 
 _context: ContextVar[Context | None] = ContextVar("flexiflow", default=None)
+
+
+def live_turn(machine: Any = None) -> Turn | None:
+    """Return the innermost live turn that the running code is in, of any or of one machine."""
+    context: Any = _context.get()
+    while context is not None and not (context.live and machine in (None, context.machine)):
+        context = context.parent
+    return context  # type: ignore[no-any-return]
 
 
 def set_correlation_id(value: str | None = None) -> str:
@@ -1052,13 +1061,8 @@ OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
     "exists": (lambda found, wanted: (found is not MISSING) is wanted, (bool,))}
 
 
-class Guard:
-    """A compiled guard. `holds(scope)` answers; `seen(scope)` tells what it compared."""
-
-    __slots__ = ("holds", "seen")
-
-    def __init__(self, holds: Callable[[Scope], Any], seen: Callable[[Scope], str]) -> None:
-        self.holds, self.seen = holds, seen
+# A compiled guard: `holds(scope)` answers, `seen(scope)` tells what it compared.
+Guard = namedtuple("Guard", "holds seen")
 
 
 def _comparison(path: str, op: str, wanted: Any) -> Guard:
@@ -1313,12 +1317,8 @@ class StateMachine:
     @property
     def current_state(self) -> State:
         """The state object; its class's name is the state's name."""
-        turn: Any = _context.get()
-        while turn is not None:
-            if turn.machine is self and turn.live:
-                return turn.state  # type: ignore[no-any-return]
-            turn = turn.parent
-        return self._state
+        turn = live_turn(self)
+        return self._state if turn is None else turn.state
 
     @current_state.setter
     def current_state(self, state: State) -> None:
@@ -1517,16 +1517,10 @@ class Outgoing:
         self.id, self.correlation_id = id, correlation_id
 
 
-class Effects(namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))):
-    """What happens beside the change of state, in a rule or at a state's entry or exit.
-
-    Four tuples: of (key, value), of Outgoings, of (event, payload or None), all of them functions
-    of a scope; and of the actions.
-    """
-
-    __slots__ = ()
-
-
+# What happens beside the change of state, in a rule or at a state's entry or exit: tuples of
+# (key, value), of Outgoings, of (event, payload or None), all of them functions of a scope; and of
+# the actions.
+Effects = namedtuple("Effects", "assign send emit action", defaults=((), (), (), ()))
 NOTHING = Effects()
 
 
@@ -1676,10 +1670,8 @@ class Definition:
         kept = outer[1:] if rule and rule.reenter else outer
         domain = [node for node in kept if node in inner[1:]]
         exits = [node for node in self.nodes[leaf].lineage() if node not in domain] if leaf else []
-        enters = [node for node in reversed(inner) if node not in domain]
-        while enters[-1].initial is not None:
-            enters.append(self.nodes[enters[-1].initial])
-        end = enters[-1]
+        end = self.innermost(target)
+        enters = [node for node in [*end.lineage()][::-1] if node not in domain]
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
@@ -1754,7 +1746,6 @@ def decide(definition: Definition, leaf: str, scope: Scope,
     for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
         if rule.guard is None or rule.guard.holds(scope):
             plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
-            plan.refused = refused
             if passage.steps or passage.timers:
                 follow(plan, scope)
             return plan
@@ -2661,9 +2652,6 @@ class SQLiteStore:
         self._committing: asyncio.Future[Any] | None = None  # while a thread commits
         self._mean = 0.0  # seconds that a commit takes of late
 
-    def __repr__(self) -> str:
-        return f"<SQLiteStore {self.path!r}>"
-
     def close(self) -> None:
         """Close the file; a write that still waits fails."""
         self._connection = None
@@ -3103,8 +3091,6 @@ def check_message(message: Any) -> Json:
 
 def payload(message: Json) -> Json:
     """Return a message without its envelope."""
-    if not any(key in message for key in _ENVELOPE):
-        return message
     return {key: value for key, value in message.items() if key not in _ENVELOPE}
 
 
@@ -3589,16 +3575,6 @@ class Turn(Context):
 # Who waits for its turn, and what a component is by now.
 
 
-def live_turn(component: AsyncComponent | None = None) -> Turn | None:
-    """Return the innermost live turn, of any or of one component, that the running code is in."""
-    context = _context.get()
-    while context is not None:
-        if isinstance(context, Turn) and context.live and component in (None, context.component):
-            return context
-        context = context.parent
-    return None
-
-
 class AsyncComponent:
     """A name, a state, data and rules; made by an engine from a config, or by hand.
 
@@ -3646,7 +3622,7 @@ class AsyncComponent:
     @property
     def data(self) -> Json:
         """The data: within a turn the working copy, else a copy that changes nothing."""
-        turn = live_turn(self)
+        turn = live_turn(self.state_machine)
         if turn is None:
             return fresh(self.head.data)  # type: ignore[no-any-return]
         if turn.data is None:
@@ -3655,7 +3631,7 @@ class AsyncComponent:
 
     @data.setter
     def data(self, value: Json) -> None:
-        turn = live_turn(self)
+        turn = live_turn(self.state_machine)
         if turn is None:
             raise StateError(
                 f"Data of {self.name!r} set outside a turn", why="it would not be saved",
@@ -3704,7 +3680,7 @@ class AsyncComponent:
             message = check_message(message)
         turn = Turn(self, _context.get(), message, _row)
         if self._turn is not None:
-            own = live_turn(self)
+            own = live_turn(self.state_machine)
             if own is not None:  # called from within: it runs when the turn is over
                 return await own.post(self.name, message)
             await self._wait_for(turn)
@@ -3728,7 +3704,7 @@ class AsyncComponent:
 
     async def _own_turn(self, kind: str, change: Callable[[], Definition] | None = None) -> None:
         """Take a turn that has no message: to be prepared, and to go over to a definition."""
-        if live_turn(self) is not None:
+        if live_turn(self.state_machine) is not None:
             raise StateError(f"{self.name!r} is in the middle of a turn", fix="do it afterwards")
         turn = Turn(self, _context.get(), {"type": kind})
         if self._turn is not None:
@@ -4516,7 +4492,7 @@ class FlexiFlowEngine:
         """
         check_name(name)
         component = self.components.get(name)
-        if component is not None and live_turn(component) is not None:
+        if component is not None and live_turn(component.state_machine) is not None:
             raise StateError(f"{name!r} is in the middle of a turn", fix="remove it afterwards")
         found = await self.queue.write(
             lambda execute: sum(execute(sql, (name,)).rowcount for sql in _REMOVE), ())
@@ -4593,7 +4569,7 @@ class FlexiFlowEngine:
         if not states:
             raise ArgumentError(
                 f"No state to wait for: {name!r}", fix='name one or more: wait(name, "Done")')
-        if live_turn(component) is not None:
+        if live_turn(component.state_machine) is not None:
             raise StateError(f"{name!r} waits for itself", fix="wait outside its turn")
         while True:
             component = self._current(name)
@@ -4844,12 +4820,10 @@ class FlexiFlowEngine:
         """
         _check_query(name, limit)
         check_count("before", 1 if before is None else before)
-        if self.store is None:
-            return []
         moment = self.clock() - seconds(since) if isinstance(since, str) else since
         if not (before or moment):
-            return self.store.journal(name, limit)  # type: ignore[no-any-return]
-        return self.store.journal(  # type: ignore[no-any-return]
+            return self.queue.journal(name, limit)
+        return self.queue.journal(
             name, limit, "number<COALESCE(?, number+1) AND time>=?", (before, moment))
 
     async def prune(self, name: str | None = None, *, keep: int | None = None, older_than: float
@@ -4935,6 +4909,7 @@ class FlexiFlowEngine:
         """
         if name is None:
             return [self._facts(one) for one in sorted(self._names())]
+        check_name(name)
         waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
             " ORDER BY place IS NULL, place, due, number", (name,))
         queue = [{"number": row["number"], "message": row["message"], **_pending(row)}
@@ -5362,9 +5337,9 @@ class _Layers:
         left = min((x[one] - self.sizes[one][0] / 2 for one in x), default=0.0)
         self.at: dict[Any, tuple[float, float]] = {}  # the middles of all
         top = 0.0
-        for boxes in self.layers:
-            height = max(self.sizes[one][1] for one in boxes)
-            self.at.update((one, (x[one] - left, top + height / 2)) for one in boxes)
+        for row in self.layers:
+            height = max(self.sizes[one][1] for one in row)
+            self.at.update((one, (x[one] - left, top + height / 2)) for one in row)
             top += height + self.GAP
         self.height = max(0.0, top - self.GAP)
         self.width = max((self.at[one][0] + self.sizes[one][0] / 2 for one in x), default=0.0)
@@ -5596,7 +5571,7 @@ class _Svg(_Graph):
         ways: dict[tuple[str, str], list[str]] = {("", name): [] for name in first}
         ways.update((ends, texts) for ends, texts in joined.items() if ends[0] != ends[1])
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
-            {"": (10.0, 10.0), **{name: tuple(size) for name, (_, *size) in drawn.items()}})
+            {"": (10.0, 10.0), **{name: size[1:] for name, size in drawn.items()}})
         lines = [self.EDGE.format(layers.way(number)) for number in range(len(ways))]
         lines += ['<circle class="start" cx="{:.1f}" cy="{:.1f}" r="5"/>'.format(*layers.at[""])
             for _ in first]
@@ -6013,7 +5988,7 @@ class HttpApp:
     async def events(self, request: Request, receive: Any, send: Any) -> None:
         """Send journal rows as they come, of every process; see the HTML standard, section 9.2."""
         last = request.header("last-event-id") or request.query.get("after") or ""
-        ((newest,),) = [(0,)] if self.engine.store is None else self.engine.store.rows(
+        ((newest,),) = self.engine.queue.rows(
             "SELECT COALESCE(MAX(number), 0) FROM flexiflow_journal")
         # The client's last one is more than there is where rows were removed.
         number = min(int(last), newest) if re.fullmatch("[0-9]{1,15}", last) else newest
@@ -6042,11 +6017,8 @@ class HttpApp:
 
     async def _entries(self, number: int) -> list[Json]:
         """Return the journal's next rows after one."""
-        store = self.engine.store
-        if store is None:
-            return []
-        await store.settled()
-        return [*reversed(store.journal(None, None, "number IN (SELECT number"
+        await self.engine.queue.settled()
+        return [*reversed(self.engine.queue.journal(None, None, "number IN (SELECT number"
             f" FROM flexiflow_journal WHERE number>? ORDER BY number LIMIT {PAGE})", (number,)))]
 
 
@@ -6768,8 +6740,8 @@ function detail(before) {
   if (focus !== undefined && takes.size) (same || $("buttons").firstChild).focus();
   section("letters", "Dead letters", facts.dead_letters, part =>
     [el("p", {class: "muted"}, MEND), ...part.map(one => letter(one))]);
-  const tried = one => !one.attempts && !one.error ? "-" : el("span", {title: show(one.error || "")},
-    one.error ? `${one.attempts}: ${show(one.error.split("\n")[0])}` : String(one.attempts));
+  const tried = one => one.error ? el("span", {title: show(one.error)},
+    `${one.attempts}: ${show(one.error.split("\n")[0])}`) : String(one.attempts);
   section("timers", "Timers", facts.timers, part => table(["Message", "Due", "Attempts"],
     part.map(one => [show(one.message), when(one.due, "due"), tried(one)])));
   section("queue", "Queue", facts.queue, part => table(["Message", "Due", "Attempts"],
@@ -7084,7 +7056,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--watch": {"action": "store_true", "help": "take over the config whenever its file changes"},
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
     "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
-    "--all": {"action": "store_true", "help": "all of them (with --name: the component's)"},
+    "--all": {"action": "store_true", "help": "all of them (or --name: the component's)"},
     "--keep": {"type": int, "metavar": "N", "help": "keep each component's last N rows"},
     "--older-than": {"metavar": "AGE", "help": "only what is older: 90s, 15m, 2h, 30d"},
     "--completed": {"action": "store_true", "help": "remove completed components, too"},
@@ -7597,8 +7569,6 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
             fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
     hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
     app = create_app(engine, hosts, token, readonly=args.read_only)
-    if args.read_only:
-        engine.queue.rows("PRAGMA user_version")  # raises if there is no store
     path = _config_path(args, needed=args.watch)
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
@@ -7631,10 +7601,10 @@ def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
 
 @command("redrive 17", "give dead letters back to the queue", "write", "ID --all --name")
 async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
-    if args.all == bool(args.ID):
-        raise UsageError("Either numbers of dead letters or --all is needed",
-            fix=f"{program()} redrive 17, or {program()} redrive --all"
-            f"\n{program()} dead-letters shows the numbers")
+    if (args.ID and args.all) or not (args.ID or args.all or args.name):
+        raise UsageError("Either numbers of dead letters, --name or --all is needed",
+            fix="redrive 17, redrive --name order-17, or redrive --all"
+            "\ndead-letters shows the numbers")
     letters = await engine.redrive(*args.ID, name=args.name)
     counts = collections.Counter(letter["component"] for letter in letters)
     lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
@@ -7782,13 +7752,13 @@ def _run(args: Any) -> Any:
         return call(args)
     path = _store_path(args)
     with contextlib.closing(SQLiteStore(path, readonly=True)) as store:
+        if args.read_only or (opens == "write" and not args.dry_run):
+            store.rows("PRAGMA user_version")  # raises if there is no store
         if opens == "read" or args.dry_run or args.read_only:
             new = args.dry_run and opens == "make" and not os.path.exists(path)
             there = None if new else store
             answer = call(args, FlexiFlowEngine(there, allow_imports=args.allow_import))
             return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
-        if opens == "write":
-            store.rows("PRAGMA user_version")  # raises if there is no store
     return asyncio.run(_session(args, SQLiteStore(path)))
 
 
@@ -7806,8 +7776,8 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     finally:
         await engine.close()
         if args.dead:
-            put(f"{_counted(len(args.dead), 'message')} given up: {program()} dead-letters lists "
-                "them, redrive tries again", sys.stderr)
+            put(f"{_counted(len(args.dead), 'message')} given up: {program()} dead-letters says "
+                "why; mend that (update_rules adds a rule), then redrive", sys.stderr)
 
 
 def _brief(record: logging.LogRecord) -> bool:

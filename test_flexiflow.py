@@ -14685,8 +14685,8 @@ class QueueSession(Shell):
             (0, "ring: stays in Quiet\n", "Message ID to 'lamp' failed, attempt 1, given up:"
                 " Unknown message: 'glow'; Why: no rule of 'lamp' takes it in any state; Fix: use"
                 " one of 'drop', 'press'; component='lamp'; state='Off'\n"
-                "1 message given up: python -m flexiflow dead-letters lists them, redrive tries"
-                " again\n"),
+                "1 message given up: python -m flexiflow dead-letters says why; mend that"
+                " (update_rules adds a rule), then redrive\n"),
             (0, "ID  COMPONENT  MESSAGE  TRIES  AGE  ERROR\n"
                 "1  lamp  glow  1  0s  StateError: Unknown message: 'glow'\n", ""),
             (0, "lamp: rules 3 -> 4\n  + Off --glow--> On\n", ""),
@@ -14743,8 +14743,9 @@ class QueueSession(Shell):
         self.shown("register", "--config", "lamp.json", "--name", "lamp-2")
         self.send(("lamp", "x", "1"), ("lamp-2", "x", "2"), ("lamp", "x", "3"), ("lamp", "x", "4"))
         self.assertEqual(
-            [self.shown("run", "--until-idle")[:2], self.shown("redrive", "--all", "--name",
-                "lamp-2"), self.shown("redrive", "--all"), self.shown("redrive", "--all")],
+            [self.shown("run", "--until-idle")[:2],
+                self.shown("redrive", "--name", "lamp-2"),
+                *[self.shown("redrive", "--all") for _ in range(2)]],
             [
                 (0, "0 delivered, 0 failed, 4 dead, 0.00 s\n"),
                 (0, "1 message back in the queue of lamp-2\n", ""),
@@ -15068,13 +15069,12 @@ class UsageErrors(Shell):
                 self.assertEqual(self.shown(*args, env={"FLEXIFLOW_CONFIG": None}), (1, "", err))
 
     def test_arguments_that_do_not_go_together_are_exit_2(self):
-        which = ("error: Either numbers of dead letters or --all is needed\n"
-            "Fix: python -m flexiflow redrive 17, or python -m flexiflow redrive --all\n"
-            "  python -m flexiflow dead-letters shows the numbers\n")
+        which = ("error: Either numbers of dead letters, --name or --all is needed\n"
+            "Fix: redrive 17, redrive --name order-17, or redrive --all\n"
+            "  dead-letters shows the numbers\n")
         self.shown("register", "--config", "lamp.json")
         for args, err in (
-            (("redrive",), which), (("redrive", "--name", "lamp"), which),
-            (("redrive", "1", "--all"), which),
+            (("redrive",), which), (("redrive", "1", "--all"), which),
             (("prune", "--dry-run"), "error: Nothing says what to prune\nFix: --keep 100,"
                 " --older-than 30d, or both (what neither keeps), or --completed\n"),
             (("remove", "lamp"), "error: Nobody to ask: stdin is no terminal\nFix: add --yes\n"),
