@@ -7735,8 +7735,9 @@ def _parse(argv: list[str]) -> Any:
         for option in one.options if argv[:1] in ([name], aliases) else ():
             added.add_argument(*option.split("/"), **OPTIONS[option])
         added.set_defaults(command=one)
-    if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
-        parser.error(f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
+    if argv and argv[0] not in {*commands.choices, "-h", "--help", "-V", "--version"}:
+        parser.error(f"options stand after the command: {argv[0]!r}" if argv[0][:1] == "-"
+            else f"no command {argv[0]!r}; {choose(argv[0], COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         given = " ".join(map(printable, unknown))

@@ -15016,11 +15016,11 @@ class UsageErrors(Shell):
         for args, last in (
             ((), ": error: the following arguments are required: COMMAND"),
             (("hanlde",), ": error: no command 'hanlde'; did you mean 'handle'?"),
+            (("--db", "x.db", "status"), ": error: options stand after the command: '--db'"),
             (("handle",), " handle: error: the following arguments are required: TYPE"),
             (("status", "--dbb"), " status: error: unrecognized arguments: --dbb; like this: "
                 "python -m flexiflow status order-17"),
-            (("--dbb", "status"), ": error: unrecognized arguments: --dbb; like this: "
-                "python -m flexiflow status order-17"),
+            (("--dbb", "status"), ": error: options stand after the command: '--dbb'"),
             (("handle", "lamp", "press"), " handle: error: unrecognized arguments: press; like "
                 "this: python -m flexiflow handle --name order-17 pay --data '{\"amount\": 12}'"),
             (("history", "--limit", "x"),
@@ -15046,6 +15046,9 @@ class UsageErrors(Shell):
                 "error: Neither a component (--name) nor a config given\n"
                 "Fix: python -m flexiflow handle --name order-17 pay --data"
                 " '{\"amount\": 12}', or set FLEXIFLOW_CONFIG\n"),
+            (("history", "--limit", "9" * 23),
+                f"error: limit is a whole number from 1: {'9' * 23}\n"),
+            (("status", "\udcff"), "error: Not a name for a component: '\\udcff'\n"),
             (("register",), "error: Neither a component (--name) nor a config given\n"
                 "Fix: python -m flexiflow register --config order.json, or set FLEXIFLOW_CONFIG\n"),
             (("explain",), "error: No config given\n"
