@@ -262,6 +262,14 @@ def check_count(name: str, value: Any) -> None:
         raise ArgumentError(f"{name} is a whole number from 1: {value!r}")
 
 
+def place_of(error: BaseException) -> str:
+    """Return which line of the code that we called has failed, like " (acts.py:7)"; or nothing."""
+    theirs = [*itertools.takewhile(lambda frame: frame.filename != __file__,
+        reversed(traceback.extract_tb(error.__traceback__)))][-1:]
+    return "" if isinstance(error, FlexiFlowError) else "".join(
+        f" ({os.path.basename(frame.filename)}:{frame.lineno})" for frame in theirs)
+
+
 # What others call it, and what it is called here.
 _SYNONYMS = {"when": "guard", "if": "guard", "cond": "guard", "condition": "guard",
     "source": "from", "target": "to", "event": "on", "trigger": "on", "actions": "action",
@@ -520,10 +528,10 @@ class JsonFormatter:
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
-        return json.dumps({"time": moment, "level": record.levelname, "logger": record.name,
-            "correlation_id": getattr(record, "correlation_id", "-"),
-            "message": record.getMessage()})
+        return json.dumps({
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
+            "level": record.levelname, "logger": record.name, "message": record.getMessage(),
+            "correlation_id": getattr(record, "correlation_id", "-")})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
@@ -4306,14 +4314,15 @@ class FlexiFlowEngine:
                 " the config", known.name)
         return known
 
-    async def adopt(self, config: Path | Json | ComponentConfig, name: str | None = None) -> None:
+    async def adopt(self, config: Path | Json | ComponentConfig, name: str | None = None) -> bool:
         """Take over a config for a component (by default the config's), and all that are like it.
 
-        Like it are those that have its definition. Raises ConfigError, when it has done the
-        others, for one whose state would be gone.
+        Like it are those that have its definition. Returns False where that is the config's
+        already. Raises ConfigError, when it has done the others, for one whose state would be gone.
         """
-        loaded = self._config(config)
-        known = self.get(loaded.name if name is None else name)
+        loaded: Any = self._config(config)
+        known: Any = self.get(loaded.name if name is None else name)
+        changed = bool(known) and known.definition.text != loaded.definition.text
         alike = [known.name] if known is not None else []
         if known is not None and self.store is not None:
             alike += [one for (one,) in self.store.rows("SELECT name FROM flexiflow_components"
@@ -4327,6 +4336,7 @@ class FlexiFlowEngine:
         await self._settle()
         for first in refused:
             raise first
+        return changed
 
     def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
@@ -4629,7 +4639,7 @@ class FlexiFlowEngine:
         self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-        facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:],
+        facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}", "traceback": "".join(lines)[-4000:],
             "state": component and component.state, "attempts": attempts,
             "intact": _intact(row)}
         await self.queue.write(None, [*rows, self.queue.change_message(
@@ -5653,6 +5663,7 @@ MAX_HEAD = 1 << 14  # bytes
 PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
 POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
 STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
+FAULTS = {IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -5667,13 +5678,8 @@ class Refused(FlexiFlowError):
 
 
 def _status(error: FlexiFlowError) -> int:
-    if isinstance(error, Refused):
-        return error.status
-    if hasattr(error, "receipt") or isinstance(error, IdTaken):
-        return 422
-    if isinstance(error, ArgumentError):
-        return 400
-    return 503 if isinstance(error, PersistenceError) else 500
+    kinds = (status for kind, status in FAULTS.items() if isinstance(error, kind))
+    return 422 if hasattr(error, "receipt") else next(kinds, getattr(error, "status", 500))
 
 
 def _plain(value: Any) -> Any:
@@ -6155,7 +6161,8 @@ class HttpServer:
             raise Refused(411, "A body without a length", fix="send Content-Length")
         length = request.length()
         if length is None and found[1] == "POST":
-            raise Refused(411, "A request without a length", fix="send Content-Length")
+            raise Refused(411, "A request without a length", fix="send Content-Length; curl does"
+                " with: -H 'Content-Type: application/json' -d '{}'")
         path, _, query = found[2].partition("?")
         return {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1",
             "method": found[1], "scheme": "http", "path": urllib_parse.unquote(path),
@@ -6221,7 +6228,8 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
     async def adopt() -> None:
         engine.reload_error = None
         try:
-            await engine.adopt(path, name)
+            if await engine.adopt(path, name):
+                engine.logger.warning("%s is taken over", os.fspath(path))
         except Exception as error:
             engine.reload_error = str(error)
             engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
@@ -7112,9 +7120,7 @@ def _error_text(error: BaseException, flat: bool = False) -> str:
     """Return an error's text, FlexiFlow's own or any other's; `flat` on one line."""
     text = str(error)
     if not isinstance(error, FlexiFlowError):
-        places = [f" ({os.path.basename(frame.filename)}:{frame.lineno})"
-            for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-        text = f"{type(error).__name__}: {printable(text)}{''.join(places[-1:])}"
+        text = f"{type(error).__name__}: {printable(text)}{place_of(error)}"
     lines = (line.strip() for line in text.splitlines() if line != "Context:")
     return "; ".join(lines) if flat else text
 
@@ -7498,8 +7504,7 @@ def _timer_text(timer: Json, now: float) -> str:
 
 def _failure_text(one: Json) -> str:
     """Return why a timer or a message of the queue comes again, if it has failed."""
-    first = str(one["error"]).partition("\n")[0]
-    return f" (attempt {one['attempts']}: {first})" if one["error"] else ""
+    return f" (attempt {one['attempts']}: {one['error'].splitlines()[0]})" if one["error"] else ""
 
 
 def _details(facts: Json, now: float) -> Iterator[str]:

@@ -10248,7 +10248,10 @@ class DeadLetters(EngineCase):
         return await self.engine.run(until_idle=True)
 
     def shown(self, *keys, **which):
-        return [tuple(one[key] for key in keys) for one in self.engine.dead_letters(**which)]
+        letters = self.engine.dead_letters(**which)
+        for one in letters:
+            one["error"] = re.sub(r" \(test_flexiflow\.py:\d+\)$", " (place)", one["error"])
+        return [tuple(one[key] for key in keys) for one in letters]
 
     async def test_a_dead_letter_has_everything(self):
         self.engine.create_component(self.failing())
@@ -10258,11 +10261,12 @@ class DeadLetters(EngineCase):
         await self.later(1)
         await self.later(9)
         (letter,) = self.engine.dead_letters()
-        trace = letter.pop("traceback")
+        trace, error = letter.pop("traceback"), letter.pop("error")
         self.assertEqual(letter, {
             "number": letter["number"], "component": "m", "id": "x", "correlation_id": "c-1",
-            "message": {"type": "print", "pages": 3}, "attempts": 2, "error": "ValueError: no ink",
-            "state": "B", "sent": sent, "dead": sent + 10})
+            "message": {"type": "print", "pages": 3}, "attempts": 2, "state": "B", "sent": sent,
+            "dead": sent + 10})
+        self.assertRegex(error, r"^ValueError: no ink \(test_flexiflow\.py:\d+\)$")
         self.assertEqual((trace.splitlines()[0], trace.splitlines()[-1], letter["number"] > 0),
             ("Traceback (most recent call last):", "ValueError: no ink", True))
         self.assertIn('raise ValueError("no ink")', trace)
@@ -10286,7 +10290,7 @@ class DeadLetters(EngineCase):
             {"on": "go", "action": self.code(act)}, retry={"max_attempts": 1}))
         await self.engine.send("m", "go", id="x")
         await self.later()
-        self.assertEqual(self.shown("id", "error"), [("x", "ValueError: \ud800\0 end")])
+        self.assertEqual(self.shown("id", "error"), [("x", "ValueError: \ud800\0 end (place)")])
 
     async def test_letters_come_oldest_first_of_one_component_or_of_all(self):
         for name in ("m", "n"):
@@ -10408,7 +10412,7 @@ class DeadLetters(EngineCase):
         await self.later()
         facts = self.engine.status("m")[0]
         self.assertEqual(dead, [({"type": "after 10", "state": "A", "rule": 0},
-            "ValueError: no bell", "A")])
+            "ValueError: no bell (place)", "A")])
         self.assertEqual((fired, facts["state"], facts["dead"], facts["waiting"]),
             (["after 10"], "C", 0, 0))
         if self.stored:
@@ -14722,9 +14726,9 @@ class QueueSession(Shell):
             ["timer  after 0, in 2h (attempt 1: OSError: no)", "data  {}",
                 "queue  1 waiting, 0 dead", "retry  go, in 2h (attempt 1: OSError: no)"],
             [{"message": "after 0", "state": "*", "due": 0, "id": "ID", "attempts": 1,
-                "error": "OSError: no\nvan"},
+                "error": "OSError: no\nvan (acts.py:2)"},
              {"number": 2, "message": {"type": "go"}, "due": 0, "id": "ID", "attempts": 1,
-                "error": "OSError: no\nvan"}]))
+                "error": "OSError: no\nvan (acts.py:2)"}]))
 
     def test_dead_letters_json_tells_all_about_each(self):
         self.give_up()
@@ -16320,6 +16324,25 @@ class Reloading(EngineCase):
         self.write("m.json", config)
         await self.until(lambda: self.engine.reload_error is None
             and [one["type"] for one in self.engine.accepts("m")] == ["go"])
+
+    async def test_that_a_config_is_taken_over_is_said_once(self):
+        self.patch("POLL", 0.005)
+        config = self.machine({"from": "A", "on": "go", "to": "B"})
+        path = self.write("m.json", config)
+        await self.engine.register_async(self.engine.create_component(path))
+        with self.assertLogs("flexiflow", "WARNING") as logs:
+            task = asyncio.ensure_future(ff.watch_config(self.engine, path))
+            self.addCleanup(task.cancel)
+            await asyncio.sleep(0.02)
+            self.write("m.json", {**config, "rules": [{"from": "A", "on": "jump", "to": "B"}]})
+            await self.until(lambda: self.engine.accepts("m")[0]["type"] == "jump")
+            self.write("m.json", "{")
+            await self.until(lambda: self.engine.reload_error)
+            self.write("m.json", {**config, "rules": [{"on": "jump", "from": "A", "to": "B"}]})
+            await self.until(lambda: self.engine.reload_error is None)
+        self.assertEqual([record.getMessage().replace(path, "m.json").partition(" | ")[0]
+            for record in logs.records],
+            ["m.json is taken over", "m.json is not taken over"])
 
 
 class OldPaths(Case):
