@@ -4639,9 +4639,9 @@ class FlexiFlowEngine:
         self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
             attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-        facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}", "traceback": "".join(lines)[-4000:],
-            "state": component and component.state, "attempts": attempts,
-            "intact": _intact(row)}
+        facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
+            "traceback": "".join(lines)[-4000:], "state": component and component.state,
+            "attempts": attempts, "intact": _intact(row)}
         await self.queue.write(None, [*rows, self.queue.change_message(
             row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
         if dead:
