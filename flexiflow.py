@@ -412,10 +412,10 @@ def write_json(value: Any, name: str = "value", limit: int = MAX_JSON) -> str:
     return text
 
 
-def _written(value: Any, name: str) -> str:
+def _written(value: Any, name: str, limit: int = MAX_JSON) -> str:
     """Return JSON for the store; raise PersistenceError for what would not come back the same."""
     try:
-        return write_json(value, name)
+        return write_json(value, name, limit)
     except ValueError as error:
         raise PersistenceError(f"Cannot save {name}", why=str(error),
             fix="keep it to JSON: text, numbers, lists, dicts with text as keys") from error
@@ -2358,8 +2358,7 @@ def take_snapshot(component: Any, metadata: Json | None = None) -> ComponentSnap
 def _snapshot_text(snapshot: ComponentSnapshot) -> str:
     """Return a snapshot as JSON that begins with the checksum of the rest."""
     content = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
-    _written({"checksum": 1 << 32, **content}, f"snapshot of {snapshot.name}")  # and its size
-    text = _encode(content)
+    text = _written(content, f"snapshot of {snapshot.name}", MAX_JSON - 24)  # for the checksum
     return f'{{"checksum":{checksum(text)},{text[1:]}'
 
 
@@ -2407,16 +2406,16 @@ def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     fix = "the old file is untouched"
     try:
-        target = os.path.realpath(path)
+        target = os.path.realpath(path) if os.path.islink(path) else os.path.join(".", path)
         folder, name = os.path.split(target)
         aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
-        os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         _sweep(folder)
         mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
         try:
-            with open(aside, "w", encoding="utf-8", newline="\n",
-                    opener=functools.partial(os.open, mode=mode)) as file:
-                file.write(text)
+            with open(aside, "wb", opener=functools.partial(os.open, mode=mode)) as file:
+                file.write(text.encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, target)
