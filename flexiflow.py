@@ -6292,7 +6292,8 @@ input[type=checkbox] { min-height: 0; margin: 0 6px 0 0; accent-color: var(--acc
 textarea { display: block; width: 100%; resize: vertical; }
 [aria-invalid] { border-color: var(--bad); }
 table { border-collapse: collapse; width: 100%; }
-th { font-weight: inherit; color: var(--muted); text-align: left; }
+th { font-weight: inherit; color: var(--muted); text-align: left; white-space: nowrap; }
+td { min-width: 5em; vertical-align: top; }
 th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 summary { color: var(--muted); cursor: pointer; }
 dialog, .box {
