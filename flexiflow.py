@@ -6374,7 +6374,7 @@ li { content-visibility: auto; contain-intrinsic-height: auto 58px; }
   margin-bottom: 8px; border-left: 3px solid var(--bad); overflow-wrap: anywhere;
 }
 .letter > details, .letter > p { grid-column: 1 / -1; }
-#letters > p { margin-bottom: 8px; }
+#letters > p, #letters > button, #stuck > button { margin-bottom: 8px; }
 mark { background: var(--mark); color: inherit; }
 #then { margin-bottom: 8px; background: var(--chosen); }
 #then pre { margin-top: 6px; max-height: 12em; }
@@ -6697,7 +6697,7 @@ async function load() {
   if (name === null) {
     const {dead_letters: letters} = await api("dead-letters?limit=100");
     if (chosen !== null) return;
-    section("stuck", "", letters, part => part.map(one => letter(one, true)));
+    section("stuck", "", letters, part => stuck(part, true));
     $("calm").textContent = letters.length ? MEND : "None. Choose a component to see its machine.";
     $("quiet").hidden = recent.length > 0;
     if (journal !== recent) $("history").replaceChildren(...recent.map(one => step(one, true)));
@@ -6747,7 +6747,7 @@ function detail(before) {
   const same = [...$("buttons").children].find(one => one.dataset.type === focus);
   if (focus !== undefined && takes.size) (same || $("buttons").firstChild).focus();
   section("letters", "Dead letters", facts.dead_letters, part =>
-    [el("p", {class: "muted"}, MEND), ...part.map(one => letter(one))]);
+    [el("p", {class: "muted"}, MEND), ...stuck(part)]);
   const tried = one => one.error ? el("span", {title: show(one.error)},
     `${one.attempts}: ${show(one.error.split("\n")[0])}`) : String(one.attempts);
   section("timers", "Timers", facts.timers, part => table(["Message", "Due", "Attempts"],
@@ -6765,25 +6765,32 @@ async function draw(name) {
   $("picture").alt = `The machine of ${show(name)}, in ${show(facts.state)}`;
   if ($("picture").src !== source) $("picture").src = source;
 }
-function letter(one, named) {
-  const type = show(one.message.type || "damaged message");
-  const redrive = button("Redrive", async () => {
-    redrive.disabled = true;
+function redrive(letters, text, told) {
+  return readonly ? "" : button(text, async pressed => {
+    pressed.disabled = true;
     try {
-      await api(`dead-letters/${one.number}/redrive`, {});
-      said(`${type} is in the queue again`);
+      for (const one of letters) await api(`dead-letters/${one.number}/redrive`, {});
+      said(told);
     } catch (error) {
       said(error.message);
-      redrive.disabled = false;
+      pressed.disabled = false;
     }
     all();
   });
+}
+function stuck(letters, named) {
+  const many = count(letters.length, "message");
+  return [letters.length > 1 ? redrive(letters, `Redrive all ${letters.length}`,
+    `${many} are in the queue again`) : "", ...letters.map(one => letter(one, named))];
+}
+function letter(one, named) {
+  const type = show(one.message.type || "damaged message");
   const [what, ...rest] = show(one.error).split("\n");
   return el("div", {class: "letter box"}, el("div", null, el("span", {class: "name"}, type),
     named && " to ", named && el("a", {href: "#" + encodeURIComponent(one.component),
       class: "name"}, show(one.component)), el("div", {class: "muted"}, "given up ", when(one.dead),
       `, ${count(one.attempts, "attempt")}${one.state ? ", in " + show(one.state) : ""}`)),
-    readonly ? "" : redrive, el("p", {class: "bad"}, what),
+    redrive([one], "Redrive", `${type} is in the queue again`), el("p", {class: "bad"}, what),
     ...rest.filter(line => /^(Why|Fix):/.test(line)).map(line => el("p", {class: "muted"}, line)),
     el("details", null, el("summary", null, "Message and traceback"),
       el("pre", null, pretty(one.message)), el("pre", null, show(one.traceback || ""))));
