@@ -715,9 +715,6 @@ class Subscription:
 
     subscription_id = property(lambda self: str(self.number), doc="What 1.0.1 called the number.")
 
-    def __repr__(self) -> str:
-        return f"<Subscription {self.number} of {self.component_name!r} to {self.event_name!r}>"
-
 
 SubscriptionHandle = Subscription
 
@@ -4742,10 +4739,12 @@ class FlexiFlowEngine:
             found.append({**{key: letter[key] for key in keys}, **said})
         return found
 
-    async def redrive(self, *numbers: int, name: str | None = None) -> list[Json]:
+    async def redrive(self, *numbers: int, name: str | None = None,
+            discard: bool = False) -> list[Json]:
         """Give dead letters back to the queue, as new: those numbers, a component's, or all.
 
-        Returns them. Raises StateError for a number that is no dead letter's.
+        With `discard` they are deleted instead, and their ids forgotten. Returns them. Raises
+        StateError for a number that is no dead letter's.
         """
         known, now = self.dead_letters(name), self.clock()
         letters = [one for one in known if not numbers or one["number"] in numbers]
@@ -4754,7 +4753,8 @@ class FlexiFlowEngine:
             raise StateError(f"No dead letter has the number {min(missing)}",
                 fix=choose(min(missing), [str(one["number"]) for one in known]))
         dead = {row["number"]: row for row in self.queue.messages("dead IS NOT NULL")}
-        rows = [self.queue.change_message(dead[one["number"]], dead=None, due=now, attempts=0,
+        rows = [_of_row(f"{_UNQUEUE} dead IS NOT NULL AND", one) if discard
+            else self.queue.change_message(dead[one["number"]], dead=None, due=now, attempts=0,
             error=None, place=None) for one in letters]
         if rows:
             await self.queue.write(None, [*rows, (_GIVE_PLACES, (now,))])
@@ -5738,6 +5738,14 @@ async def _disconnected(receive: Any) -> None:
         pass
 
 
+def read_object(text: str | bytes, name: str, fix: str) -> Json:
+    """Return the object of a JSON document; raise ArgumentError if it is none."""
+    value = read_json(text, name, ArgumentError, fix)
+    if not isinstance(value, dict):
+        raise ArgumentError(f"{name} is not an object: {_shown(value)}", fix=fix)
+    return value
+
+
 class Request:
     """What a request says, apart from its body."""
 
@@ -5892,11 +5900,7 @@ class HttpApp:
             if len(body) > MAX_JSON:
                 raise Refused(413, f"More than {MAX_JSON} bytes")
             more = part.get("more_body")
-        example = '{"type": "start"}'
-        value = read_json(body, "body", ArgumentError, example) if body.strip() else {}
-        if not isinstance(value, dict):
-            raise ArgumentError("A body is an object", fix=example)
-        return value
+        return read_object(body.strip() or b"{}", "body", '{"type": "start"}')
 
     def _known(self, name: str) -> Json:
         """Return the facts of a component; refuse a name that there is not."""
@@ -7072,6 +7076,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--until-idle": {"action": "store_true", "help": "end when nothing is due any more"},
     "--concurrency": {"type": int, "default": 100, "help": "components at once (default 100)"},
     "--all": {"action": "store_true", "help": "all of them (or --name: the component's)"},
+    "--discard": {"action": "store_true", "help": "delete them instead, for good"},
     "--keep": {"type": int, "metavar": "N", "help": "keep each component's last N rows"},
     "--older-than": {"metavar": "AGE", "help": "only what is older: 90s, 15m, 2h, 30d"},
     "--completed": {"action": "store_true", "help": "remove completed components, too"},
@@ -7311,10 +7316,7 @@ async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
         if args.dry_run:
             raise UsageError("A dry run is of one message", fix=f"{program()} handle pay --dry-run")
         return await _Intake(args, engine).run()
-    example = """--data '{"amount": 12}'"""
-    data = read_json(args.data, "--data", ArgumentError, example)
-    if not isinstance(data, dict):
-        raise ArgumentError(f"--data is not an object: {args.data}", fix=example)
+    data = read_object(args.data, "--data", """--data '{"amount": 12}'""")
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
     data.update((key, value) for key, value in given.items() if value is not None)
     message, component = check_message(data), _component(args, engine)
@@ -7611,16 +7613,17 @@ def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
         age(now - one["dead"]), one["error"].partition("\n")[0]) for one in letters)))
 
 
-@command("redrive 17", "give dead letters back to the queue", "write", "ID --all --name")
+@command("redrive 17", "give dead letters back to the queue", "write",
+    "ID --all --name --discard")
 async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
     if (args.ID and args.all) or not (args.ID or args.all or args.name):
         raise UsageError("Either numbers of dead letters, --name or --all is needed",
             fix="redrive 17, redrive --name order-17, or redrive --all"
             "\ndead-letters shows the numbers")
-    letters = await engine.redrive(*args.ID, name=args.name)
+    letters = await engine.redrive(*args.ID, name=args.name, discard=args.discard)
     counts = collections.Counter(letter["component"] for letter in letters)
-    lines = [f"{_counted(n, 'message')} back in the queue of {name}" for name, n in counts.items()]
-    hint(f"next: {program()} run --until-idle")
+    did = "discarded, of" if args.discard else "back in the queue of"
+    lines = [f"{_counted(n, 'message')} {did} {name}" for name, n in counts.items()]
     return tell(args, letters, lines or ["no dead letters"])
 
 

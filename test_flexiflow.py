@@ -10292,6 +10292,25 @@ class DeadLetters(EngineCase):
         await self.later()
         self.assertEqual(self.shown("id", "error"), [("x", "ValueError: \ud800\0 end (place)")])
 
+    async def test_discarding_leaves_what_was_given_back_meanwhile(self):
+        self.engine.create_component(self.failing())
+        await self.engine.handle_message("m", "go")
+        for id in ("1", "2", "3"):
+            await self.give_up(id)
+        write, queue = self.engine.queue.write, self.engine.queue
+
+        def after_another(check, rows, done=None):  # another process is a moment quicker
+            queue.write = write
+            write(None, [("UPDATE flexiflow_messages SET dead=NULL WHERE message_id='1'", ())])
+            return write(check, rows, done)
+
+        queue.write = after_another
+        first, second = [one["number"] for one in self.engine.dead_letters(limit=2)]
+        gone = await self.engine.redrive(first, second, discard=True)
+        self.assertEqual(([one["id"] for one in gone], self.shown("id"),
+            [one["id"] for one in self.engine.status("m")[0]["queue"]]),
+            (["1", "2"], [("3",)], ["1"]))
+
     async def test_letters_come_oldest_first_of_one_component_or_of_all(self):
         for name in ("m", "n"):
             self.engine.create_component(self.failing(), name=name)
@@ -14758,6 +14777,19 @@ class QueueSession(Shell):
             ],
         )
 
+    def test_what_is_hopeless_can_be_discarded(self):
+        self.give_up()
+        self.assertEqual([self.shown("redrive", "1", "--discard"), self.shown("dead-letters"),
+            self.shown("redrive", "1", "--discard"),
+            self.shown("run", "--until-idle"), self.shown("status")], [
+            (0, "1 message discarded, of lamp\n", ""),
+            (0, "ID  COMPONENT  MESSAGE  TRIES  AGE  ERROR\n", ""),
+            (1, "", "error: No dead letter has the number 1\nFix: none is known here\n"),
+            (0, "0 delivered, 0 failed, 0 dead, 0.00 s\n", ""),
+            (0, "COMPONENT  STATE  SINCE  V  WAITING  NEXT TIMER  DEAD\n"
+                "bell  Quiet  0s  1  0  -  -\nlamp  Off  0s  0  0  -  -\n"
+                "2 components, 0 messages waiting, 0 dead letters\n", "")])
+
     def test_redrive_json_is_the_letters_and_run_json_counts(self):
         self.give_up()
         letter = json.loads(self.flexiflow("redrive", "--all", "--json").stdout)
@@ -15630,7 +15662,7 @@ class HttpRoutes(HttpCase):
             (500, None, None, "No value at $message.x"),
             (400, None, None, "The 'type' of a message is text, and not empty: ''"),
             (400, None, None, "The 'type' of a message is text, and not empty: None"),
-            (400, None, None, "A body is an object"),
+            (400, None, None, "body is not an object: [1]"),
             (400, None, None, "Not valid JSON: body"), (400, None, None, "Not valid JSON: body"),
             (200, "sent", "moved", None), (409, "refused", "ignored", None)])
 
