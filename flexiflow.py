@@ -7138,8 +7138,11 @@ def _error_text(error: BaseException, flat: bool = False) -> str:
 
 
 def program() -> str:
-    """Return what starts a command here: the file itself, or what a package manager installed."""
-    return "python -m flexiflow" if sys.argv[0].endswith(".py") else "flexiflow"
+    """Return what starts a command here: what has started this one."""
+    if not sys.argv[0].endswith(".py"):
+        return "flexiflow"  # which a package manager has installed
+    as_module = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {__name__}" if as_module else f"python {shlex.quote(sys.argv[0])}"
 
 
 def hint(text: str, end: str = "\n") -> None:
@@ -7238,7 +7241,8 @@ async def _foreseen(args: Any, engine: FlexiFlowEngine, name: str, message: Json
         for key, (was, then) in found["changes"].items()]
     lines += [f"  send    {one['message']['type']} to {one['to']}"
         + f", in {age(one['delay'])}" * bool(one["delay"]) for one in found["sends"]]
-    lines += [f"  {what[:-1]:8}{name}" for what in ("emits", "actions") for name in found[what]]
+    lines += [f"  emit    {name}" for name in found["emits"]]
+    lines += [f"  action  {name} (not run)" for name in found["actions"]]
     lines += [f"  timer   {_timer_text(one, now)}" for one in found["timers"]]
     lines += [f"  ends    {one['message']}" for one in found["ended"]]
     return tell(args, [found], lines, 0 if receipt or found["outcome"] == "class" else 3)
@@ -7723,9 +7727,6 @@ def cmd_visualize(args: Any) -> int:
             raise _as_error(found.errors, found.config_path)
         text = visualize(found, format=format)
     if args.output:
-        folder = os.path.dirname(args.output) or "."
-        if not os.path.isdir(folder):
-            raise PersistenceError(f"No folder: {folder!r}", fix="make it first")
         write_file(args.output, text + "\n")
     return tell(args, [{"format": format, "output": args.output, "text": text}],
         () if args.output else text.splitlines())

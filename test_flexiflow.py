@@ -14312,8 +14312,8 @@ class TextPictures(Shell):
                 ff.visualize(order, format=format) + "\n")
         self.assertEqual(self.flexiflow("visualize", order, "--format", "svg").stdout,
             ff.visualize(order, format="svg") + "\n")
-        self.assertEqual(self.shown("visualize", order, "-o", "there/a.svg"),
-            (1, "", "error: No folder: 'there'\nFix: make it first\n"))
+        self.assertEqual((self.shown("visualize", order, "-o", "there/a.svg"),
+            os.listdir(self.path("there"))), ((0, "", ""), ["a.svg"]))
         self.assertEqual(self.shown("visualize", order, "--format", "dot"),
             (1, "", "error: Unknown format: 'dot'\nFix: one of mermaid, svg, text\n"))
 
@@ -16500,6 +16500,17 @@ class OneIdentity(Case):
     def test_as_a_script(self):
         script = str(HERE / "flexiflow.py")
         self.assertEqual(self.ran(script, *self.job(), env={"PYTHONPATH": None}), self.EXPECTED)
+
+    def test_what_it_tells_to_type_starts_it_as_it_was_started(self):
+        shutil.copy(HERE / "flexiflow.py", self.folder / "flow2.py")
+        env = {"PYTHONPATH": str(self.folder)}
+        for how, told in ((["-m", "flow2"], "python -m flow2"),
+                (["flow2.py"], "python flow2.py"),
+                ([self.path("flow2.py")], f"python {self.path('flow2.py')}")):
+            with self.subTest(told):
+                code, out, err = self.ran(*how, "hanlde", env=env)
+                self.assertEqual((code, out, err.split(" [-h]")[0]),
+                    (2, "", f"usage: {told}"))
 
     def test_under_a_profiler(self):
         for how in (("-m", "cProfile"), ("-m", "trace", "--count", "-C", self.path("counts"))):
