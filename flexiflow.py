@@ -1622,7 +1622,6 @@ class Definition:
         self.by_number = {rule.number: rule for rule in rules}
         # Where a class answers, or "*" is taken, no message type is unknown.
         self.open = "*" in self.types or any(not node.declared for node in nodes.values())
-        self.has_timers = any(rule.after for rule in rules)
         self.renamed: dict[str, str] = source.get("renamed") or {}  # what became of old states
         self._by_source: dict[str, list[Rule]] = {}
         for rule in rules:
@@ -2252,17 +2251,18 @@ class _Walk:
 def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
     """Return the first of the errors, ready to be raised, that names the others."""
     error: FlexiFlowError = errors[0].error
-    values = {"config": path, "also": [other.what for other in errors[1:6]]}
+    values = {"config": path if path and path not in error.what else None,
+        "also": [other.what for other in errors[1:6]]}
     error.context.items.update((key, value) for key, value in values.items() if value)
     return error
 
 
-def _looked_at(config: Any, **how: Any) -> Any:
-    """Return what a walk finds in a config; raise the first error. `how`: see `_Walk`."""
-    found = _Walk(config, **how).problems()
-    if found.errors:
-        raise _as_error(found.errors, None)
-    return found
+def _walked(config: Any, **how: Any) -> _Walk:
+    """Return the walk over a good config; raise the first error found. `how`: see `_Walk`."""
+    walk = _Walk(config, **how)
+    if walk.problems().errors:
+        raise _as_error(walk.found.errors, walk.found.path)
+    return walk
 
 
 class ConfigLoader:
@@ -2279,17 +2279,15 @@ class ConfigLoader:
             if config.definition is not None:
                 return config
             config = {key: value for key, value in vars(config).items() if key != "definition"}
-        walk = _Walk(config, allow_imports=allow_imports)
-        found, good = walk.problems(), walk.good
-        if found.errors:
-            raise _as_error(found.errors, None if walk.config is config else found.path)
+        walk = _walked(config, allow_imports=allow_imports)
+        good = walk.good
         known = DEFAULT_REGISTRY
         for name, node in walk.nodes.items():
             if not (node.declared or node.cls in known._names or known.get(name)):
                 known.register(name, node.cls)
                 _FROM_CONFIGS[name] = node.cls
         return ComponentConfig(good["name"], fresh(good["rules"]), good["initial_state"],
-            good.get("data", {}), found.definition)
+            good.get("data", {}), walk.found.definition)
 
     @staticmethod
     def load_yaml(path: Path) -> Json:
@@ -2404,6 +2402,8 @@ def write_file(path: Path, text: str) -> None:
     fix = "the old file is untouched"
     try:
         target = os.path.realpath(path) if os.path.islink(path) else os.path.join(".", path)
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError("it is a folder, or a device, which must not be replaced")
         folder, name = os.path.split(target)
         aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
         if not os.path.isdir(folder):
@@ -3835,8 +3835,8 @@ class AsyncComponent:
         source = old.source if old else {"initial_state": self.state, "states": states}
         config = {"name": self.name, **source, "rules": rules}
         try:
-            return _looked_at(config, registry=registry,  # type: ignore[no-any-return]
-                allow_imports=self._engine.allow_imports).definition
+            return _walked(config, registry=registry,  # type: ignore[no-any-return]
+                allow_imports=self._engine.allow_imports).found.definition
         except ConfigError as error:
             if not replace and "can never fire" in error.what:
                 error.fix = "replace the rules: update_rules(rules, replace=True), or --replace"
@@ -3908,7 +3908,8 @@ class AsyncComponent:
     def _timer_changes(self, turn: Turn, changed: Definition, node: Node) -> list[Row]:
         """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
         queue, old = self._engine.queue, self.definition
-        if self._engine is _ALONE or not (changed.has_timers or (old and old.has_timers)):
+        rules: Sequence[Rule] = old.rules if old else ()
+        if self._engine is _ALONE or not any(rule.after for rule in [*rules, *changed.rules]):
             return []
 
         def gist(rule: Rule, names: Json = _EMPTY) -> str:
@@ -3917,7 +3918,7 @@ class AsyncComponent:
             to = rule.to and names.get(rule.to, rule.to)
             return _encode([[names.get(one, one) for one in rule.sources], to, rest])
 
-        before = {rule.number: gist(rule, changed.renamed) for rule in (old.rules if old else ())}
+        before = {rule.number: gist(rule, changed.renamed) for rule in rules}
         after = {gist(rule): rule.number for rule in changed.rules}
         rows: list[Row] = []
         for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
@@ -3944,7 +3945,7 @@ class AsyncComponent:
 
 def _on_paper(config: Any) -> tuple[Definition, str]:
     """Return a definition whose code is not imported, and the names of that code."""
-    found = _looked_at(config, imports=False)
+    found = _walked(config, imports=False).found
     classes = [node.name for node in found.definition.nodes.values() if not node.declared]
     return found.definition, ", ".join({**dict.fromkeys(found.unchecked + classes)})
 
@@ -4487,8 +4488,8 @@ class FlexiFlowEngine:
         """Return a definition of the store, compiled once."""
         if hash not in self._definitions:
             source = {"name": "stored", **self.store.definition(hash)}
-            self._definitions[hash] = _looked_at(
-                source, registry=registry, allow_imports=self.allow_imports).definition
+            self._definitions[hash] = _walked(
+                source, registry=registry, allow_imports=self.allow_imports).found.definition
         return self._definitions[hash]
 
     async def remove(self, name: str) -> None:
@@ -7180,8 +7181,7 @@ def _config_path(args: Any, needed: bool = True, what: str = "No config given") 
     """Return the config's path, and let it import the code that lies beside it."""
     path = args.file or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
     if path is None and needed:
-        raise ConfigError(what,
-            fix=f"{program()} {args.command.example}, or set FLEXIFLOW_CONFIG")
+        raise ConfigError(what, fix="add --config FILE, or set FLEXIFLOW_CONFIG")
     folder = os.path.dirname(os.path.abspath(path or ""))
     if path is not None and folder not in sys.path:
         sys.path.append(folder)  # last: it hides no module
@@ -7274,7 +7274,7 @@ def cmd_init(args: Any) -> int:
     path = args.file or "ticket.json"
     name = os.path.splitext(os.path.basename(path))[0]
     text = STARTER % json.dumps(name)
-    _looked_at(read_json(text, path, ConfigError))
+    _walked(read_json(text, path, ConfigError))
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -7306,7 +7306,6 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
         text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
     facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
     tell(args, [facts], [text])
-    hint(f"next: {program()} status")
     if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0

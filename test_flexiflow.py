@@ -5724,6 +5724,15 @@ class SnapshotFiles(SnapshotCase):
             path.write_bytes(good[:length])
             self.raises(PersistenceError, ff.load_snapshot, path)
 
+    @unittest.skipIf(os.name == "nt", "Windows has no named pipes of this kind")
+    def test_a_device_or_pipe_is_not_replaced_by_a_file(self):
+        os.mkfifo(self.path("pipe"))
+        for name in ("pipe", ""):
+            error = self.raises(PersistenceError, ff.save_component, self.component(),
+                os.path.join(self.folder, name))
+            self.assertEqual(error.why, "it is a folder, or a device, which must not be replaced")
+        self.assertTrue(Path(self.path("pipe")).is_fifo())
+
     def test_a_link_is_followed_and_permissions_stay(self):
         if os.name == "nt":
             self.skipTest("no links and modes here")
@@ -15080,15 +15089,14 @@ class UsageErrors(Shell):
                 "error: No config file: 'no.json'\nFix: check the path\n"),
             (("handle", "press"),
                 "error: Neither a component (--name) nor a config given\n"
-                "Fix: python -m flexiflow handle --name order-17 pay --data"
-                " '{\"amount\": 12}', or set FLEXIFLOW_CONFIG\n"),
+                "Fix: add --config FILE, or set FLEXIFLOW_CONFIG\n"),
             (("history", "--limit", "9" * 23),
                 f"error: limit is a whole number from 1: {'9' * 23}\n"),
             (("status", "\udcff"), "error: Not a name for a component: '\\udcff'\n"),
             (("register",), "error: Neither a component (--name) nor a config given\n"
-                "Fix: python -m flexiflow register --config order.json, or set FLEXIFLOW_CONFIG\n"),
+                "Fix: add --config FILE, or set FLEXIFLOW_CONFIG\n"),
             (("explain",), "error: No config given\n"
-                "Fix: python -m flexiflow explain order.json, or set FLEXIFLOW_CONFIG\n"),
+                "Fix: add --config FILE, or set FLEXIFLOW_CONFIG\n"),
             (("register", "--name", "lamp-2"),
                 "error: Unknown component: 'lamp-2'\nFix: did you mean 'lamp-1'?\n"),
             (("dead-letters", "lamp-2"),
