@@ -5325,7 +5325,6 @@ class _Layers:
     """
 
     GAP = 20.0
-    PORTS = 16.0  # at most between the ends of two edges at a box
 
     def __init__(self, sizes: dict[Any, tuple[float, float]],
             edges: list[tuple[Any, Any, tuple[float, float]]],
@@ -5462,9 +5461,11 @@ class _Layers:
         for end, side in ((0, 1), (-1, -1)):  # out of the box above, into the one below
             (x, y), (width, height) = points[end], self.boxes[chain[end]]
             ends = sorted(self.near[side][chain[end]], key=self.at.__getitem__)
-            gap = min(self.PORTS, max(0.0, width - 24) / max(1, len(ends) - 1))
-            port = gap * (ends.index(chain[end + side]) - (len(ends) - 1) / 2)
-            points[end] = x + port, y + side * height / 2
+            gap = min(16.0, max(0.0, width - 24) / max(1, len(ends) - 1))
+            x += gap * (ends.index(chain[end + side]) - (len(ends) - 1) / 2)  # a place of its own
+            points[end] = x, y + side * height / 2
+            if self.sizes[chain[end]][1] > height:  # straight on, past a label that stands beside
+                points.insert(side, (x, y + side * self.sizes[chain[end]][1] / 2))
         points = points[::-1] if number in self.back else points
         steps = [(c - a) / (d - b) for (a, b), (c, d) in zip(points, points[1:])]
         # Straight out of a box and into one; between, never further out than a bend is.
