@@ -5794,10 +5794,15 @@ class Request:
 
 
 class HttpApp:
-    """The ASGI application; see `create_app`."""
+    """An ASGI application that shows an engine, and hands messages to it: `create_app(engine)`.
 
-    def __init__(self, engine: FlexiFlowEngine, hosts: Iterable[str] | None,
-            token: str | None, readonly: bool) -> None:
+    `hosts` are the names under which it may be called (None: any); with a `token`, requests
+    need the header `Authorization: Bearer TOKEN`. `readonly` refuses every POST. The engine
+    begins to deliver with the application, or where nobody tells it to start, with the first POST.
+    """
+
+    def __init__(self, engine: FlexiFlowEngine, hosts: Iterable[str] | None = None,
+            token: str | None = None, *, readonly: bool = False) -> None:
         self.engine, self.token, self.readonly = engine, token, readonly
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
         self.routes: dict[tuple[str, ...], tuple[str, Callable[..., Any]]] = {
@@ -5999,10 +6004,7 @@ class HttpApp:
     async def events(self, request: Request, receive: Any, send: Any) -> None:
         """Send journal rows as they come, of every process; see the HTML standard, section 9.2."""
         last = request.header("last-event-id") or request.query.get("after") or ""
-        ((newest,),) = self.engine.queue.rows(
-            "SELECT COALESCE(MAX(number), 0) FROM flexiflow_journal")
-        # The client's last one is more than there is where rows were removed.
-        number = min(int(last), newest) if re.fullmatch("[0-9]{1,15}", last) else newest
+        number = self._known_until(int(last) if re.fullmatch("[0-9]{1,15}", last) else math.inf)
         await _send(send, 200, "text/event-stream", None)
         gone = asyncio.ensure_future(_disconnected(receive))
         text = ": hello\n\n"
@@ -6018,6 +6020,7 @@ class HttpApp:
                 if entries:
                     number = entries[-1]["number"]
                 else:
+                    number = self._known_until(number)
                     await asyncio.wait([gone], timeout=POLL)
                     text = ": still here\n\n" * (time.monotonic() - sent > PATIENCE)
         except FlexiFlowError as error:  # too late for another status: the client comes again
@@ -6026,6 +6029,11 @@ class HttpApp:
             gone.cancel()
         await send({"type": "http.response.body", "body": b""})
 
+    def _known_until(self, number: float) -> int:
+        """Return the number of the journal's last row, if it is less: where rows were removed."""
+        sql = "SELECT COALESCE(MIN(?, MAX(number)), 0) FROM flexiflow_journal"
+        return int(self.engine.queue.rows(sql, (number,))[0][0])
+
     async def _entries(self, number: int) -> list[Json]:
         """Return the journal's next rows after one."""
         await self.engine.queue.settled()
@@ -6033,15 +6041,7 @@ class HttpApp:
             f" FROM flexiflow_journal WHERE number>? ORDER BY number LIMIT {PAGE})", (number,)))]
 
 
-def create_app(engine: FlexiFlowEngine, hosts: Iterable[str] | None = None,
-        token: str | None = None, *, readonly: bool = False) -> HttpApp:
-    """Return an ASGI application that shows an engine, and hands messages to it.
-
-    `hosts` are the names under which it may be called (None: any); with a `token`, requests
-    need the header `Authorization: Bearer TOKEN`. `readonly` refuses every POST. The engine
-    begins to deliver with the application, or where nobody tells it to start, with the first POST.
-    """
-    return HttpApp(engine, hosts, token, readonly)
+create_app = HttpApp  # as 1.0.1 called it
 
 
 @dataclass

@@ -15950,6 +15950,31 @@ class HttpRoutes(HttpCase):
         await asyncio.wait_for(streaming, 30)
         self.assertIn(b"\nid: ", b"\n" + b"".join(sent))
 
+    async def test_events_after_a_removal_are_sent_though_their_numbers_come_again(self):
+        self.patch("POLL", 0.005)
+        for name in ("order", "late"):
+            await self.engine.register_async(self.engine.create_component(self.ORDER, name=name))
+        await self.engine.handle_message("late", "pay")
+        sent, gone = [], asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(event):
+            sent.append(event.get("body", b"").decode())
+            if '"k-1"' in sent[-1]:
+                gone.set()
+
+        streaming = asyncio.ensure_future(self.app({"type": "http", "method": "GET",
+            "path": "/events", "query_string": b"", "headers": []}, receive, send))
+        await asyncio.sleep(0.02)
+        await self.engine.remove("late")
+        await asyncio.sleep(0.05)
+        await self.engine.handle_message("order", "pay", id="k-1")
+        await asyncio.wait_for(streaming, 30)
+        self.assertEqual(re.findall(r"id: (\d+)", "".join(sent)), ["2"])
+
     async def test_an_error_within_a_stream_of_events_ends_it(self):
         sent, calls = [], []
 
