@@ -4214,6 +4214,7 @@ class FlexiFlowEngine:
         self.outcomes: dict[str, int] = {}  # of the messages handled here: outcome -> how many
         self.handling = 0.0  # seconds that they took
         self.retries = 0  # failed attempts at messages that come again
+        self._refused: set[str] = set()  # components whose state a config would have taken away
         self.reload_error: str | None = None  # why `watch_config` did not take over a config
 
     async def __aenter__(self) -> FlexiFlowEngine:
@@ -4314,8 +4315,9 @@ class FlexiFlowEngine:
     async def adopt(self, config: Path | Json | ComponentConfig, name: str | None = None) -> bool:
         """Take over a config for a component (by default the config's), and all that are like it.
 
-        Like it are those that have its definition. Returns False where that is the config's
-        already. Raises ConfigError, when it has done the others, for one whose state would be gone.
+        Like it are those that have its definition, and those that were refused the last time.
+        Returns False where that is the config's already. Raises ConfigError, when it has done the
+        others, for one whose state would be gone.
         """
         loaded: Any = self._config(config)
         known: Any = self.get(loaded.name if name is None else name)
@@ -4324,11 +4326,13 @@ class FlexiFlowEngine:
         if known is not None and self.store is not None:
             alike += [one for (one,) in self.store.rows("SELECT name FROM flexiflow_components"
                 " WHERE definition=? AND name<>?", (known.definition.hash, known.name))]
-        refused = []
+        alike += sorted(self._refused.difference(alike).intersection(self._names()))
+        refused, self._refused = [], set()
         for one in alike:
             try:
                 self.create_component(loaded, name=one, update=True)
             except ConfigError as error:
+                self._refused.add(one)
                 refused.append(error)
         await self._settle()
         for first in refused:
@@ -6092,7 +6096,7 @@ class HttpServer:
                 self._connected, self.host, self.port, limit=MAX_HEAD)
         except (OSError, OverflowError) as error:
             raise PersistenceError(f"Cannot listen on {self.host}, port {self.port}",
-                why=str(error), fix="another --port") from error
+                why=str(error), fix="another --port or --host") from error
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
@@ -6227,13 +6231,13 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
     """Keep components on a config's file: now, and whenever it changes.
 
     They are the one of this name (by default the config's), and all that share its definition.
-    A file that is not good, or would take away a component's state, changes nothing:
-    `engine.reload_error` and the log say why.
+    A file that is not good changes nothing; a component whose state it would take away keeps its
+    definition, and follows when it can. `engine.reload_error` and the log say why.
     """
     async def adopt() -> None:
-        engine.reload_error = None
+        failed, engine.reload_error = engine.reload_error, None
         try:
-            if await engine.adopt(path, name):
+            if await engine.adopt(path, name) or failed:
                 engine.logger.warning("%s is taken over", os.fspath(path))
         except Exception as error:
             engine.reload_error = str(error)
@@ -6495,7 +6499,7 @@ python -m flexiflow handle start --config config.json</pre>
 </dialog>
 <script>
 "use strict";
-const MEND = "Given up after their attempts. Mend the cause (rules, code, data), then redrive.";
+const MEND = "Given up. Mend the cause (rules, data; code takes a new start), then redrive.";
 const PAGE = 100, POLL = 5000, PATIENCE = 40000;  // rows; ms between looks, and of a silent stream
 const $ = id => document.getElementById(id);
 const on = (id, event, task) => $(id).addEventListener(event, task);
@@ -7582,12 +7586,15 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     "--config --name --allow-import --host --port --token --read-only --watch")
 async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     token = args.token or os.environ.get("FLEXIFLOW_TOKEN")  # which no list of processes shows
+    if args.token == "":
+        raise UsageError("The token is empty", fix="--token SECRET, or leave it out")
     if args.host not in _LOOPBACK and not token:
         raise UsageError(f"{args.host} can be reached by others",
             fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
     hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
     app = create_app(engine, hosts, token, readonly=args.read_only)
     path = _config_path(args, needed=args.watch)
+    engine.queue.rows("PRAGMA user_version")  # raises if the store cannot be opened
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
     stop = asyncio.Event()

@@ -13600,7 +13600,9 @@ class Damage(Torture):
 
     async def test_every_truncation(self):
         good = await self.make()
-        lengths = range(1, len(good)) if LONG else sorted({1, *range(512, len(good), 512),
+        # Where an index is cut, a message may wait unseen: see the test of damaged indexes.
+        lengths = [length for length in range(1, len(good)) if length // 1024 + 1
+            not in self.indexes] if LONG else sorted({1, *range(512, len(good), 512),
             *random.Random(SEED).sample(range(1, len(good)), 100)})
         await self.compare("truncations", ((length, {"db": good[:length]}) for length in lengths))
 
@@ -16407,7 +16409,24 @@ class Reloading(EngineCase):
             await self.until(lambda: self.engine.reload_error is None)
         self.assertEqual([record.getMessage().replace(path, "m.json").partition(" | ")[0]
             for record in logs.records],
-            ["m.json is taken over", "m.json is not taken over"])
+            ["m.json is taken over", "m.json is not taken over", "m.json is taken over"])
+
+    async def test_who_was_refused_a_config_follows_the_next_one(self):
+        self.patch("POLL", 0.005)
+        config = self.machine({"from": "A", "on": "go", "to": "B"})
+        path = self.write("m.json", config)
+        for name in ("m", "like"):
+            await self.engine.register_async(self.engine.create_component(path, name=name))
+        await self.engine.handle_message("like", "go")
+        task = asyncio.ensure_future(ff.watch_config(self.engine, path))
+        self.addCleanup(task.cancel)
+        await asyncio.sleep(0.02)
+        self.write("m.json", {**config, "states": {"A": {}}, "rules": [{"on": "stay"}]})
+        await self.until(lambda: "'like' would be gone" in (self.engine.reload_error or ""))
+        rules = [{"from": "B", "on": "hop", "to": "A"}, {"from": "A", "on": "go", "to": "B"}]
+        self.write("m.json", {**config, "rules": rules})
+        await self.until(lambda: self.engine.get("like").rules == rules)
+        self.assertEqual((self.engine.get("m").rules, self.engine.reload_error), (rules, None))
 
 
 class OldPaths(Case):
