@@ -2249,10 +2249,12 @@ class _Walk:
 
 
 def _as_error(errors: list[Diagnostic], path: str | None) -> FlexiFlowError:
-    """Return the first of the errors, ready to be raised, that names the others."""
+    """Return the first of the errors, ready to be raised, that names the others.
+
+    `path` is the config's, or None where the error speaks of the file itself.
+    """
     error: FlexiFlowError = errors[0].error
-    values = {"config": path if path and path not in error.what else None,
-        "also": [other.what for other in errors[1:6]]}
+    values = {"config": path, "also": [other.what for other in errors[1:6]]}
     error.context.items.update((key, value) for key, value in values.items() if value)
     return error
 
@@ -2261,7 +2263,7 @@ def _walked(config: Any, **how: Any) -> _Walk:
     """Return the walk over a good config; raise the first error found. `how`: see `_Walk`."""
     walk = _Walk(config, **how)
     if walk.problems().errors:
-        raise _as_error(walk.found.errors, walk.found.path)
+        raise _as_error(walk.found.errors, None if walk.config is config else walk.found.path)
     return walk
 
 
@@ -2280,8 +2282,7 @@ class ConfigLoader:
                 return config
             config = {key: value for key, value in vars(config).items() if key != "definition"}
         walk = _walked(config, allow_imports=allow_imports)
-        good = walk.good
-        known = DEFAULT_REGISTRY
+        good, known = walk.good, DEFAULT_REGISTRY
         for name, node in walk.nodes.items():
             if not (node.declared or node.cls in known._names or known.get(name)):
                 known.register(name, node.cls)
@@ -2401,15 +2402,17 @@ def write_file(path: Path, text: str) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder."""
     fix = "the old file is untouched"
     try:
+        # A link itself must not be replaced; links among the folders do no harm.
         target = os.path.realpath(path) if os.path.islink(path) else os.path.join(".", path)
-        if os.path.exists(target) and not os.path.isfile(target):
+        is_new = not os.path.exists(target)
+        if not (is_new or os.path.isfile(target)):
             raise OSError("it is a folder, or a device, which must not be replaced")
         folder, name = os.path.split(target)
         aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
         if not os.path.isdir(folder):
             os.makedirs(folder, exist_ok=True)
         _sweep(folder)
-        mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o600
+        mode = 0o600 if is_new else os.stat(target).st_mode & 0o777
         try:
             with open(aside, "wb", opener=functools.partial(os.open, mode=mode)) as file:
                 file.write(text.encode("utf-8"))
@@ -3534,8 +3537,7 @@ class Turn(Context):
         """Take note of the commit, and send what a task has sent while it was under way."""
         self.state, self.head = self.machine._state, self.component.head
         self.base, self.kept = self.head.data, None
-        if self.engine._claimed:  # a commit lets go
-            self.engine._claimed.pop(self.component.name, None)
+        self.engine._claimed.pop(self.component.name, None)  # a commit lets go
         self.over = True
         if self.sent:
             self._keep(self.sent)
@@ -4214,7 +4216,8 @@ class FlexiFlowEngine:
         self.outcomes: dict[str, int] = {}  # of the messages handled here: outcome -> how many
         self.handling = 0.0  # seconds that they took
         self.retries = 0  # failed attempts at messages that come again
-        self._refused: set[str] = set()  # components whose state a config would have taken away
+        # Component -> hashes of the definitions from which and to which `adopt` has led.
+        self._versions: dict[str, set[str]] = {}
         self.reload_error: str | None = None  # why `watch_config` did not take over a config
 
     async def __aenter__(self) -> FlexiFlowEngine:
@@ -4315,24 +4318,27 @@ class FlexiFlowEngine:
     async def adopt(self, config: Path | Json | ComponentConfig, name: str | None = None) -> bool:
         """Take over a config for a component (by default the config's), and all that are like it.
 
-        Like it are those that have its definition, and those that were refused the last time.
-        Returns False where that is the config's already. Raises ConfigError, when it has done the
-        others, for one whose state would be gone.
+        Like it are those that have its definition, or one that it was to have or has had here: who
+        was refused a config follows the next one. Returns False where the definition is the
+        config's already. Raises ConfigError, when it has done the others, for one whose state would
+        be gone.
         """
         loaded: Any = self._config(config)
         known: Any = self.get(loaded.name if name is None else name)
         changed = bool(known) and known.definition.text != loaded.definition.text
         alike = [known.name] if known is not None else []
         if known is not None and self.store is not None:
+            versions = self._versions.setdefault(known.name, set())
+            versions.add(known.definition.hash)
             alike += [one for (one,) in self.store.rows("SELECT name FROM flexiflow_components"
-                " WHERE definition=? AND name<>?", (known.definition.hash, known.name))]
-        alike += sorted(self._refused.difference(alike).intersection(self._names()))
-        refused, self._refused = [], set()
+                f" WHERE definition IN ({','.join('?' * len(versions))}) AND name<>? ORDER BY name",
+                (*versions, known.name))]
+            versions.add(loaded.definition.hash)
+        refused = []
         for one in alike:
             try:
                 self.create_component(loaded, name=one, update=True)
             except ConfigError as error:
-                self._refused.add(one)
                 refused.append(error)
         await self._settle()
         for first in refused:
@@ -4923,12 +4929,11 @@ class FlexiFlowEngine:
         """
         if name is None:
             return [self._facts(one) for one in sorted(self._names())]
-        check_name(name)
+        facts = {**self._facts(name), "accepts": None}
         waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
             " ORDER BY place IS NULL, place, due, number", (name,))
-        queue = [{"number": row["number"], "message": row["message"], **_pending(row)}
+        facts["queue"] = [{"number": row["number"], "message": row["message"], **_pending(row)}
             for row in map(self.queue.sealed, waiting)]
-        facts = {**self._facts(name), "accepts": None, "queue": queue}
         with contextlib.suppress(ImportError_):
             facts["accepts"] = self.accepts(name)
         return [facts]
@@ -5381,8 +5386,9 @@ class _Layers:
             elif name not in done:
                 way.add(name)
                 steps += [(None, name), *reversed(ahead[name])]
-        rank, below = dict.fromkeys(reversed(done), 0), {name: [target for number, target in ways
-            if number not in self.back] for name, ways in ahead.items()}
+        below = {name: [target for number, target in ways if number not in self.back]
+            for name, ways in ahead.items()}
+        rank = dict.fromkeys(reversed(done), 0)
         for name in rank:
             for target in below[name]:
                 rank[target] = max(rank[target], rank[name] + 2)
@@ -5668,7 +5674,6 @@ MAX_HEAD = 1 << 14  # bytes
 PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
 POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
 STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
-FAULTS = {IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -5683,8 +5688,13 @@ class Refused(FlexiFlowError):
 
 
 def _status(error: FlexiFlowError) -> int:
-    kinds = (status for kind, status in FAULTS.items() if isinstance(error, kind))
-    return 422 if hasattr(error, "receipt") else next(kinds, getattr(error, "status", 500))
+    if isinstance(error, Refused):
+        return error.status
+    if hasattr(error, "receipt") or isinstance(error, IdTaken):
+        return 422
+    if isinstance(error, ArgumentError):
+        return 400
+    return 503 if isinstance(error, PersistenceError) else 500
 
 
 def _plain(value: Any) -> Any:
@@ -6048,16 +6058,15 @@ class HttpApp:
 create_app = HttpApp  # as 1.0.1 called it
 
 
-@dataclass
 class _Connection:
     """A client of the small server: its one request, and the answer."""
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    asked: bool = False  # the request has been read to its end
-    length: int | None = None  # of the body that is still to be read
-    begun: bool = False  # the answer has begun
-    endless: bool = False  # it is a stream of events: it ends when it is told to
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.length: int | None = None  # of the body that is still to be read
+        # The request has been read to its end; the answer has begun; it is a stream of events,
+        # which ends when it is told to.
+        self.asked = self.begun = self.endless = False
 
     async def receive(self) -> Json:
         """Return the body as an ASGI event, and after that, that the client has gone."""
@@ -7128,9 +7137,13 @@ def put(text: str = "", stream: Any = None, end: str = "\n", flush: bool = False
 
 
 def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -> int:
-    """Print facts with --json, a value a line; else lines of text. Return the exit code."""
+    """Print facts with --json, a value a line; else lines of text. Return the exit code.
+
+    It is out then: whoever reads a pipe need not wait for the end of the command.
+    """
     for line in (json.dumps(fact, default=_plain) for fact in facts) if args.json else lines:
         put(printable(line))
+    put(end="", flush=True)
     return code
 
 
@@ -7381,7 +7394,6 @@ class _Intake:
                 self.fail(self.lines, error)
         await asyncio.gather(*[self.stream(*one) for one in streams.items()])
         tell(self.args, [answer for _, answer in sorted(self.answers.items())], ())
-        put(end="", flush=True)
         self.answers.clear()
 
     async def meet(self, name: Any) -> AsyncComponent:
@@ -7606,7 +7618,6 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
             engine.start()
         url = f"http://{args.host}:{server.port}/"
         tell(args, [{"url": url}], [f"FlexiFlow inspector on {url} (Ctrl-C stops)"])
-        put(end="", flush=True)
         await stop.wait()
         if watch:
             watch.cancel()
@@ -7776,13 +7787,13 @@ def _run(args: Any) -> Any:
         return call(args)
     path = _store_path(args)
     with contextlib.closing(SQLiteStore(path, readonly=True)) as store:
-        if args.read_only or (opens == "write" and not args.dry_run):
-            store.rows("PRAGMA user_version")  # raises if there is no store
         if opens == "read" or args.dry_run or args.read_only:
             new = args.dry_run and opens == "make" and not os.path.exists(path)
             there = None if new else store
             answer = call(args, FlexiFlowEngine(there, allow_imports=args.allow_import))
             return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        if opens == "write":
+            store.rows("PRAGMA user_version")  # raises if there is no store
     return asyncio.run(_session(args, SQLiteStore(path)))
 
 
