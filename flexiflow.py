@@ -2404,10 +2404,9 @@ def write_file(path: Path, text: str) -> None:
     try:
         # A link itself must not be replaced; links among the folders do no harm.
         target = os.path.realpath(path) if os.path.islink(path) else os.path.join(".", path)
-        is_new = not os.path.exists(target)
-        if not (is_new or os.path.isfile(target)):
+        is_new, (folder, name) = not os.path.exists(target), os.path.split(target)
+        if not (name and (is_new or os.path.isfile(target))):
             raise OSError("it is a folder, or a device, which must not be replaced")
-        folder, name = os.path.split(target)
         aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
         if not os.path.isdir(folder):
             os.makedirs(folder, exist_ok=True)
@@ -4325,7 +4324,7 @@ class FlexiFlowEngine:
         """
         loaded: Any = self._config(config)
         known: Any = self.get(loaded.name if name is None else name)
-        changed = bool(known) and known.definition.text != loaded.definition.text
+        before = known and getattr(known.definition, "text", "")  # none, where made by hand
         alike = [known.name] if known is not None else []
         if known is not None and self.store is not None:
             versions = self._versions.setdefault(known.name, set())
@@ -4343,7 +4342,7 @@ class FlexiFlowEngine:
         await self._settle()
         for first in refused:
             raise first
-        return changed
+        return before not in (None, loaded.definition.text)
 
     def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
@@ -6241,7 +6240,7 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
 
     They are the one of this name (by default the config's), and all that share its definition.
     A file that is not good changes nothing; a component whose state it would take away keeps its
-    definition, and follows when it can. `engine.reload_error` and the log say why.
+    definition, and follows at the next change that fits. `engine.reload_error` and the log say why.
     """
     async def adopt() -> None:
         failed, engine.reload_error = engine.reload_error, None
@@ -7152,8 +7151,8 @@ def _error_text(error: BaseException, flat: bool = False) -> str:
     text = str(error)
     if not isinstance(error, FlexiFlowError):
         text = f"{type(error).__name__}: {printable(text)}{place_of(error)}"
-    lines = (line.strip() for line in text.splitlines() if line != "Context:")
-    return "; ".join(lines) if flat else text
+    return text if not flat else "; ".join(
+        line.strip() for line in text.splitlines() if line != "Context:")
 
 
 def program() -> str:

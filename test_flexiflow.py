@@ -5727,11 +5727,12 @@ class SnapshotFiles(SnapshotCase):
     @unittest.skipIf(os.name == "nt", "Windows has no named pipes of this kind")
     def test_a_device_or_pipe_is_not_replaced_by_a_file(self):
         os.mkfifo(self.path("pipe"))
-        for name in ("pipe", ""):
+        for name in ("pipe", "", "new/"):
             error = self.raises(PersistenceError, ff.save_component, self.component(),
                 os.path.join(self.folder, name))
             self.assertEqual(error.why, "it is a folder, or a device, which must not be replaced")
         self.assertTrue(Path(self.path("pipe")).is_fifo())
+        self.assertFalse(os.path.exists(self.path("new")))
 
     def test_a_link_is_followed_and_permissions_stay(self):
         if os.name == "nt":
@@ -16428,6 +16429,15 @@ class Reloading(EngineCase):
         await self.engine.adopt({**config, "rules": rules})
         self.assertEqual(([self.engine.get(name).rules for name in ("m", "like")],
             self.engine.get("gone")), ([rules, rules], None))
+
+    async def test_a_component_made_by_hand_takes_a_config_over(self):
+        engine = FlexiFlowEngine()
+        self.addAsyncCleanup(engine.close)
+        engine.register(AsyncComponent("m"))
+        config = {"name": "m", "rules": [{"on": "note"}]}
+        config["initial_state"] = engine.get("m").state
+        taken = await engine.adopt(config)
+        self.assertEqual((taken, engine.get("m").rules), (True, config["rules"]))
 
     async def test_who_was_refused_one_config_is_left_alone_by_another(self):
         config = self.machine({"from": "A", "on": "go", "to": "B"})
