@@ -14660,6 +14660,13 @@ class CommandSession(Shell):
             (0, True, True, "", done.stdout),
         )
 
+    @unittest.skipIf(os.name == "nt", "modes are not kept there")
+    def test_a_new_picture_is_readable_as_the_umask_says(self):
+        before = os.umask(0o022)
+        self.addCleanup(os.umask, before)
+        self.flexiflow("visualize", "lamp.json", "-o", "lamp.svg")
+        self.assertEqual(oct((self.folder / "lamp.svg").stat().st_mode & 0o777), "0o644")
+
     def test_diagnose_checks_python_file_and_store(self):
         self.shown("register", *self.lamp)
         text = self.flexiflow("diagnose")
@@ -16144,6 +16151,10 @@ class HttpServing(Shell):
             (1, "error: Cannot listen on 127.0.0.1, port 99999"),
             (1, "error: No config given")])
         self.assertIsNone(child.poll())
+
+    def test_an_empty_token_of_the_environment_protects_nothing_and_is_refused(self):
+        self.assertEqual(self.shown("serve", "--port", "0", env={"FLEXIFLOW_TOKEN": ""}),
+            (2, "", "error: The token is empty\nFix: --token SECRET, or leave it out\n"))
 
     def test_a_token_of_the_environment_is_needed(self):
         with unittest.mock.patch.dict(os.environ, FLEXIFLOW_TOKEN="s3cret"):
