@@ -4976,13 +4976,12 @@ class FlexiFlowEngine:
         if head is None:
             raise self._unknown(name)
         rows = self.queue.messages("component=? ORDER BY due, number", (name,))
-        dead = sum(row["dead"] is not None for row in rows)
-        timers = [{"message": self.queue.sealed(row)["message"]["type"],
-            "state": row["state"], **_pending(row)}
-            for row in rows if row["dead"] is None and row["state"] is not None]
+        alive = [self.queue.sealed(row) for row in rows if row["dead"] is None]
+        timers = [{"message": row["message"]["type"], "state": row["state"], **_pending(row)}
+            for row in alive if row["state"] is not None]
         return {"name": name, "state": head["state"], "seq": head["seq"], "data": head["data"],
             "since": head["since"].get(head["state"]), "completed": head["completed"],
-            "dead": dead, "waiting": len(rows) - dead - len(timers), "timers": timers}
+            "dead": len(rows) - len(alive), "waiting": len(alive) - len(timers), "timers": timers}
 
 
 _ALONE = FlexiFlowEngine()  # of the components that belong to none: it delivers and keeps nothing

@@ -13576,6 +13576,18 @@ class Damage(Torture):
                 and (place % 3 == SEED % 3 or not schema[0] < place < schema[1])]
         await self.compare("changed bytes", self.changed(good, places))
 
+    async def test_a_timer_that_lost_its_state_is_damage_and_no_waiting_message(self):
+        await self.make()
+        with contextlib.closing(sqlite3.connect(self.path())) as db:
+            db.execute("UPDATE flexiflow_messages SET state=NULL WHERE state='W'")
+            db.commit()
+        engine = self.open()
+        self.assertEqual(engine.status("a")[0]["waiting"], 3)
+        with self.assertRaises(ff.PersistenceError) as caught:
+            engine.status()
+        self.assertRegex(caught.exception.what, "is damaged: message [0-9]+$")
+        await engine.close()
+
     async def test_a_table_that_would_be_read_from_another_place_is_damage(self):
         good = await self.make()
         right = await self.tried(self.said, db=good)
