@@ -139,9 +139,8 @@ else:
         def __setattr__(self, attribute, value):
             setattr(self._make(self._name), attribute, value)
 
-    for _name in (
-            "argparse asyncio base64 bisect collections datetime difflib hashlib hmac http inspect "
-            "logging random shlex signal sqlite3 threading traceback").split():
+    for _name in ("argparse asyncio base64 bisect collections datetime difflib hashlib hmac http "
+            "inspect logging random shlex signal sqlite3 threading traceback").split():
         globals()[_name] = _Later(_name)
     urllib_parse = _Later("urllib_parse", lambda name: importlib.import_module("urllib.parse"))
 
@@ -708,9 +707,8 @@ class Subscription:
     __slots__ = ("event_name", "component_name", "handler", "priority", "filter_fn", "once",
         "number", "active", "direct")
 
-    def __init__(self, event_name: str, component_name: str, handler: Callable[[Any], Any],
-            priority: int, filter_fn: Callable[[str, Any], Any] | None, once: bool,
-            number: int) -> None:
+    def __init__(self, event_name: str, component_name: str, handler: Function, priority: int,
+            filter_fn: Function | None, once: bool, number: int) -> None:
         self.event_name, self.component_name, self.handler = event_name, component_name, handler
         self.priority, self.filter_fn, self.once = priority, filter_fn, once
         self.number = number  # counts subscriptions of a bus
@@ -830,9 +828,8 @@ class AsyncEventManager:
             copy: Callable[[Any], Any] | None, on_error: str) -> None:
         chain = self._chain() if self._in_flight > 1 else [event]
         # Cancelled here, gather cancels the handlers and waits for them.
-        results = await asyncio.gather(*[
-            self._call(sub, event, data if copy is None else copy(data), chain) for sub in ready],
-            return_exceptions=True)
+        results = await asyncio.gather(*[self._call(sub, event, data if copy is None else
+            copy(data), chain) for sub in ready], return_exceptions=True)
         failures = [(sub, error) for sub, error in zip(ready, results) if error is not None]
         for sub, error in failures:
             await self._failed(sub, event, data, error)
@@ -935,9 +932,8 @@ def _reader(path: str) -> Callable[[Scope], Any]:
     """Compile a path like `message.items.0.price`; it leads to a value, or to MISSING."""
     steps = path.split(".")
     if not all(re.fullmatch(_STEP, step) for step in steps):
-        raise ConfigError(f"Not a path: {path!r}",
-            why="a path names keys and list indexes, joined by dots; nothing is called",
-            fix='write it like "message.items.0.price"')
+        raise ConfigError(f"Not a path: {path!r}", fix='write it like "message.items.0.price"',
+            why="a path names keys and list indexes, joined by dots; nothing is called")
     if len(steps) == 2:  # most are like this
         root, key = steps
         return lambda scope: scope[root].get(key, MISSING)
@@ -1733,11 +1729,10 @@ def follow(plan: Plan, scope: Scope) -> None:
             plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
                 for rule, owner in passage.timers]
     except MissingValue as error:
-        raise StateError(f"No value at {error}",
+        raise StateError(f"No value at {error}", component=scope["component"],
             why=f"an effect needs it, on the way to {passage.node.name!r}",
-            fix=f'guard the rule with {{"{str(error)[1:]}": {{"exists": true}}}}'
-            + ", or give it a first value in the config's data" * str(error).startswith("$data"),
-            component=scope["component"]) from None
+            fix=f'guard the rule with {{"{str(error)[1:]}": {{"exists": true}}}}' + ", or give it"
+            " a first value in the config's data" * str(error).startswith("$data")) from None
     plan.data, plan.sends, plan.emits, plan.actions = scope["data"], sends, emits, actions
 
 
@@ -2485,12 +2480,11 @@ def save_snapshot_sqlite(conn: sqlite3.Connection, snapshot: ComponentSnapshot, 
     It is committed, unless the caller has a transaction open: then that decides. With `expect`,
     the id of the snapshot this one follows, a newer one by somebody else is a PersistenceError.
     """
-    at = created_at or datetime.datetime.now(datetime.timezone.utc)
     insert = functools.partial(_execute, conn, "INSERT INTO flexiflow_snapshots"
         "(component_name, created_at, current_state, snapshot_json) SELECT ?,?,?,? WHERE"
         " ? IS NULL OR ?=(SELECT MAX(id) FROM flexiflow_snapshots WHERE component_name=?)",
-        snapshot.name, at.isoformat(), snapshot.current_state, _snapshot_text(snapshot),
-        expect, expect, snapshot.name)
+        snapshot.name, (created_at or datetime.datetime.now(datetime.timezone.utc)).isoformat(),
+        snapshot.current_state, _snapshot_text(snapshot), expect, expect, snapshot.name)
     saved = insert()
     if saved.count is None:
         for statement in _SNAPSHOT_SCHEMA.split(";\n"):
@@ -2590,16 +2584,16 @@ _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "dat
 _MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule")
 _NOT_PLACED = "place IS NULL AND dead IS NULL"
 # What has come due runs in due order, and before what comes due later.
-_GIVE_PLACES = (
-    "UPDATE flexiflow_messages SET place=rank + (SELECT COALESCE(MAX(place), 0) FROM"
-    " flexiflow_messages WHERE place IS NOT NULL) FROM (SELECT number AS ranked, ROW_NUMBER()"
-    f" OVER (ORDER BY due, number) AS rank FROM flexiflow_messages WHERE {_NOT_PLACED} AND due<=?)"
-    " WHERE number=ranked")
+_GIVE_PLACES = ("UPDATE flexiflow_messages SET place=rank + (SELECT COALESCE(MAX(place), 0)"
+    " FROM flexiflow_messages WHERE place IS NOT NULL) FROM (SELECT number AS ranked,"
+    " ROW_NUMBER() OVER (ORDER BY due, number) AS rank FROM flexiflow_messages"
+    f" WHERE {_NOT_PLACED} AND due<=?) WHERE number=ranked")
 _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is lost",
     "readonly": "make the file and its folder writable",
     "locked": "another process holds the file; try again",
     "malformed": "the file is damaged; restore a backup",
     "not a database": "this is no SQLite file, or a damaged one",
+    "No such file": "put it back, or start again with what is there",
     "unable to open": "check the path, and that the folder is writable",
     "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
 
@@ -2634,9 +2628,7 @@ def _intact(row: Json) -> bool:
     return _fits(row["crc"], *map(row.get, _MESSAGE))
 
 
-def _close_own(connection: sqlite3.Connection, process: int) -> None:
-    if process == os.getpid():
-        connection.close()
+
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2658,6 +2650,7 @@ class SQLiteStore:
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
         self._last: Any = None  # closes it, once
+        self._files: list[Any] = []  # that are open: path, and what it was then
         self._process = self._thread = 0  # that opened it; and that has used it last
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
@@ -2682,8 +2675,13 @@ class SQLiteStore:
             with self._translated():
                 self._connection = self._open("?mode=ro" if self.readonly else "")
                 self._process, self._thread = os.getpid(), threading.get_ident()
+                real = os.path.realpath(self.path)
+                self._files = [(path, os.stat(path)) for path in (
+                    real, real + "-wal" * (not self.readonly)) if os.path.exists(path)]
             # A store that is dropped closes its file, but not one that a parent process opened.
-            self._last = weakref.finalize(self, _close_own, self._connection, self._process)
+            self._last = weakref.finalize(self, lambda connection, process:
+                connection.close() if process == os.getpid() else None,
+                self._connection, self._process)
             self._last.atexit = False
         if self._thread != threading.get_ident():
             if self._loop is not None and self._loop.is_running():
@@ -2694,6 +2692,10 @@ class SQLiteStore:
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
             raise PersistenceError(f"Store {self.path!r} was opened before a fork",
                 fix="make an engine of its own in each process")
+        for path, opened in self._files:  # SQLite would go on with what has no name any more
+            if not os.path.samestat(os.stat(path), opened):
+                raise PersistenceError(f"Store {self.path!r} failed",
+                    why=f"{path!r} is not the file that was opened", fix=_FIXES["No such file"])
         return self._connection
 
     # ---- the one write
@@ -3027,9 +3029,8 @@ _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
 # By its crc, a component that was removed and made anew is told from what it was.
 _STAMP = "SELECT seq, crc FROM flexiflow_components WHERE name=?"
-_UPDATE_HEAD = (
-    f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL, lease=NULL"
-    " WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
+_UPDATE_HEAD = (f"UPDATE flexiflow_components SET {'=?, '.join(_HEAD)}=?, crc=?, owner=NULL,"
+    " lease=NULL WHERE name=? AND seq=? AND crc=? AND ? IN (owner, '')")
 _NEW_HEAD = (f"INSERT OR IGNORE INTO flexiflow_components({', '.join(_HEAD)}, crc, name)"
     " VALUES (?,?,?,?,?,?,?,?,?)")
 _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
@@ -3046,6 +3047,7 @@ _RECLAIM = f"{_CLAIM} AND owner=?"
 # Whose code another process runs. A lease further away than any can be is a clock that was set.
 _CLAIMED = ("SELECT name FROM flexiflow_components WHERE owner IS NOT NULL AND owner<>? AND lease>?"
     " AND lease<=?")
+_ENTRY_STAMP = "SELECT seq, crc FROM flexiflow_journal WHERE component=? AND seq=?"
 _FORGET = "DELETE FROM flexiflow_journal WHERE component=? AND seq<=?"
 _REMOVE = tuple(f"DELETE FROM flexiflow_{table} WHERE {column}=?" for table, column in (
     ("components", "name"), ("journal", "component"), ("messages", "component")))
@@ -3058,9 +3060,8 @@ _EMPTY: Json = {}  # shared by all components without data; never changed in pla
 # What is given to a component, and what comes back.
 
 
-class Receipt(namedtuple("Receipt",
-        "outcome component id from_state to_state seq reason data duplicate",
-        defaults=(None, None, None, None, None, False))):
+class Receipt(namedtuple("Receipt", "outcome component id from_state to_state seq reason data "
+        "duplicate", defaults=(None, None, None, None, None, False))):
     """What became of a message; true if it was accepted.
 
     `outcome` is moved, stayed, blocked (its guards were false), ignored (not accepted in this
@@ -3419,9 +3420,8 @@ class Turn(Context):
             name = self.machine.registry.name_of(plan.state)
             if name not in definition.nodes:
                 if self.engine.store is not None:
-                    raise StateError(
-                        f"State {name!r} is not in the config of {self.component.name!r}",
-                        why="a store could not bring it back",
+                    raise StateError(f"State {name!r} is not in the config of "
+                        f"{self.component.name!r}", why="a store could not bring it back",
                         fix=f'add it to "states": "{name}": "{cls.__module__}:{cls.__name__}"')
                 definition.nodes[name] = Node(name, cls=cls)
             plan.passage = definition.passage(self.leaf, self.leaf, name)
@@ -3534,9 +3534,8 @@ class Turn(Context):
         if engine is not _ALONE:
             engine.posted.update(out.to for out in sent)
             engine._wake()
-        component._internal = [*(component._internal or ()), *(
-            {"component": out.to, "message": out.message, "id": out.id,
-                "correlation_id": out.correlation_id or self.correlation_id}
+        component._internal = [*(component._internal or ()), *({"component": out.to, "message":
+            out.message, "id": out.id, "correlation_id": out.correlation_id or self.correlation_id}
             for out in sent if out.to == component.name and not out.delay)]
 
     def committed(self) -> None:
@@ -3645,9 +3644,8 @@ class AsyncComponent:
     def data(self, value: Json) -> None:
         turn = live_turn(self.state_machine)
         if turn is None:
-            raise StateError(
-                f"Data of {self.name!r} set outside a turn", why="it would not be saved",
-                fix="change it in an action, or with `assign` in a rule")
+            raise StateError(f"Data of {self.name!r} set outside a turn", why="it would not be "
+                "saved", fix="change it in an action, or with `assign` in a rule")
         turn.data = value
 
     @property
@@ -4107,11 +4105,10 @@ class _Delivery:
         """Return the first rows that may run, besides those of some components."""
         foreign = self.engine._foreign
         marks = [",".join("?" * len(values)) for values in (foreign, besides)]
-        return self.queue.messages(
-            f"place IS NOT NULL AND component IS{' NOT' * (self.component is None)} ?"
-            " AND NOT EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component"
-            f" AND definition IN ({marks[0]})) AND component NOT IN ({marks[1]})"
-            f" ORDER BY place LIMIT {_BATCH}", (self.component, *foreign, *besides))
+        return self.queue.messages("place IS NOT NULL AND component IS"
+            f"{' NOT' * (self.component is None)} ? AND component NOT IN ({marks[1]}) AND NOT"
+            " EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component AND definition IN"
+            f" ({marks[0]})) ORDER BY place LIMIT {_BATCH}", (self.component, *besides, *foreign))
 
     async def _deliver(self, rows: list[Json]) -> int:
         """Deliver rows of one component; return how many were handled, the others come again.
@@ -4176,8 +4173,7 @@ def _check_query(name: Any, limit: Any) -> None:
     """Raise ArgumentError unless these, where given, are a component's name and a count."""
     if name is not None:
         check_name(name)
-    if limit is not None:
-        check_count("limit", limit)
+    check_count("limit", 1 if limit is None else limit)
 
 
 class FlexiFlowEngine:
@@ -4188,9 +4184,8 @@ class FlexiFlowEngine:
     belongs to one event loop; other threads and processes open the same file with their own.
     """
 
-    def __init__(self, store: Path | SQLiteStore | None = None, *, logger: Any = None,
-            clock: Callable[[], float] = time.time,
-            allow_imports: Sequence[str] | None = None) -> None:
+    def __init__(self, store: Path | SQLiteStore | None = None, *, logger: Any = None, clock:
+            Callable[[], float] = time.time, allow_imports: Sequence[str] | None = None) -> None:
         if store is not None and not isinstance(store, SQLiteStore):
             store = SQLiteStore(store)
         self.store: Any = store
@@ -4265,20 +4260,18 @@ class FlexiFlowEngine:
             if self.queue._waiting:
                 await self.queue.write(None, ())  # after all others
             if self.store is None and self.queue._connection is not None:
-                self._say_what_is_lost()
+                lost = self.queue.rows("SELECT component, COUNT(*) FROM flexiflow_messages"
+                    " WHERE dead IS NULL AND state IS NULL GROUP BY 1")  # timers are no news
+                if lost:
+                    self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
+                        f"{count} to {name!r}" for name, count in lost))
         finally:
             if self._renewal is not None:
                 self._renewal.cancel()
                 self._renewal = None
             self.queue.close()
 
-    def _say_what_is_lost(self) -> None:
-        """Warn of messages that were kept in memory, and came to nobody; timers are no news."""
-        rows = self.queue.rows("SELECT component, COUNT(*) FROM flexiflow_messages"
-            " WHERE dead IS NULL AND state IS NULL GROUP BY 1")
-        if rows:
-            self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
-                f"{count} to {name!r}" for name, count in rows))
+
 
     def _stop(self) -> None:
         """Let `run` end when what it is at work on is done."""
@@ -4502,9 +4495,8 @@ class FlexiFlowEngine:
     def _definition(self, hash: str, registry: StateRegistry) -> Definition:
         """Return a definition of the store, compiled once."""
         if hash not in self._definitions:
-            source = {"name": "stored", **self.store.definition(hash)}
-            self._definitions[hash] = _walked(
-                source, registry=registry, allow_imports=self.allow_imports).found.definition
+            self._definitions[hash] = _walked({"name": "stored", **self.store.definition(hash)},
+                registry=registry, allow_imports=self.allow_imports).found.definition
         return self._definitions[hash]
 
     async def remove(self, name: str) -> None:
@@ -4604,9 +4596,8 @@ class FlexiFlowEngine:
                 return component
             left = limit - (time.monotonic() - start)
             if left <= 0 or component.completed is not None:
-                raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}",
-                    why=f"waited {limit:g} s" if left <= 0 else "it has completed",
-                    component=name)
+                raise StateError(f"{name!r} is in {state!r}, not in {' or '.join(states)}", why=
+                    f"waited {limit:g} s" if left <= 0 else "it has completed", component=name)
             await self._sleep(min(left, 0.05 if self.store is not None else 1.0))
 
     async def run(self, *, until_idle: bool = False, concurrency: int = 100,
@@ -4865,22 +4856,35 @@ class FlexiFlowEngine:
         check_count("keep", 1 if keep is None else keep)
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
         names, store = self._kept(name), self._stored()
-        gone = [one for one in names if completed and (head := store.head(one))
-            and head["completed"] is not None and head["completed"] < before]
-        found: Json = {"rows": 0, "of": 0, "ids": [], "components": gone}
+        gone = {one: (head["seq"], head["crc"]) for one in names if completed and (head :=
+            store.head(one)) and head["completed"] is not None and head["completed"] < before}
+        found: Json = {"rows": 0, "of": 0, "ids": [], "components": [*gone]}
         forget: list[Row] = []
+        read: list[tuple[str, Any, Any]] = []  # that what goes is still as it was read
         for one in names:
-            history = store.rows("SELECT seq, message_id, time FROM flexiflow_journal"
+            history = store.rows("SELECT seq, message_id, time, crc FROM flexiflow_journal"
                 " WHERE component=? ORDER BY seq", (one,))
             last = len(history) if keep is None and older_than is None else (keep or 1)
             old = itertools.takewhile(lambda row: row[2] < before, history[:-last])
             rows = history if one in gone else [*old]
             found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
-            found["ids"] += [{"component": one, "id": id} for _, id, _ in rows if id]
-            forget += [(sql, (one,)) for sql in _REMOVE] if one in gone else [
-                (_FORGET, (one, seq)) for seq, *_ in rows[-1:]]
+            found["ids"] += [{"component": one, "id": id} for _, id, *_ in rows if id]
+            if one in gone:
+                forget += [(sql, (one,)) for sql in _REMOVE]
+                read.append((_STAMP, (one,), gone[one]))
+            elif rows:
+                seq, *_, crc = rows[-1]
+                forget.append((_FORGET, (one, seq)))
+                read.append((_ENTRY_STAMP, (one, seq), (seq, crc)))
+
+        def check(execute: Callable[..., Any]) -> None:
+            for sql, values, stamp in read:
+                if execute(sql, values).fetchone() != stamp:
+                    raise StateError(f"The history of {values[0]!r} has changed meanwhile",
+                        fix="prune again")
+
         if not dry_run:
-            await store.write(None, forget)
+            await store.write(check, forget)
             for one in gone:
                 self._forget(one)
         return found
@@ -5330,6 +5334,9 @@ class _Mermaid(_Graph):
         return [f"subgraph {self.box(node.name)}", *inner, "end"]
 
 
+_Size = tuple[float, float]  # width, height; or x, y
+
+
 class _Layers:
     """Boxes in layers, joined by edges whose labels are boxes of their own: nothing overlaps.
 
@@ -5340,9 +5347,8 @@ class _Layers:
 
     GAP = 20.0
 
-    def __init__(self, sizes: dict[Any, tuple[float, float]],
-            edges: list[tuple[Any, Any, tuple[float, float]]],
-            boxes: dict[Any, tuple[float, float]]) -> None:
+    def __init__(self, sizes: dict[Any, _Size], edges: list[tuple[Any, Any, _Size]],
+            boxes: dict[Any, _Size]) -> None:
         self.sizes, self.edges, self.boxes = dict(sizes), edges, boxes
         self.back: set[int] = set()  # edges that close a circle: they are drawn upwards
         # Neighbours above and below, and how strongly they pull.
@@ -6005,16 +6011,14 @@ class HttpApp:
         ((depth, timers, oldest, dead),) = engine.queue.rows(
             "SELECT TOTAL(dead IS NULL AND state IS NULL), TOTAL(dead IS NULL AND state IS NOT"
             " NULL), MIN(CASE WHEN dead IS NULL THEN due END), COUNT(dead) FROM flexiflow_messages")
-        waited = max(0.0, engine.clock() - oldest) if oldest is not None else 0.0
+        late = max(0.0, engine.clock() - oldest) if oldest is not None else 0.0
         outcomes = {f'{{outcome="{outcome}"}}': n for outcome, n in sorted(engine.outcomes.items())}
         lines = []
+        spent = {"_sum": engine.handling, "_count": sum(outcomes.values())}
         for name, kind, values in (
-            ("messages_total", "counter", outcomes), ("queue_depth", "gauge", {"": int(depth)}),
-            ("timers", "gauge", {"": int(timers)}), ("oldest_due_seconds", "gauge", {"": waited}),
-            ("dead_letters", "gauge", {"": dead}),
-            ("handling_seconds", "summary",
-                {"_sum": engine.handling, "_count": sum(outcomes.values())}),
-        ):
+                ("messages_total", "counter", outcomes), ("queue_depth", "gauge", {"": int(depth)}),
+                ("timers", "gauge", {"": int(timers)}), ("oldest_due_seconds", "gauge", {"": late}),
+                ("dead_letters", "gauge", {"": dead}), ("handling_seconds", "summary", spent)):
             lines += [f"# TYPE flexiflow_{name} {kind}"] * bool(values)
             lines += [f"flexiflow_{name}{which} {value}" for which, value in values.items()]
         return 200, "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]).encode()
@@ -7645,10 +7649,11 @@ def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
     "ID --all --name --discard")
 async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
     if (args.ID and args.all) or not (args.ID or args.all or args.name):
-        raise UsageError("Either numbers of dead letters, --name or --all is needed",
-            fix="redrive 17, redrive --name order-17, or redrive --all"
-            "\ndead-letters shows the numbers")
+        raise UsageError("Either numbers of dead letters, --name or --all is needed", fix="redrive "
+            "17, redrive --name order-17, or redrive --all\ndead-letters shows the numbers")
     letters = await engine.redrive(*args.ID, name=args.name, discard=args.discard)
+    if args.name and not letters:
+        engine.status(args.name)  # raises if there is none
     counts = collections.Counter(letter["component"] for letter in letters)
     did = "discarded, of" if args.discard else "back in the queue of"
     lines = [f"{_counted(n, 'message')} {did} {name}" for name, n in counts.items()]

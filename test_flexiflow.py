@@ -6320,6 +6320,47 @@ class StoreFile(StoreCase):
             store.rows("SELECT * FROM theirs")
         self.assertEqual(self.rows("SELECT name FROM sqlite_master"), [("theirs",)])
 
+    @unittest.skipIf(os.name == "nt", "an open file cannot be moved there")
+    async def test_a_file_that_is_no_longer_there_acknowledges_nothing(self):
+        path, log = self.path(), self.path() + "-wal"
+        other = self.path("other.db")
+        async with FlexiFlowEngine(other) as engine:
+            engine.create_component(self.LAMP, name="another")
+        gone = "FileNotFoundError: [Errno 2] No such file or directory: {!r}".format
+        moves = {gone(path): [(path, "away.db")], gone(log): [(log, "away.db")],
+            f"{path!r} is not the file that was opened": [(path, "away.db"), (other, "flow.db")]}
+        self.engine.create_component(self.LAMP)
+        for seq, (why, steps) in enumerate(moves.items(), 1):
+            with self.subTest(why):
+                await self.engine.handle_message("lamp", "press")
+                for start, end in steps:
+                    os.rename(start, self.path(end))
+                with self.assertRaises(PersistenceError) as caught:
+                    await self.engine.handle_message("lamp", "press", id=why)
+                self.assertEqual(str(caught.exception), f"Store {path!r} failed\nWhy: {why}\n"
+                    "Fix: put it back, or start again with what is there")
+                with self.assertRaises(PersistenceError):
+                    await self.engine.send("lamp", "press")
+                with self.assertRaises(PersistenceError):
+                    await self.engine.run(until_idle=True)
+                self.raises(PersistenceError, self.engine.status)
+                for start, end in steps[::-1]:
+                    os.rename(self.path(end), start)
+                self.assertEqual(self.engine.status()[0]["seq"], seq)
+
+    @unittest.skipIf(os.name == "nt", "an open file cannot be moved there")
+    async def test_a_store_is_found_again_by_a_program_that_changes_its_folder(self):
+        os.symlink(self.path("real.db"), self.path("link.db"))
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.path(""))
+        async with FlexiFlowEngine("link.db") as engine:
+            engine.create_component(self.LAMP)
+            await engine.handle_message("lamp", "press")
+            os.chdir(here)
+            receipt = await engine.handle_message("lamp", "press")
+        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 2))
+
     async def test_a_closed_engine_opens_its_file_again(self):
         self.engine.create_component(self.LAMP)
         await self.engine.handle_message("lamp", "press")
@@ -11332,6 +11373,28 @@ class Pruning(StoreCase):
         await self.told("d")
         self.assertEqual((receipt.seq, self.seqs()), (3, [2, 3, 4]))
 
+    async def test_a_component_made_anew_meanwhile_is_not_pruned(self):
+        other = self.open()
+        for settings in ({"keep": 1}, {"completed": True}):
+            with self.subTest(settings):
+                self.engine.create_component(self.LAMP)
+                for kind in ("press", "dim", "drop"):
+                    await self.engine.handle_message("lamp", kind, level=1)
+
+                async def later(*values, write=self.engine.store.write):
+                    await other.remove("lamp")
+                    other.create_component(self.LAMP)
+                    await other.handle_message("lamp", "press", id="new")
+                    return await write(*values)
+
+                with unittest.mock.patch.object(self.engine.store, "write", later):
+                    error = await self.failure(**settings)
+                self.assertEqual(error, "The history of 'lamp' has changed meanwhile\n"
+                    "Fix: prune again")
+                self.assertEqual(other.history("lamp")[0]["id"], "new")
+                self.assertEqual(self.seqs("lamp"), [0, 1])
+                await self.engine.remove("lamp")
+
     async def test_a_component_that_works_is_pruned_meanwhile(self):
         begun, go = asyncio.Event(), asyncio.Event()
 
@@ -13329,6 +13392,7 @@ class TornWrites(Torture):
 
         limit, places, code = 0, 0, None
         while code != 0:
+            self.engine.store.close()
             for end in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path() + end)
@@ -14808,10 +14872,14 @@ class QueueSession(Shell):
         self.assertEqual(
             [self.shown("run", "--until-idle")[:2],
                 self.shown("redrive", "--name", "lamp-2"),
+                self.shown("redrive", "--name", "lamp-2"),
+                self.shown("redrive", "--name", "lamp-3"),
                 *[self.shown("redrive", "--all") for _ in range(2)]],
             [
                 (0, "0 delivered, 0 failed, 4 dead, 0.00 s\n"),
                 (0, "1 message back in the queue of lamp-2\n", ""),
+                (0, "no dead letters\n", ""),
+                (1, "", "error: Unknown component: 'lamp-3'\nFix: did you mean 'lamp-2'?\n"),
                 (0, "3 messages back in the queue of lamp\n", ""),
                 (0, "no dead letters\n", ""),
             ],
