@@ -1056,10 +1056,8 @@ def _contains(whole: Any, part: Any) -> bool | None:
 OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
     "==": (same, ()),
     "!=": (lambda found, wanted: not same(found, wanted), ()),
-    "<": (_alike(operator.lt), (int, float, str)),
-    "<=": (_alike(operator.le), (int, float, str)),
-    ">": (_alike(operator.gt), (int, float, str)),
-    ">=": (_alike(operator.ge), (int, float, str)),
+    **{text: (_alike(test), (int, float, str)) for text, test in (
+        ("<", operator.lt), ("<=", operator.le), (">", operator.gt), (">=", operator.ge))},
     "in": (lambda found, wanted: _contains(wanted, found), (list, str)),
     "not_in": (lambda found, wanted: _contains(wanted, found) is False, (list, str)),
     "contains": (_contains, ()),
@@ -1513,17 +1511,8 @@ def check_name(name: Any) -> None:
         raise ArgumentError(f"Not a name for a component: {name!r}")
 
 
-class Outgoing:
-    """A message that a turn sends: to whom, what, after how many seconds, under which id."""
-
-    __slots__ = ("to", "message", "delay", "id", "correlation_id")
-
-    def __init__(self, to: str, message: Json, delay: float = 0.0, id: str | None = None,
-            correlation_id: str | None = None) -> None:
-        self.to, self.message, self.delay = to, message, delay
-        self.id, self.correlation_id = id, correlation_id
-
-
+# A message that a turn sends: to whom, what, after how many seconds, under which id.
+Outgoing = namedtuple("Outgoing", "to message delay id correlation_id", defaults=(0.0, None, None))
 # What happens beside the change of state, in a rule or at a state's entry or exit: tuples of
 # (key, value), of Outgoings, of (event, payload or None), all of them functions of a scope; and of
 # the actions.
@@ -1903,10 +1892,9 @@ def schema() -> Json:
             "patternProperties": {"^x-": {}}, "additionalProperties": kind in _STRANGE_KEYS}
         return {**found, "required": [*_REQUIRED[kind]]} if kind in _REQUIRED else found
 
-    kinds = [kind for kind in KEYS if kind not in ("config", "note")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A FlexiFlow config", "type": "object", **known("config"),
-        "$defs": {kind: known(kind) for kind in kinds}}
+        "$defs": {kind: known(kind) for kind in KEYS if kind not in ("config", "note")}}
 
 
 def one_edit(word: str, other: str) -> bool:
@@ -1962,8 +1950,8 @@ class _Walk:
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
             "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
-            "entry": self._effects, "exit": self._effects, "assign": self._values,
-            "send": self._send, "emit": self._emit, "action": self._action,
+            **dict.fromkeys(("entry", "exit"), lambda one: Effects(**self._clean("effects", one))),
+            "assign": self._values, "send": self._send, "emit": self._emit, "action": self._action,
             "with": self._values, "type": compile_value, "id": compile_value}
 
     def problems(self) -> Any:
@@ -2214,8 +2202,7 @@ class _Walk:
         effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
         self.rules.append(Rule(number, text, rule.pop("from"), effects, **rule))
 
-    def _effects(self, value: Json) -> Effects:
-        return Effects(**self._clean("effects", value))
+
 
     def _action(self, path: Any) -> Any:
         action = self._load(path)
@@ -2701,7 +2688,7 @@ class SQLiteStore:
     # ---- the one write
 
     def write(self, check: Callable[..., Any] | None, rows: Sequence[Row],
-            done: Callable[[], None] | None = None) -> asyncio.Future[Any]:
+            done: Callable[[], Any] | None = None) -> asyncio.Future[Any]:
         """Carry out `rows` in a transaction, if `check(execute)` returns None; its answer comes.
 
         Writes that are ready in one pass of the loop share a transaction, in their order.
@@ -2834,6 +2821,7 @@ class SQLiteStore:
         path = re.sub("[%?#]", lambda char: f"%{ord(char[0]):x}", os.path.abspath(self.path))
         db = sqlite3.connect(f"file:{path}{options}" if options else self.path, uri=bool(options),
             timeout=BUSY_LIMIT * self.readonly, isolation_level=None, check_same_thread=False)
+        db.create_function("checksum", -1, checksum)
         try:
             self._set_up(db)
         except BaseException as error:
@@ -2908,6 +2896,15 @@ class SQLiteStore:
             why="it is not as it was written", fix="restore a backup", **where)
 
     # ---- views: what is read, each row checked
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Read one state of the file, whatever other processes do meanwhile."""
+        with self._translated(), contextlib.ExitStack() as stack:
+            if not self.db.in_transaction:  # else a thread commits
+                self.db.execute("BEGIN")
+                stack.callback(self.db.execute, "ROLLBACK")
+            yield
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return what a SELECT finds."""
@@ -3004,12 +3001,15 @@ class SQLiteStore:
         return [dict(zip(keys, row)) for row in self.rows(sql, values)]
 
     def change_message(self, row: Json, **changed: Any) -> Row:
-        """Return the UPDATE of a row of the queue, checksum included."""
-        if _intact(row):  # damage stays visible
-            changed["crc"] = checksum(*({**row, **changed}[key] for key in _MESSAGE))
-        columns = ", ".join(f"{key}=?" for key in changed)
-        sql = f"UPDATE flexiflow_messages SET {columns} WHERE number=?"
-        return (sql, (*changed.values(), row["number"]))
+        """Return the UPDATE of a row of the queue, whatever else in it another process changes.
+
+        Its checksum is made of what is there by then; damage stays visible.
+        """
+        columns, new = _columns(_MESSAGE), [key for key in _MESSAGE if key in changed]
+        after = re.sub(rf"\b({'|'.join(new)})\b", "?", columns) if new else columns
+        sql = (f"UPDATE flexiflow_messages SET {''.join(f'{key}=?, ' for key in changed)} crc=CASE"
+            f" crc WHEN checksum({columns}) THEN checksum({after}) ELSE crc END WHERE number=?")
+        return sql, (*changed.values(), *map(changed.get, new), row["number"])
 
 
 # --------------------------------------------------------------------------------------------
@@ -3047,8 +3047,10 @@ _RECLAIM = f"{_CLAIM} AND owner=?"
 # Whose code another process runs. A lease further away than any can be is a clock that was set.
 _CLAIMED = ("SELECT name FROM flexiflow_components WHERE owner IS NOT NULL AND owner<>? AND lease>?"
     " AND lease<=?")
-_ENTRY_STAMP = "SELECT seq, crc FROM flexiflow_journal WHERE component=? AND seq=?"
-_FORGET = "DELETE FROM flexiflow_journal WHERE component=? AND seq<=?"
+_SPAN = ("SELECT COUNT(*), COALESCE(MAX(seq), -1), (SELECT seq FROM flexiflow_journal WHERE"
+    " component=? AND time>=? ORDER BY seq LIMIT 1) FROM flexiflow_journal WHERE component=?")
+_PAST = "SELECT message_id FROM flexiflow_journal WHERE component=? AND seq<? ORDER BY seq"
+_FORGET = "DELETE FROM flexiflow_journal WHERE component=? AND seq<?"
 _REMOVE = tuple(f"DELETE FROM flexiflow_{table} WHERE {column}=?" for table, column in (
     ("components", "name"), ("journal", "component"), ("messages", "component")))
 _EMPTY: Json = {}  # shared by all components without data; never changed in place
@@ -3311,11 +3313,12 @@ class Turn(Context):
         return receipt
 
     async def refresh(self) -> bool:
-        """Begin again with what the store says; tell whether another process has changed it."""
+        """Begin again with what the store says; tell whether that is something else by now."""
         await self.engine.queue.settled()
-        changed = self.component._catch_up()
+        before = self.head
+        self.component._catch_up()
         self.begin()
-        return changed
+        return self.head is not before
 
     async def _answered(self) -> Receipt | None:
         """Return the receipt of a message that is over, here or in another process."""
@@ -3458,7 +3461,8 @@ class Turn(Context):
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
-        self.sent = [*plan.sends, *self.outbox] if plan.sends or self.outbox else ()
+        self.sent = () if not (plan.sends or self.outbox) else [out._replace(
+            id=out.id or new_id()) for out in (*plan.sends, *self.outbox)]
         self.outbox = ()
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
@@ -3514,7 +3518,6 @@ class Turn(Context):
         left = (*passage.exits, *["*"] * passage.completes) if passage else ()
         rows += [(_NO_TIMERS, (name, owner)) for owner in left if definition.timers(owner)]
         for out in self.sent:
-            out.id = out.id or new_id()
             text = _written(out.message, f"message to {out.to}")
             rows.append(self.engine.queue.message_row(self.now, out.to, out.id,
                 out.correlation_id or self.correlation_id, text, self.now + out.delay))
@@ -3811,12 +3814,15 @@ class AsyncComponent:
         elif self._unready and engine.store is not None:  # even where its head is the same
             await engine.store.settled()
             self._load(engine._head(self.name))
-        if self._update is not None:  # which `create_component(update=True)` has brought
+        while (update := self._update) is not None:  # by `create_component(update=True)`
             try:
-                await self._swap(turn, lambda: self._update)
+                if update.text != getattr(self.definition, "text", None):
+                    await self._swap(turn, lambda: self._update)
             except ConfigError as error:  # meanwhile it went where the new config has no state
                 engine.logger.error("%r keeps its definition", self.name, exc_info=error)
-        self._unready, self._update = False, None
+            if self._update is update:  # else another one has come meanwhile
+                self._update = None
+        self._unready = False
         engine._unborn.pop(self.name, None)
         if self._internal:  # left over by a turn that was cancelled
             await self._drain(turn)
@@ -3881,13 +3887,11 @@ class AsyncComponent:
         facts = map(head.get, ("data", "seq", "since", "completed", "data_text", "chain", "crc"))
         self._adopt(Head(definition, *facts), node.create(head["attributes"]))
 
-    def _catch_up(self) -> bool:
-        """Become what the store says by now; tell whether another process has changed it."""
+    def _catch_up(self) -> None:
+        """Become what the store says by now, though another process may have changed it."""
         store, head = self._engine.store, self.head
-        if store is None or store.rows(_STAMP, (self.name,)) == [(head.seq, head.crc)]:
-            return False
-        self._load(self._engine._head(self.name))
-        return True
+        if store is not None and store.rows(_STAMP, (self.name,)) != [(head.seq, head.crc)]:
+            self._load(self._engine._head(self.name))
 
     async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
@@ -4294,21 +4298,23 @@ class FlexiFlowEngine:
         _need(data is None or isinstance(data, dict), "Data is an object: %r", data)
         definition: Any = loaded.definition
         known = self.get(name)
+        if known and self.store and name not in self._unborn and not self.store.head(name):
+            self._forget(name)  # another process has removed it
+            known = None
         if known is None:
             machine = StateMachine(definition.birth.node.create(), definition.registry)
             component = AsyncComponent(name, None, machine)
             given = {**fresh(loaded.data), **fresh(data or {})} or _EMPTY
             component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
-        if known.definition is not None and known.definition.text == definition.text:
-            known._update = None if update else known._update  # the last one wins
-        elif update:
+        differs = known.definition is None or known.definition.text != definition.text
+        if update and (differs or known._update is not None):  # the last one wins
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
             self._newcomers = True
             self._wake()
-        elif known.name not in self._warned:
+        elif differs and known.name not in self._warned:
             self._warned.add(known.name)
             self.logger.warning("Component %r goes on with its own definition, which differs from"
                 " the config", known.name)
@@ -4410,6 +4416,7 @@ class FlexiFlowEngine:
     def _head(self, name: str) -> Json:
         head: Json | None = self.store.head(name)
         if head is None:
+            self._forget(name)
             raise _gone(name)
         return head
 
@@ -4508,11 +4515,9 @@ class FlexiFlowEngine:
         component = self.components.get(name)
         if component is not None and live_turn(component.state_machine) is not None:
             raise StateError(f"{name!r} is in the middle of a turn", fix="remove it afterwards")
-        found = await self.queue.write(
-            lambda execute: sum(execute(sql, (name,)).rowcount for sql in _REMOVE), ())
-        if not found and component is None:
+        if await self.queue.write(lambda execute: None if sum(execute(sql, (name,)).rowcount
+                for sql in _REMOVE) or component else name, (), lambda: self._forget(name)):
             raise self._unknown(name)
-        self._forget(name)
 
     def _forget(self, name: str) -> None:
         """Let go of a removed component; whoever still holds it is told at its next message."""
@@ -4759,13 +4764,17 @@ class FlexiFlowEngine:
         if missing:
             raise StateError(f"No dead letter has the number {min(missing)}",
                 fix=choose(min(missing), [str(one["number"]) for one in known]))
-        dead = {row["number"]: row for row in self.queue.messages("dead IS NOT NULL")}
-        rows = [_of_row(f"{_UNQUEUE} dead IS NOT NULL AND", one) if discard
-            else self.queue.change_message(dead[one["number"]], dead=None, due=now, attempts=0,
-            error=None, place=None) for one in letters]
-        if rows:
-            await self.queue.write(None, [*rows, (_GIVE_PLACES, (now,))])
-            self._wake()
+        rows = [_of_row(_UNQUEUE, one) if discard else self.queue.change_message(
+            one, dead=None, due=now, attempts=0, error=None, place=None) for one in letters]
+
+        def carry_out(execute: Callable[..., Any]) -> list[Json]:
+            found = [one for one, (sql, values) in zip(letters, rows)  # else others were quicker
+                if execute(f"{sql} AND dead IS NOT NULL", values).rowcount]
+            execute(_GIVE_PLACES, (now,))
+            return found
+
+        letters = await self.queue.write(carry_out, ()) if rows else []
+        self._wake()
         return letters
 
     async def update_rules(self, name: str, rules: list[Json], *,
@@ -4855,38 +4864,30 @@ class FlexiFlowEngine:
             raise ArgumentError("Nothing to prune by", fix="keep=, older_than= or completed=True")
         check_count("keep", 1 if keep is None else keep)
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
-        names, store = self._kept(name), self._stored()
-        gone = {one: (head["seq"], head["crc"]) for one in names if completed and (head :=
-            store.head(one)) and head["completed"] is not None and head["completed"] < before}
-        found: Json = {"rows": 0, "of": 0, "ids": [], "components": [*gone]}
-        forget: list[Row] = []
-        read: list[tuple[str, Any, Any]] = []  # that what goes is still as it was read
-        for one in names:
-            history = store.rows("SELECT seq, message_id, time, crc FROM flexiflow_journal"
-                " WHERE component=? ORDER BY seq", (one,))
-            last = len(history) if keep is None and older_than is None else (keep or 1)
-            old = itertools.takewhile(lambda row: row[2] < before, history[:-last])
-            rows = history if one in gone else [*old]
-            found["rows"], found["of"] = found["rows"] + len(rows), found["of"] + len(history)
-            found["ids"] += [{"component": one, "id": id} for _, id, *_ in rows if id]
-            if one in gone:
-                forget += [(sql, (one,)) for sql in _REMOVE]
-                read.append((_STAMP, (one,), gone[one]))
-            elif rows:
-                seq, *_, crc = rows[-1]
-                forget.append((_FORGET, (one, seq)))
-                read.append((_ENTRY_STAMP, (one, seq), (seq, crc)))
+        store = self._stored()
+        found: Json = {}
 
-        def check(execute: Callable[..., Any]) -> None:
-            for sql, values, stamp in read:
-                if execute(sql, values).fetchone() != stamp:
-                    raise StateError(f"The history of {values[0]!r} has changed meanwhile",
-                        fix="prune again")
+        def forget(execute: Callable[..., Any]) -> None:
+            found.update(rows=0, of=0, ids=[], components=[])  # it may be carried out again
+            for one in self._kept(name):
+                head: Json = (store.head(one) if completed else None) or {}
+                gone = head.get("completed") is not None and head["completed"] < before
+                ((count, last, young),) = store.rows(_SPAN, (one, before, one))
+                end = min(last + 1 - (keep or 1), last if young is None else young)
+                end = last + 1 if gone else 0 if keep is None and older_than is None else end
+                ids = [id for (id,) in store.rows(_PAST, (one, end))]
+                found["rows"], found["of"] = found["rows"] + len(ids), found["of"] + count
+                found["ids"] += [{"component": one, "id": id} for id in ids if id]
+                found["components"] += [one] * gone
+                execute(_FORGET, (one, end))
+                for sql in _REMOVE * gone:
+                    execute(sql, (one,))
 
-        if not dry_run:
-            await store.write(check, forget)
-            for one in gone:
-                self._forget(one)
+        if dry_run:
+            with store.at_once():
+                forget(lambda *statement: None)
+        else:
+            await store.write(forget, (), lambda: [*map(self._forget, found["components"])])
         return found
 
     async def backup(self, path: Path) -> None:
@@ -4903,15 +4904,15 @@ class FlexiFlowEngine:
         state before and after, data if that differs), state, would_be, and skipped: why not.
         """
         store, other = self._stored(), None if config is None else _on_paper(config)
-        names = self._kept(name)
 
         @functools.cache
         def definition_of(hash: str) -> tuple[Definition, str, Definition]:
             stored = _on_paper({"name": "stored", **store.definition(hash)})
             return (*(other or stored), stored[0])
 
-        return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
-            definition_of) for one in names]
+        with store.at_once():
+            return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
+                definition_of) for one in self._kept(name)]
 
     def _kept(self, name: str | None) -> list[str]:
         """Return the names of the components that have a history: one, or all."""
@@ -4937,7 +4938,8 @@ class FlexiFlowEngine:
         error. Raises StateError for an unknown name.
         """
         if name is None:
-            return [self._facts(one) for one in sorted(self._names())]
+            with self.queue.at_once():
+                return [self._facts(one) for one in sorted(self._names())]
         facts = {**self._facts(name), "accepts": None}
         waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
             " ORDER BY place IS NULL, place, due, number", (name,))
@@ -5953,10 +5955,11 @@ class HttpApp:
     async def components(self, request: Request) -> Any:
         """A page of components by name; filters q, state, failed=1, waiting=1."""
         query, limit = request.query, request.limit
-        names, total = self.engine.find(after=query.get("after", ""), limit=limit + 1,
-            part=query.get("q", ""), state=query.get("state"), failed=query.get("failed") == "1",
-            waiting=query.get("waiting") == "1")
-        found = [self.engine._facts(name) for name in names[:limit]]
+        with self.engine.queue.at_once():
+            names, total = self.engine.find(after=query.get("after", ""), limit=limit + 1,
+                part=query.get("q", ""), state=query.get("state"),
+                failed=query.get("failed") == "1", waiting=query.get("waiting") == "1")
+            found = [self.engine._facts(name) for name in names[:limit]]
         return _json_answer({"components": found, "total": total,
             "next": names[limit - 1] if len(names) > limit else None, "readonly": self.readonly,
             "reload_error": self.engine.reload_error})
@@ -7319,12 +7322,12 @@ def cmd_init(args: Any) -> int:
     "--config --name --allow-import --start --update")
 async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
     component = _component(args, engine)
-    known, before = component.name not in engine._unborn, component.definition.text
+    known, before = component._birth is None, component.definition.text
     await engine.register_async(component)
     await engine.run(until_idle=True, component=component.name)
     name, state, definition = component.name, component.state, component.definition
-    updated = definition.text != before
-    new = not known and not updated
+    updated = known and definition.text != before
+    new = not known and definition.text == before
     counts = {"states": len(definition.nodes), "rules": len(component.rules),
         "timers": sum(rule.after is not None for rule in definition.rules)}
     text = f"{name} is registered already, in {state}"
@@ -7519,10 +7522,11 @@ def cmd_status(args: Any, engine: FlexiFlowEngine) -> int:
 
 def _astray(engine: FlexiFlowEngine) -> Iterator[str]:
     """Yield for which components that are not there messages wait: a name may be misspelt."""
-    for name, number in engine.queue.rows(
-            "SELECT component, COUNT(*) FROM flexiflow_messages WHERE dead IS NULL AND component"
-            " NOT IN (SELECT name FROM flexiflow_components) GROUP BY component ORDER BY 1"):
-        yield f"{_counted(number, 'message')} for {name!r}, which is not there (yet)"
+    for name, number, dead in engine.queue.rows(
+            "SELECT component, COUNT(*) - COUNT(dead), COUNT(dead) FROM flexiflow_messages WHERE"
+            " component NOT IN (SELECT name FROM flexiflow_components) GROUP BY 1 ORDER BY 1"):
+        parts = [_counted(n, what) for n, what in ((number, "message"), (dead, "dead letter")) if n]
+        yield f"{' and '.join(parts)} for {name!r}, which is not there (yet)"
 
 
 def _overview(found: list[Json], now: float) -> Iterator[str]:
@@ -7718,8 +7722,8 @@ async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
 @command("backup copy.db", "copy the store, as it is at one moment", "read", "FILE")
 def cmd_backup(args: Any, engine: FlexiFlowEngine) -> int:
     asyncio.run(engine.backup(args.FILE))
-    facts = {"store": engine.queue.path, "backup": args.FILE}
-    return tell(args, [facts], ["{store} copied to {backup}".format(**facts)])
+    return tell(args, [{"store": engine.queue.path, "backup": args.FILE}],
+        [f"{engine.queue.path} copied to {args.FILE}"])
 
 
 _CHECKED = "file --config --allow-import --no-imports"

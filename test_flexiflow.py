@@ -8095,6 +8095,28 @@ class CancellationStored(Cancellation):
             self.assertEqual((component.state, component.seq, component.data), ("B", 2, {"n": 1}))
             self.assertTrue(came or task.cancelled())
 
+    async def test_the_next_message_is_decided_on_what_the_cancelled_one_has_committed(self):
+        self.patch("SLOW_COMMIT", -1.0)
+        commit, came = self.engine.store._commit, []
+        self.engine.store._commit = lambda db: (time.sleep(0.01), commit(db))[1]
+        config = self.machine({"on": "set", "assign": {"x": 1}},
+            {"on": "need", "assign": {"y": "$data.x"}})
+        for steps in range(0, 40, 3):
+            name = f"m{steps}"
+            self.engine.create_component(config, name=name)
+            await self.engine.register_async(self.engine.get(name))
+            tasks = [asyncio.ensure_future(self.engine.handle_message(name, kind, id=kind))
+                for kind in ("set", "need")]
+            await self.passes(steps)
+            tasks[0].cancel()
+            await asyncio.wait(tasks)
+            ids = [row["id"] for row in self.engine.history(name) if row["id"]]
+            with self.subTest(steps=steps):
+                self.assertIn(ids, ([], ["need", "set"]))
+                self.assertEqual(tasks[1].exception() is None, bool(ids))
+            came.append(bool(ids))
+        self.assertEqual({*came}, {True, False})
+
 
 class Visibility(EngineCase):
     """Within a turn the component shows what will be; everybody else sees what is."""
@@ -10360,7 +10382,7 @@ class DeadLetters(EngineCase):
         gone = await self.engine.redrive(first, second, discard=True)
         self.assertEqual(([one["id"] for one in gone], self.shown("id"),
             [one["id"] for one in self.engine.status("m")[0]["queue"]]),
-            (["1", "2"], [("3",)], ["1"]))
+            (["2"], [("3",)], ["1"]))
 
     async def test_letters_come_oldest_first_of_one_component_or_of_all(self):
         for name in ("m", "n"):
@@ -10564,6 +10586,29 @@ class DeadLetters(EngineCase):
 
 class DeadLettersStored(DeadLetters):
     stored = True
+
+    async def test_given_back_and_discarded_at_once_it_is_one_of_both(self):
+        for first, second in ((True, False), (False, True), (False, False), (True, True)):
+            self.engine.create_component(self.failing())
+            await self.engine.handle_message("m", "go")
+            await self.give_up("x", "y")
+            other, write = self.open(), self.engine.queue.write
+
+            async def later(*values, write=write, other=other, first=first):
+                await other.redrive(1, discard=first)
+                return await write(*values)
+
+            with unittest.mock.patch.object(self.engine.queue, "write", later):
+                letters = await self.engine.redrive(discard=second)
+            rows = self.engine.queue.messages("1")
+            left = sorted((row["id"], row["dead"] is None) for row in rows)
+            with self.subTest(first=first, second=second):
+                self.assertEqual(([one["id"] for one in letters], left),
+                    (["y"], [("x", True)] * (not first) + [("y", True)] * (not second)))
+            await self.engine.close()
+            await other.close()
+            for path in Path(self.path("")).glob("flow.db*"):
+                path.unlink()
 
     async def test_a_letter_survives_a_restart_and_is_given_back_by_another_program(self):
         self.engine.create_component(self.failing())
@@ -11022,6 +11067,74 @@ class Removing(EngineCase):
 class RemovingStored(Removing):
     stored = True
 
+    async def test_removed_by_another_process_it_may_be_made_again(self):
+        other = self.open()
+        self.engine.create_component(self.CLOCKED)
+        await self.engine.handle_message("clocked", "add")
+        found = []
+        for _ in range(2):
+            await other.remove("clocked")
+            again = self.engine.create_component(self.CLOCKED)
+            receipt = await self.engine.handle_message("clocked", "add")
+            found.append((again.data, receipt.seq, self.engine.get("clocked") is again))
+        self.assertEqual(found, [({"n": 1}, 1, True)] * 2)
+
+    async def test_a_message_to_what_another_process_has_removed_waits_for_it(self):
+        other = self.open()
+        self.engine.create_component(self.CLOCKED)
+        await self.engine.handle_message("clocked", "add")
+        await other.remove("clocked")
+        await self.engine.send("clocked", "add", id="a")
+        for _ in range(10):
+            await self.engine.run(until_idle=True)
+            self.clock.now += 60
+        (row,) = self.engine.queue.messages("1")
+        self.assertEqual((row["dead"], row["attempts"], self.engine.get("clocked")),
+            (None, 0, None))
+        self.engine.create_component(self.CLOCKED)
+        await self.engine.run(until_idle=True)
+        self.assertEqual(self.engine.status()[0]["data"], {"n": 1})
+
+    async def test_removing_that_is_cancelled_has_removed_it_here_as_well_or_not_at_all(self):
+        async def prune():
+            await self.engine.prune(completed=True)
+
+        async def remove():
+            await self.engine.remove("lamp")
+
+        for work in (remove, prune):
+            for passes in range(6):
+                self.engine.create_component(self.LAMP)
+                with contextlib.suppress(StateError):
+                    await self.engine.handle_message("lamp", "drop", id="x")
+                task = asyncio.ensure_future(work())
+                await self.passes(passes)
+                task.cancel()
+                await asyncio.wait([task])
+                there = self.rows("SELECT COUNT(*) FROM flexiflow_components") == [(1,)]
+                self.engine.create_component(self.LAMP)
+                receipt = await self.engine.handle_message("lamp", "drop", id="x")
+                with self.subTest(work=work.__name__, passes=passes):
+                    self.assertEqual((receipt.outcome, receipt.duplicate), ("moved", there))
+
+    async def test_what_is_said_of_all_is_of_one_moment(self):
+        head = self.engine.store.head
+
+        def slow(name):  # another process removes one meanwhile
+            self.change("DELETE FROM flexiflow_components WHERE name='c'")
+            self.change("DELETE FROM flexiflow_journal WHERE component='c'")
+            return head(name)
+
+        for what, key in ((self.engine.status, "name"), (self.engine.replay, "component")):
+            for name in ("a", "b", "c"):
+                self.engine.create_component(self.CLOCKED, name=name)
+                await self.engine.handle_message(name, "add")
+            with unittest.mock.patch.object(self.engine.store, "head", slow):
+                found = [one[key] for one in what()]
+            with self.subTest(key):
+                self.assertEqual((found, [one["name"] for one in self.engine.status()]),
+                    (["a", "b", "c"], ["a", "b"]))
+
     async def test_it_stays_gone_after_a_restart(self):
         self.engine.create_component(self.CLOCKED)
         await self.engine.handle_message("clocked", "add")
@@ -11039,14 +11152,19 @@ class RemovingStored(Removing):
         other = self.open()
         self.engine.create_component(self.CLOCKED)
         await self.engine.run(until_idle=True)
-        other.get("clocked")
+        component = other.get("clocked")
         await self.engine.remove("clocked")
-        for call in (other.handle_message("clocked", "add"), other.update_rules("clocked", []),
-                other.handle_message("clocked", "add", id="x")):
+        said = []
+        for kind in ("add", "add", "nonsense"):
             with self.assertRaises(StateError) as caught:
-                await call
-            self.assertEqual(str(caught.exception),
-                "Component 'clocked' is gone\nWhy: it was removed")
+                await other.handle_message("clocked", kind, id="x")
+            said.append(caught.exception.what)
+        self.assertEqual(said,
+            ["Component 'clocked' is gone", *["Unknown component: 'clocked'"] * 2])
+        with self.assertRaises(StateError) as caught:
+            await component.update_rules([])
+        self.assertEqual(str(caught.exception),
+            "Component 'clocked' is gone\nWhy: it was removed")
 
     async def test_another_engine_goes_on_with_one_that_was_made_anew_meanwhile(self):
         """It knows the old one, with as many messages behind it as the new one has."""
@@ -11375,7 +11493,7 @@ class Pruning(StoreCase):
 
     async def test_a_component_made_anew_meanwhile_is_not_pruned(self):
         other = self.open()
-        for settings in ({"keep": 1}, {"completed": True}):
+        for settings, left in (({"keep": 1}, [1]), ({"completed": True}, [0, 1])):
             with self.subTest(settings):
                 self.engine.create_component(self.LAMP)
                 for kind in ("press", "dim", "drop"):
@@ -11388,12 +11506,10 @@ class Pruning(StoreCase):
                     return await write(*values)
 
                 with unittest.mock.patch.object(self.engine.store, "write", later):
-                    error = await self.failure(**settings)
-                self.assertEqual(error, "The history of 'lamp' has changed meanwhile\n"
-                    "Fix: prune again")
-                self.assertEqual(other.history("lamp")[0]["id"], "new")
-                self.assertEqual(self.seqs("lamp"), [0, 1])
-                await self.engine.remove("lamp")
+                    found = await self.engine.prune(**settings)
+                self.assertEqual((found, other.history("lamp")[0]["id"], self.seqs("lamp")), (
+                    {"rows": 2 - len(left), "of": 2, "ids": [], "components": []}, "new", left))
+                await other.remove("lamp")
 
     async def test_a_component_that_works_is_pruned_meanwhile(self):
         begun, go = asyncio.Event(), asyncio.Event()
@@ -11939,6 +12055,23 @@ class Adopting(EngineCase):
         self.assertEqual((first.seq, receipt.seq, receipt.data, component.state),
             (1, 3, {"other": True}, "B"))
 
+    async def test_of_two_updates_the_last_one_wins_whenever_they_come(self):
+        def version(number):
+            return self.machine({"on": "note"}, {"on": f"only{number}"})
+
+        for last in (2, 0):
+            for passes in range(8):
+                component = self.engine.create_component(version(0), name=f"m{last}{passes}")
+                await self.engine.handle_message(component.name, "note")
+                self.engine.create_component(version(1), name=component.name, update=True)
+                task = asyncio.ensure_future(self.engine.handle_message(component.name, "note"))
+                await self.passes(passes)
+                self.engine.create_component(version(last), name=component.name, update=True)
+                receipts = [await task, await self.engine.handle_message(component.name, "note")]
+                with self.subTest(last=last, passes=passes):
+                    self.assertEqual(([one.outcome for one in receipts], component.rules[1]),
+                        (["stayed"] * 2, {"on": f"only{last}"}))
+
     async def test_a_component_that_is_not_written_yet_is_updated(self):
         self.engine.create_component(self.machine({"on": "go", "to": "B"}, data={"n": 1}))
         component = self.engine.create_component(
@@ -11981,6 +12114,31 @@ class Adopting(EngineCase):
 
 class AdoptingStored(Adopting):
     stored = True
+
+    async def test_a_timer_that_fails_while_its_rule_gets_another_number_comes_again(self):
+        timer = {"from": "A", "after": 10, "to": "B", "assign": {"y": "$data.missing"}}
+        settings = {"retry": {"max_attempts": 3, "base_delay": 5, "jitter": 0}}
+        self.engine.create_component(self.machine(timer, **settings))
+        await self.engine.run(until_idle=True)
+        self.clock.now += 10
+        other, write = self.open(), self.engine.queue.write
+
+        async def later(check, rows, *done):
+            if any("error" in sql for sql, _ in rows):
+                for rules in ([{"on": "a"}, timer], [{"on": "a"}, {"on": "b"}, timer]):
+                    await other.update_rules("m", rules, replace=True)
+            return await write(check, rows, *done)
+
+        with unittest.mock.patch.object(self.engine.queue, "write", later):
+            await self.engine.run(until_idle=True)
+        (row,) = map(self.engine.queue.sealed, self.engine.queue.messages("1"))
+        self.assertEqual((row["rule"], row["due"], row["attempts"], row["dead"]),
+            (2, self.clock.now + 5, 1, None))
+        for _ in range(5):
+            self.clock.now += 20
+            await self.engine.run(until_idle=True)
+        (letter,) = self.engine.dead_letters()
+        self.assertEqual((letter["attempts"], letter["error"].split(":")[0]), (3, "StateError"))
 
     async def test_an_adopted_config_survives_a_restart_and_is_seen_by_others(self):
         other = self.open()
@@ -14832,6 +14990,12 @@ class QueueSession(Shell):
             "bell  Quiet  0s  1  0  -  -\n"
             "1 component, 0 messages waiting, 0 dead letters\n"
             "1 message for 'lamp', which is not there (yet)\n", ""))
+        with contextlib.closing(sqlite3.connect(self.path("flexiflow.db"))) as db, db:
+            db.execute("UPDATE flexiflow_messages SET dead=1")
+        self.send(("door", "ring", "a"), ("lamp", "press", "a"))
+        self.assertEqual(self.shown("status")[1].splitlines()[-2:], [
+            "1 message for 'door', which is not there (yet)",
+            "1 message and 1 dead letter for 'lamp', which is not there (yet)"])
 
     def test_status_says_why_a_message_or_timer_comes_again(self):
         self.write("acts.py", "def fail(message, component):\n    raise OSError('no\\nvan')\n")
@@ -15079,6 +15243,24 @@ class CareSession(Shell):
                 (0, "dim: On -> Off\n", ""), (1, ""), True,
             ],
         )
+
+    def test_who_registers_a_moment_later_is_told_that_it_is_there(self):
+        config, store = self.write("late.json", {**LAMP, "name": "late", "rules": []}), self.path()
+        first = {**LAMP, "name": "late"}
+        written = FlexiFlowEngine.register_async
+
+        async def beaten(engine, component):
+            async with FlexiFlowEngine(store) as other:
+                await written(other, other.create_component(first))
+            await written(engine, component)
+
+        output = io.StringIO()
+        with unittest.mock.patch.object(FlexiFlowEngine, "register_async", beaten), \
+                contextlib.redirect_stdout(output):
+            code = ff.main(["register", "--config", config, "--db", store, "--json"])
+        facts = json.loads(output.getvalue())
+        self.assertEqual((code, facts["new"], facts["updated"], facts["rules"]),
+            (0, False, False, len(LAMP["rules"])))
 
 
 class QuickStart(Shell):
