@@ -2580,7 +2580,6 @@ _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is
     "locked": "another process holds the file; try again",
     "malformed": "the file is damaged; restore a backup",
     "not a database": "this is no SQLite file, or a damaged one",
-    "No such file": "put it back, or start again with what is there",
     "unable to open": "check the path, and that the folder is writable",
     "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
 
@@ -2636,21 +2635,20 @@ class SQLiteStore:
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
-        self._last: Any = None  # closes it, once
-        self._files: list[Any] = []  # that are open: path, and what it was then
+        self._last: Any = lambda: None  # closes it, once
         self._process = self._thread = 0  # that opened it; and that has used it last
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
-        self._flushing, self._lock = False, threading.Lock()
+        self._flushing, self._lock = False, threading.RLock()
         self._committing: asyncio.Future[Any] | None = None  # while a thread commits
-        self._mean = 0.0  # seconds that a commit takes of late
+        # Seconds that a commit takes of late; and when the files were looked at.
+        self._mean = self._looked = 0.0
 
     def close(self) -> None:
         """Close the file; a write that still waits fails."""
         self._connection = None
-        if self._last is not None:
-            with self._lock:  # a COMMIT may be under way in its thread
-                self._last()
+        with self._lock:  # a COMMIT may be under way in its thread
+            self._last()
         waiting, self._waiting = self._waiting, []
         if waiting:
             self._settle(waiting, PersistenceError(f"Store {self.path!r} was closed"))
@@ -2662,9 +2660,6 @@ class SQLiteStore:
             with self._translated():
                 self._connection = self._open("?mode=ro" if self.readonly else "")
                 self._process, self._thread = os.getpid(), threading.get_ident()
-                real = os.path.realpath(self.path)
-                self._files = [(path, os.stat(path)) for path in (
-                    real, real + "-wal" * (not self.readonly)) if os.path.exists(path)]
             # A store that is dropped closes its file, but not one that a parent process opened.
             self._last = weakref.finalize(self, lambda connection, process:
                 connection.close() if process == os.getpid() else None,
@@ -2679,10 +2674,12 @@ class SQLiteStore:
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
             raise PersistenceError(f"Store {self.path!r} was opened before a fork",
                 fix="make an engine of its own in each process")
-        for path, opened in self._files:  # SQLite would go on with what has no name any more
-            if not os.path.samestat(os.stat(path), opened):
-                raise PersistenceError(f"Store {self.path!r} failed",
-                    why=f"{path!r} is not the file that was opened", fix=_FIXES["No such file"])
+        if time.monotonic() - self._looked > 0.01:  # not each time: it makes an fsync slower
+            for path, opened in self._files:  # SQLite would go on with what has no name any more
+                if not (os.path.exists(path) and os.path.samestat(os.stat(path), opened)):
+                    raise PersistenceError(f"Store {self.path!r} was moved, deleted or replaced",
+                        fix=f"put {path} back; or delete what is left of its -wal, and start again")
+            self._looked = time.monotonic()
         return self._connection
 
     # ---- the one write
@@ -2834,7 +2831,7 @@ class SQLiteStore:
         return db
 
     def _set_up(self, db: sqlite3.Connection) -> None:
-        """Check the schema's version, or make the schema where there is none."""
+        """Check the schema's version, or make the schema where there is none; note the files."""
         journal = "journal_mode" if self.readonly else "journal_mode=WAL"
         for pragma in ("trusted_schema=OFF", "cell_size_check=ON", journal,
                 f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
@@ -2857,6 +2854,9 @@ class SQLiteStore:
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
+        *_, file = self._insist(db.execute, "PRAGMA database_list")  # "" for memory
+        self._files = [(path, os.stat(path)) for path in (os.path.abspath(self.path),
+            f"{file}-wal")[:2 - self.readonly] if file and os.path.exists(path)]
 
     @staticmethod
     def _insist(execute: Callable[[str], sqlite3.Cursor], sql: str) -> Any:
@@ -2900,8 +2900,8 @@ class SQLiteStore:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Read one state of the file, whatever other processes do meanwhile."""
-        with self._translated(), contextlib.ExitStack() as stack:
-            if not self.db.in_transaction:  # else a thread commits
+        with self._translated(), self._lock, contextlib.ExitStack() as stack:
+            if not self.db.in_transaction:  # else a thread is to commit, and waits for us
                 self.db.execute("BEGIN")
                 stack.callback(self.db.execute, "ROLLBACK")
             yield
@@ -3038,7 +3038,7 @@ _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
 # A message without a place is dead, or put off: by another worker, where this one had read it.
-_QUEUED = "SELECT rule FROM flexiflow_messages WHERE place IS NOT NULL AND"
+_QUEUED = "SELECT rule, state FROM flexiflow_messages WHERE place IS NOT NULL AND"
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
     " AND place IS NOT NULL")
@@ -3047,8 +3047,10 @@ _RECLAIM = f"{_CLAIM} AND owner=?"
 # Whose code another process runs. A lease further away than any can be is a clock that was set.
 _CLAIMED = ("SELECT name FROM flexiflow_components WHERE owner IS NOT NULL AND owner<>? AND lease>?"
     " AND lease<=?")
-_SPAN = ("SELECT COUNT(*), COALESCE(MAX(seq), -1), (SELECT seq FROM flexiflow_journal WHERE"
-    " component=? AND time>=? ORDER BY seq LIMIT 1) FROM flexiflow_journal WHERE component=?")
+# Of a component: its rows, the last one, the first one that is not old (if asked), its completion.
+_SPAN = ("SELECT COUNT(*), CAST(COALESCE(MAX(seq), -1) AS INTEGER), (SELECT CAST(seq AS INTEGER)"
+    " FROM flexiflow_journal WHERE ?2 AND component=?1 AND time>=?3 ORDER BY seq LIMIT 1), (SELECT"
+    " completed FROM flexiflow_components WHERE name=?1) FROM flexiflow_journal WHERE component=?1")
 _PAST = "SELECT message_id FROM flexiflow_journal WHERE component=? AND seq<? ORDER BY seq"
 _FORGET = "DELETE FROM flexiflow_journal WHERE component=? AND seq<?"
 _REMOVE = tuple(f"DELETE FROM flexiflow_{table} WHERE {column}=?" for table, column in (
@@ -3130,8 +3132,12 @@ def _timer_message(rule: Rule, owner: str) -> str:
 _receipt_text = functools.lru_cache(maxsize=4096)(_encode)  # most moves are made again and again
 
 
-def _gone(name: str) -> StateError:
-    return StateError(f"Component {name!r} is gone", why="it was removed")
+class Gone(StateError):
+    """A component that was removed, here or by another process."""
+
+
+def _gone(name: str) -> Gone:
+    return Gone(f"Component {name!r} is gone", why="it was removed")
 
 
 def _no_turn(name: str, why: str) -> StateError:
@@ -3346,9 +3352,9 @@ class Turn(Context):
         if self.row is None or self.engine is _ALONE:
             return True
         found = self.engine.queue.rows(*_of_row(_QUEUED, self.row))
-        for (self.row["rule"],) in found:  # which a change of rules may have given another number
-            return True
-        return False
+        if found:  # a change of rules may have given both another number or name
+            self.row["rule"], self.row["state"] = found[0]
+        return bool(found)
 
     claimed = property(
         lambda self: self.engine._claimed.get(self.component.name) is (self.row or self),
@@ -3491,12 +3497,10 @@ class Turn(Context):
         values += (crc, component.name)
         owner = self.engine.id if self.claimed else ""  # rules alone mind no claim
 
+        change = (_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq else (_NEW_HEAD, values)
+
         def check(execute: Callable[..., Any]) -> str | None:
-            if not self._queued():
-                return "moved on"
-            done = (execute(_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq
-                else execute(_NEW_HEAD, values))
-            return None if done.rowcount == 1 else "moved on"
+            return None if self._queued() and execute(*change).rowcount == 1 else "moved on"
 
         journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
         if not seq or definition is not old.definition:
@@ -3813,7 +3817,7 @@ class AsyncComponent:
             self._define(self._compiled(self.rules))
         elif self._unready and engine.store is not None:  # even where its head is the same
             await engine.store.settled()
-            self._load(engine._head(self.name))
+            self._reload()
         while (update := self._update) is not None:  # by `create_component(update=True)`
             try:
                 if update.text != getattr(self.definition, "text", None):
@@ -3873,7 +3877,7 @@ class AsyncComponent:
             lost = commit is not None and await commit is not None
             self._birth = None
             if lost:  # another process made it first
-                self._load(self._engine._head(self.name))
+                self._reload()
             else:
                 await turn.emit(plan)
                 await turn.settled()
@@ -3891,7 +3895,16 @@ class AsyncComponent:
         """Become what the store says by now, though another process may have changed it."""
         store, head = self._engine.store, self.head
         if store is not None and store.rows(_STAMP, (self.name,)) != [(head.seq, head.crc)]:
-            self._load(self._engine._head(self.name))
+            self._reload()
+
+    def _reload(self) -> None:
+        """Become what the store says; raise Gone, and be known no more, where it says nothing."""
+        head = self._engine.store.head(self.name)
+        if head is None:
+            if self._engine.components.get(self.name) is self:  # and no new one of its name
+                self._engine._forget(self.name)
+            raise _gone(self.name)
+        self._load(head)
 
     async def _swap(self, holder: Turn, change: Callable[[], Definition]) -> None:
         """Go over to another definition, between two messages; timers of kept rules run on."""
@@ -4297,10 +4310,7 @@ class FlexiFlowEngine:
         name = loaded.name if name is None else name
         _need(data is None or isinstance(data, dict), "Data is an object: %r", data)
         definition: Any = loaded.definition
-        known = self.get(name)
-        if known and self.store and name not in self._unborn and not self.store.head(name):
-            self._forget(name)  # another process has removed it
-            known = None
+        known = self._known(name)
         if known is None:
             machine = StateMachine(definition.birth.node.create(), definition.registry)
             component = AsyncComponent(name, None, machine)
@@ -4308,7 +4318,8 @@ class FlexiFlowEngine:
             component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
         differs = known.definition is None or known.definition.text != definition.text
-        if update and (differs or known._update is not None):  # the last one wins
+        if update and (differs or known._update is not None or known._turn is not None):
+            # The last one wins, and who is in a turn may differ by its end.
             known._counterpart(definition)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
@@ -4355,7 +4366,7 @@ class FlexiFlowEngine:
 
         Raises StateError where another object has the name.
         """
-        other = self.components.get(component.name)
+        other = self._known(component.name) if component.name in self.components else None
         if other is component:
             return
         if other is not None or component._engine is not _ALONE:
@@ -4398,6 +4409,13 @@ class FlexiFlowEngine:
             raise self._unknown(name)
         return component
 
+    def _known(self, name: str) -> AsyncComponent | None:
+        """Return a component as it is by now, or None, also where another process removed it."""
+        try:
+            return self.get(name) and self._current(name)
+        except Gone:
+            return None
+
     def _current(self, name: str) -> AsyncComponent:
         """Return a component as it is by now, though another process may have changed it."""
         component = self._find(name)
@@ -4413,12 +4431,7 @@ class FlexiFlowEngine:
     def _names(self) -> set[str]:
         return {*(self.components if self.store is None else self.store.names()), *self._unborn}
 
-    def _head(self, name: str) -> Json:
-        head: Json | None = self.store.head(name)
-        if head is None:
-            self._forget(name)
-            raise _gone(name)
-        return head
+
 
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
@@ -4557,11 +4570,8 @@ class FlexiFlowEngine:
         rows = [row, (_GIVE_PLACES, (now,))] if now + pause <= now else [row]
         sql = ("SELECT message FROM flexiflow_journal WHERE component=? AND message_id=? UNION ALL"
                " SELECT message FROM flexiflow_messages WHERE component=? AND message_id=?")
-
-        def sent_before(execute: Callable[..., Any]) -> Any:
-            return next(execute(sql, (name, key) * 2), (None,))[0]
-
-        earlier = await self.queue.write(sent_before, rows)
+        earlier = await self.queue.write(
+            lambda execute: next(execute(sql, (name, key) * 2), (None,))[0], rows)
         if earlier not in (None, text):
             raise id_taken(name, key)
         self._wake()
@@ -4870,12 +4880,13 @@ class FlexiFlowEngine:
         def forget(execute: Callable[..., Any]) -> None:
             found.update(rows=0, of=0, ids=[], components=[])  # it may be carried out again
             for one in self._kept(name):
-                head: Json = (store.head(one) if completed else None) or {}
-                gone = head.get("completed") is not None and head["completed"] < before
-                ((count, last, young),) = store.rows(_SPAN, (one, before, one))
+                ((count, last, young, done),) = store.rows(_SPAN, (one, before < math.inf, before))
+                gone = completed and _is_number(done) and done < before
                 end = min(last + 1 - (keep or 1), last if young is None else young)
                 end = last + 1 if gone else 0 if keep is None and older_than is None else end
                 ids = [id for (id,) in store.rows(_PAST, (one, end))]
+                if ids:
+                    store.head(one)  # raises if that is damaged by which it was decided
                 found["rows"], found["of"] = found["rows"] + len(ids), found["of"] + count
                 found["ids"] += [{"component": one, "id": id} for id in ids if id]
                 found["components"] += [one] * gone
@@ -4911,7 +4922,7 @@ class FlexiFlowEngine:
             return (*(other or stored), stored[0])
 
         with store.at_once():
-            return [_replayed(one, store.journal(one)[::-1], self._head(one)["definition"],
+            return [_replayed(one, store.journal(one)[::-1], (store.head(one) or {})["definition"],
                 definition_of) for one in self._kept(name)]
 
     def _kept(self, name: str | None) -> list[str]:
@@ -7660,8 +7671,8 @@ async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
         engine.status(args.name)  # raises if there is none
     counts = collections.Counter(letter["component"] for letter in letters)
     did = "discarded, of" if args.discard else "back in the queue of"
-    lines = [f"{_counted(n, 'message')} {did} {name}" for name, n in counts.items()]
-    return tell(args, letters, lines or ["no dead letters"])
+    return tell(args, letters, [f"{_counted(n, 'message')} {did} {name}"
+        for name, n in counts.items()] or ["no dead letters"])
 
 
 @command("replay --config new.json", "decide again: what differs?", "read", "component --config")
@@ -7802,8 +7813,7 @@ def _run(args: Any) -> Any:
     path = _store_path(args)
     with contextlib.closing(SQLiteStore(path, readonly=True)) as store:
         if opens == "read" or args.dry_run or args.read_only:
-            new = args.dry_run and opens == "make" and not os.path.exists(path)
-            there = None if new else store
+            there = None if args.dry_run and opens == "make" and not os.path.exists(path) else store
             answer = call(args, FlexiFlowEngine(there, allow_imports=args.allow_import))
             return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
         if opens == "write":

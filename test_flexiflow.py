@@ -6322,31 +6322,53 @@ class StoreFile(StoreCase):
 
     @unittest.skipIf(os.name == "nt", "an open file cannot be moved there")
     async def test_a_file_that_is_no_longer_there_acknowledges_nothing(self):
-        path, log = self.path(), self.path() + "-wal"
-        other = self.path("other.db")
+        folder = self.path("locked full")  # words that SQLite uses for other failures
+        os.mkdir(folder)
+        path, other = os.path.join(folder, "flow.db"), self.path("other.db")
+        log, self.engine = path + "-wal", FlexiFlowEngine(path, clock=self.clock)
         async with FlexiFlowEngine(other) as engine:
             engine.create_component(self.LAMP, name="another")
-        gone = "FileNotFoundError: [Errno 2] No such file or directory: {!r}".format
-        moves = {gone(path): [(path, "away.db")], gone(log): [(log, "away.db")],
-            f"{path!r} is not the file that was opened": [(path, "away.db"), (other, "flow.db")]}
+        moves = {"moved": [(path, "away.db")], "its log moved": [(log, "away.db")],
+            "replaced": [(path, "away.db"), (other, "flow.db")]}
         self.engine.create_component(self.LAMP)
-        for seq, (why, steps) in enumerate(moves.items(), 1):
-            with self.subTest(why):
+        for seq, (how, steps) in enumerate(moves.items(), 1):
+            with self.subTest(how):
                 await self.engine.handle_message("lamp", "press")
                 for start, end in steps:
-                    os.rename(start, self.path(end))
+                    os.rename(start, os.path.join(folder, end))
+                time.sleep(0.02)  # it looks a hundred times a second
                 with self.assertRaises(PersistenceError) as caught:
-                    await self.engine.handle_message("lamp", "press", id=why)
-                self.assertEqual(str(caught.exception), f"Store {path!r} failed\nWhy: {why}\n"
-                    "Fix: put it back, or start again with what is there")
+                    await self.engine.handle_message("lamp", "press", id=how)
+                self.assertEqual(str(caught.exception),
+                    f"Store {path!r} was moved, deleted or replaced\n"
+                    f"Fix: put {steps[0][0]} back; or delete what is left of its -wal, and start"
+                    " again")
                 with self.assertRaises(PersistenceError):
                     await self.engine.send("lamp", "press")
                 with self.assertRaises(PersistenceError):
                     await self.engine.run(until_idle=True)
                 self.raises(PersistenceError, self.engine.status)
                 for start, end in steps[::-1]:
-                    os.rename(self.path(end), start)
+                    os.rename(os.path.join(folder, end), start)
                 self.assertEqual(self.engine.status()[0]["seq"], seq)
+        await self.engine.close()
+
+    async def test_a_file_that_has_the_name_of_memory_is_none_of_its_own(self):
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.mkdir(self.path("folder"))
+        os.chdir(self.path("folder"))
+        self.write(self.path("folder/:memory:"), "")
+        engines = [FlexiFlowEngine(SQLiteStore(name)) for name in (":memory:", "")]
+        for engine in engines:
+            engine.create_component(self.LAMP)
+            await engine.handle_message("lamp", "press")
+        os.chdir(here)
+        shutil.rmtree(self.path("folder"))
+        for engine in engines:
+            time.sleep(0.02)
+            self.assertEqual((await engine.handle_message("lamp", "press")).seq, 2)
+            await engine.close()
 
     @unittest.skipIf(os.name == "nt", "an open file cannot be moved there")
     async def test_a_store_is_found_again_by_a_program_that_changes_its_folder(self):
@@ -6359,7 +6381,15 @@ class StoreFile(StoreCase):
             await engine.handle_message("lamp", "press")
             os.chdir(here)
             receipt = await engine.handle_message("lamp", "press")
-        self.assertEqual((receipt.outcome, receipt.seq), ("moved", 2))
+            self.assertEqual((receipt.outcome, receipt.seq), ("moved", 2))
+            os.unlink(self.path("link.db"))
+            os.symlink(self.write("other.db", ""), self.path("link.db"))
+            os.chdir(self.path(""))
+            time.sleep(0.02)
+            self.raises(PersistenceError, engine.status)
+            os.chdir(here)
+            os.unlink(self.path("link.db"))
+            os.symlink(self.path("real.db"), self.path("link.db"))
 
     async def test_a_closed_engine_opens_its_file_again(self):
         self.engine.create_component(self.LAMP)
@@ -11078,6 +11108,33 @@ class RemovingStored(Removing):
             receipt = await self.engine.handle_message("clocked", "add")
             found.append((again.data, receipt.seq, self.engine.get("clocked") is again))
         self.assertEqual(found, [({"n": 1}, 1, True)] * 2)
+        by_hand = AsyncComponent("hand", [], StateMachine.from_name("InitialState"))
+        await self.engine.register_async(by_hand)
+        await other.remove("hand")
+        again = AsyncComponent("hand", [], StateMachine.from_name("InitialState"))
+        await self.engine.register_async(again)
+        self.assertIs(self.engine.get("hand"), again)
+
+    async def test_one_made_anew_stays_when_a_turn_of_the_removed_one_ends(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        other = self.open()
+        config = self.machine({"on": "go", "action": self.code(act)}, {"on": "note"})
+        old = self.engine.create_component(config)
+        task = asyncio.ensure_future(old.handle_message({"type": "go"}))
+        await begun.wait()
+        await other.remove("m")
+        self.engine._forget("m")
+        new = self.engine.create_component(config)
+        go.set()
+        await asyncio.wait([task])
+        self.assertEqual(task.exception().what, "Component 'm' is gone")
+        self.assertIs(self.engine.get("m"), new)
+        self.assertEqual((await new.handle_message({"type": "note"})).seq, 1)
 
     async def test_a_message_to_what_another_process_has_removed_waits_for_it(self):
         other = self.open()
@@ -11510,6 +11567,20 @@ class Pruning(StoreCase):
                 self.assertEqual((found, other.history("lamp")[0]["id"], self.seqs("lamp")), (
                     {"rows": 2 - len(left), "of": 2, "ids": [], "components": []}, "new", left))
                 await other.remove("lamp")
+
+    async def test_nothing_is_pruned_by_a_number_that_is_damaged(self):
+        self.engine.create_component(self.COUNTER)
+        await self.told("a", "b", "c", "d")
+        for seq in (99_999_999, "text"):
+            self.change("UPDATE flexiflow_journal SET seq=? WHERE message_id='c'", seq)
+            before = self.rows("SELECT * FROM flexiflow_journal")
+            for settings in ({"keep": 2}, {"older_than": 5}):
+                found = None
+                with self.subTest(seq=seq, **settings):
+                    with contextlib.suppress(PersistenceError):
+                        found = await self.engine.prune(**settings)
+                    self.assertEqual((found and found["rows"], self.rows(
+                        "SELECT * FROM flexiflow_journal")), (None if seq != "text" else 0, before))
 
     async def test_a_component_that_works_is_pruned_meanwhile(self):
         begun, go = asyncio.Event(), asyncio.Event()
@@ -12114,6 +12185,38 @@ class Adopting(EngineCase):
 
 class AdoptingStored(Adopting):
     stored = True
+
+    async def test_a_timer_that_is_due_while_its_state_gets_another_name_fires(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def slow(message, component):
+            begun.set()
+            await go.wait()
+
+        def config(a, b, **renamed):
+            return self.machine({"from": a, "after": 10, "to": b}, {"on": "slow", "action":
+                self.code(slow)}, states=[a, b], initial_state=a, renamed=renamed)
+
+        component = self.engine.create_component(config("A", "B"))
+        await self.engine.run(until_idle=True)
+        await self.engine.send("m", "slow")
+        self.clock.now += 10
+        task = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await begun.wait()  # it has read the timer as well, which comes next
+        self.engine.create_component(config("P", "Q", A="P", B="Q"), update=True)
+        go.set()
+        await task
+        self.assertEqual((component.state, self.engine.status("m")[0]["timers"]), ("Q", []))
+
+    async def test_a_config_that_another_process_has_replaced_is_adopted_again(self):
+        first, second = self.machine({"on": "a"}), self.machine({"on": "b"})
+        component, other = self.engine.create_component(first), self.open()
+        await self.engine.run(until_idle=True)
+        other.create_component(second, update=True)
+        await other.run(until_idle=True)
+        self.engine.create_component(first, update=True)
+        await self.engine.run(until_idle=True)
+        self.assertEqual((component.rules, component.seq), ([{"on": "a"}], 2))
 
     async def test_a_timer_that_fails_while_its_rule_gets_another_number_comes_again(self):
         timer = {"from": "A", "after": 10, "to": "B", "assign": {"y": "$data.missing"}}
