@@ -2202,8 +2202,6 @@ class _Walk:
         effects = Effects(**{key: rule.pop(key) for key in _EFFECTS if key in rule})
         self.rules.append(Rule(number, text, rule.pop("from"), effects, **rule))
 
-
-
     def _action(self, path: Any) -> Any:
         action = self._load(path)
         _need(callable(action), "Not a function: %r", path, why=f"it is {action!r}")
@@ -2614,9 +2612,6 @@ def _intact(row: Json) -> bool:
     return _fits(row["crc"], *map(row.get, _MESSAGE))
 
 
-
-
-
 def _is_busy(error: Exception, since: float) -> bool:
     """Tell whether another process has the file, and has not had it for too long."""
     busy = re.search("locked|busy", str(error)) and not isinstance(error, FlexiFlowError)
@@ -2721,7 +2716,7 @@ class SQLiteStore:
         try:
             self._carry_out(since)
         except BaseException:  # Ctrl-C in the middle: who waits is cancelled, or carried out now
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(Exception):
                 self.db.execute("ROLLBACK")
             self._loop.call_soon(self._flush)
             raise
@@ -2900,10 +2895,10 @@ class SQLiteStore:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Read one state of the file, whatever other processes do meanwhile."""
-        with self._translated(), self._lock, contextlib.ExitStack() as stack:
-            if not self.db.in_transaction:  # else a thread is to commit, and waits for us
-                self.db.execute("BEGIN")
-                stack.callback(self.db.execute, "ROLLBACK")
+        with self._lock, contextlib.ExitStack() as stack:
+            if not self.db.in_transaction:  # else this is within another, or a COMMIT waits for us
+                self.rows("BEGIN")
+                stack.callback(self.rows, "ROLLBACK")
             yield
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -3901,8 +3896,7 @@ class AsyncComponent:
         """Become what the store says; raise Gone, and be known no more, where it says nothing."""
         head = self._engine.store.head(self.name)
         if head is None:
-            if self._engine.components.get(self.name) is self:  # and no new one of its name
-                self._engine._forget(self.name)
+            self._engine._forget(self)
             raise _gone(self.name)
         self._load(head)
 
@@ -4288,8 +4282,6 @@ class FlexiFlowEngine:
                 self._renewal = None
             self.queue.close()
 
-
-
     def _stop(self) -> None:
         """Let `run` end when what it is at work on is done."""
         self._stopping, self._stops = True, self._stops + 1
@@ -4411,16 +4403,17 @@ class FlexiFlowEngine:
 
     def _known(self, name: str) -> AsyncComponent | None:
         """Return a component as it is by now, or None, also where another process removed it."""
-        try:
+        with contextlib.suppress(Gone):
             return self.get(name) and self._current(name)
-        except Gone:
-            return None
+        return None
 
     def _current(self, name: str) -> AsyncComponent:
         """Return a component as it is by now, though another process may have changed it."""
         component = self._find(name)
-        if name not in self._unborn and component._turn is None:
+        if component._turn is None and name not in self._unborn:
             component._catch_up()
+        elif name not in self._unborn and self.store and not self.store.rows(_STAMP, (name,)):
+            component._reload()  # raises: in its turn, it does not know yet that it is gone
         return component
 
     def _unknown(self, name: str) -> StateError:
@@ -4430,8 +4423,6 @@ class FlexiFlowEngine:
 
     def _names(self) -> set[str]:
         return {*(self.components if self.store is None else self.store.names()), *self._unborn}
-
-
 
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
@@ -4529,14 +4520,14 @@ class FlexiFlowEngine:
         if component is not None and live_turn(component.state_machine) is not None:
             raise StateError(f"{name!r} is in the middle of a turn", fix="remove it afterwards")
         if await self.queue.write(lambda execute: None if sum(execute(sql, (name,)).rowcount
-                for sql in _REMOVE) or component else name, (), lambda: self._forget(name)):
+                for sql in _REMOVE) or component else name, (), lambda: self._forget(component)):
             raise self._unknown(name)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, component: AsyncComponent | None) -> None:
         """Let go of a removed component; whoever still holds it is told at its next message."""
-        self._unborn.pop(name, None)
-        component = self.components.pop(name, None)
-        if component is not None:
+        if component is not None and self.components.get(component.name) is component:  # no new one
+            self._unborn.pop(component.name, None)
+            del self.components[component.name]
             component._birth, component._unready = None, True
 
     # ---- messages
@@ -4765,8 +4756,8 @@ class FlexiFlowEngine:
             discard: bool = False) -> list[Json]:
         """Give dead letters back to the queue, as new: those numbers, a component's, or all.
 
-        With `discard` they are deleted instead, and their ids forgotten. Returns them. Raises
-        StateError for a number that is no dead letter's.
+        With `discard` they are deleted instead, and their ids forgotten. Returns those that no
+        other call was quicker at. Raises StateError for a number that is no dead letter's.
         """
         known, now = self.dead_letters(name), self.clock()
         letters = [one for one in known if not numbers or one["number"] in numbers]
@@ -4856,10 +4847,9 @@ class FlexiFlowEngine:
         _check_query(name, limit)
         check_count("before", 1 if before is None else before)
         moment = self.clock() - seconds(since) if isinstance(since, str) else since
-        if not (before or moment):
-            return self.queue.journal(name, limit)
-        return self.queue.journal(
-            name, limit, "number<COALESCE(?, number+1) AND time>=?", (before, moment))
+        where: Any = () if not (before or moment) else (
+            "number<COALESCE(?, number+1) AND time>=?", (before, moment))
+        return self.queue.journal(name, limit, *where)
 
     async def prune(self, name: str | None = None, *, keep: int | None = None, older_than: float
             | str | None = None, completed: bool = False, dry_run: bool = False) -> Json:
@@ -4874,7 +4864,7 @@ class FlexiFlowEngine:
             raise ArgumentError("Nothing to prune by", fix="keep=, older_than= or completed=True")
         check_count("keep", 1 if keep is None else keep)
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
-        store = self._stored()
+        store, known = self._stored(), {**self.components}
         found: Json = {}
 
         def forget(execute: Callable[..., Any]) -> None:
@@ -4898,7 +4888,8 @@ class FlexiFlowEngine:
             with store.at_once():
                 forget(lambda *statement: None)
         else:
-            await store.write(forget, (), lambda: [*map(self._forget, found["components"])])
+            await store.write(forget, (), lambda: [
+                *map(self._forget, map(known.get, found["components"]))])
         return found
 
     async def backup(self, path: Path) -> None:
@@ -5842,15 +5833,14 @@ class HttpApp:
             token: str | None = None, *, readonly: bool = False) -> None:
         self.engine, self.token, self.readonly = engine, token, readonly
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
-        self.routes: dict[tuple[str, ...], tuple[str, Callable[..., Any]]] = {
-            ("",): ("GET", self.page), ("health",): ("GET", self.health),
-            ("metrics",): ("GET", self.metrics), ("events",): ("GET", self.events),
-            ("components",): ("GET", self.components), ("components", "*"): ("GET", self.component),
-            ("components", "*", "history"): ("GET", self.history),
-            ("components", "*", "diagram.svg"): ("GET", self.diagram),
-            ("components", "*", "message"): ("POST", self.message),
-            ("dead-letters",): ("GET", self.dead_letters),
-            ("dead-letters", "*", "redrive"): ("POST", self.redrive)}
+        self.routes: Any = {tuple(path.split("/")): (method, serve) for method, path, serve in (
+            ("GET", "", self.page), ("GET", "health", self.health), ("GET", "events", self.events),
+            ("GET", "metrics", self.metrics), ("GET", "components", self.components),
+            ("GET", "components/*", self.component), ("GET", "components/*/history", self.history),
+            ("GET", "components/*/diagram.svg", self.diagram),
+            ("POST", "components/*/message", self.message),
+            ("GET", "dead-letters", self.dead_letters),
+            ("POST", "dead-letters/*/redrive", self.redrive))}
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         """Serve one request, or the life of the server."""
@@ -7172,9 +7162,8 @@ def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -
 
 def _error_text(error: BaseException, flat: bool = False) -> str:
     """Return an error's text, FlexiFlow's own or any other's; `flat` on one line."""
-    text = str(error)
-    if not isinstance(error, FlexiFlowError):
-        text = f"{type(error).__name__}: {printable(text)}{place_of(error)}"
+    text = str(error) if isinstance(error, FlexiFlowError) else (
+        f"{type(error).__name__}: {printable(str(error))}{place_of(error)}")
     return text if not flat else "; ".join(
         line.strip() for line in text.splitlines() if line != "Context:")
 
@@ -7345,8 +7334,7 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
     if new or updated:
         parts = ", ".join(_counted(number, noun[:-1]) for noun, number in counts.items())
         text = f"{name} {'registered' if new else 'updated'} in {engine.queue.path}: {parts}"
-    facts = {"component": name, "new": new, "updated": updated, "state": state, **counts}
-    tell(args, [facts], [text])
+    tell(args, [dict(component=name, new=new, updated=updated, state=state, **counts)], [text])
     if args.start and (new or state == definition.birth.node.name):
         return await _handled(args, engine, component, {"type": "start"})
     return 0
@@ -7582,7 +7570,7 @@ def _details(facts: Json, now: float) -> Iterator[str]:
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     if args.component is not None:
-        engine.status(args.component)  # raises if there is none
+        engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
     every = args.component is None
@@ -7624,11 +7612,13 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     # What stands in the environment, no list of processes shows.
     token = os.environ.get("FLEXIFLOW_TOKEN") if args.token is None else args.token
     if token == "":
-        raise UsageError("The token is empty", fix="--token SECRET, or leave it out")
-    if args.host not in _LOOPBACK and not token:
+        raise UsageError("The token is empty", fix="--token SECRET, or unset FLEXIFLOW_TOKEN")
+    host = args.host.strip("[]")
+    shown = f"[{host}]" if ":" in host else host
+    if shown not in _LOOPBACK and not token:
         raise UsageError(f"{args.host} can be reached by others",
             fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
-    hosts = None if args.host in ("0.0.0.0", "::") else [*_LOOPBACK, args.host]
+    hosts = None if host in ("0.0.0.0", "::") else [*_LOOPBACK, shown]
     app = create_app(engine, hosts, token, readonly=args.read_only)
     path = _config_path(args, needed=args.watch)
     engine.queue.rows("PRAGMA user_version")  # raises if the store cannot be opened
@@ -7637,11 +7627,11 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         _on_signal(number, stop.set)
-    async with HttpServer(app, args.host, args.port) as server:
+    async with HttpServer(app, host, args.port) as server:
         watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
             engine.start()
-        url = f"http://{args.host}:{server.port}/"
+        url = f"http://{shown}:{server.port}/"
         tell(args, [{"url": url}], [f"FlexiFlow inspector on {url} (Ctrl-C stops)"])
         await stop.wait()
         if watch:
@@ -7653,7 +7643,7 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
 def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
     letters, now = engine.dead_letters(args.component), engine.clock()
     if args.component is not None and not letters:
-        engine.status(args.component)  # raises if there is none
+        engine._kept(args.component)  # raises if there is none
     header = ("ID", "COMPONENT", "MESSAGE", "TRIES", "AGE", "ERROR")
     return tell(args, letters, table(header, ((one["number"], one["component"],
         one["message"]["type"] if isinstance(one["message"], dict) else "-", one["attempts"],
@@ -7668,7 +7658,7 @@ async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
             "17, redrive --name order-17, or redrive --all\ndead-letters shows the numbers")
     letters = await engine.redrive(*args.ID, name=args.name, discard=args.discard)
     if args.name and not letters:
-        engine.status(args.name)  # raises if there is none
+        engine._kept(args.name)  # raises if there is none
     counts = collections.Counter(letter["component"] for letter in letters)
     did = "discarded, of" if args.discard else "back in the queue of"
     return tell(args, letters, [f"{_counted(n, 'message')} {did} {name}"
@@ -7760,7 +7750,8 @@ def cmd_explain(args: Any) -> int:
     f"{_CHECKED} --name --db --format -o/--output")
 def cmd_visualize(args: Any) -> int:
     suffix = os.path.splitext(args.output or "")[1].lower()
-    format = args.format or {".svg": "svg", ".txt": "text"}.get(suffix, "mermaid")
+    format = args.format or {"": "mermaid", ".mmd": "mermaid", ".md": "mermaid", ".svg": "svg",
+        ".txt": "text"}.get(suffix, suffix)
     if args.name:
         with contextlib.closing(SQLiteStore(_store_path(args), readonly=True)) as store:
             text = picture(FlexiFlowEngine(store)._find(args.name), format)

@@ -11128,13 +11128,26 @@ class RemovingStored(Removing):
         task = asyncio.ensure_future(old.handle_message({"type": "go"}))
         await begun.wait()
         await other.remove("m")
-        self.engine._forget("m")
         new = self.engine.create_component(config)
         go.set()
         await asyncio.wait([task])
-        self.assertEqual(task.exception().what, "Component 'm' is gone")
-        self.assertIs(self.engine.get("m"), new)
+        self.assertEqual((task.exception().what, new is old, self.engine.get("m") is new),
+            ("Component 'm' is gone", False, True))
         self.assertEqual((await new.handle_message({"type": "note"})).seq, 1)
+
+    async def test_one_made_anew_while_the_removal_is_committed_stays(self):
+        self.patch("SLOW_COMMIT", -1.0)
+        for work in (lambda: self.engine.remove("lamp"),
+                lambda: self.engine.prune(completed=True)):
+            self.engine.create_component(self.LAMP)
+            await self.engine.handle_message("lamp", "drop")
+            task = asyncio.ensure_future(work())
+            while self.engine.store._committing is None:
+                await asyncio.sleep(0)
+            new = self.engine.create_component(self.LAMP)
+            await task
+            receipt = await self.engine.handle_message("lamp", "drop")
+            self.assertEqual((receipt.seq, self.engine.get("lamp") is new), (1, True))
 
     async def test_a_message_to_what_another_process_has_removed_waits_for_it(self):
         other = self.open()
@@ -14672,6 +14685,9 @@ class TextPictures(Shell):
             ff.visualize(order, format="svg") + "\n")
         self.assertEqual((self.shown("visualize", order, "-o", "there/a.svg"),
             os.listdir(self.path("there"))), ((0, "", ""), ["a.svg"]))
+        self.assertEqual(self.shown("visualize", order, "-o", "a.PNG"),
+            (1, "", "error: Unknown format: '.png'\nFix: one of mermaid, svg, text\n"))
+        self.assertFalse(os.path.exists(self.path("a.PNG")))
         self.assertEqual(self.shown("visualize", order, "--format", "dot"),
             (1, "", "error: Unknown format: 'dot'\nFix: one of mermaid, svg, text\n"))
 
@@ -16517,9 +16533,25 @@ class HttpServing(Shell):
             (1, "error: No config given")])
         self.assertIsNone(child.poll())
 
+    def test_the_loopback_of_ipv6_needs_no_token(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("no IPv6 here")
+        for host in ("::1", "[::1]"):
+            child = self.serve("--host", host)
+            answers = []
+            for name in (None, "[::1]", "localhost", "evil.example"):
+                connection = http.client.HTTPConnection("::1", self.port, timeout=30)
+                connection.request("GET", "/health", headers={"Host": name} if name else {})
+                answers.append(connection.getresponse().status)
+                connection.close()
+            child.terminate()
+            self.assertEqual((host, answers), (host, [200, 200, 200, 403]))
+
     def test_an_empty_token_of_the_environment_protects_nothing_and_is_refused(self):
         self.assertEqual(self.shown("serve", "--port", "0", env={"FLEXIFLOW_TOKEN": ""}),
-            (2, "", "error: The token is empty\nFix: --token SECRET, or leave it out\n"))
+            (2, "", "error: The token is empty\nFix: --token SECRET, or unset FLEXIFLOW_TOKEN\n"))
 
     def test_a_token_of_the_environment_is_needed(self):
         with unittest.mock.patch.dict(os.environ, FLEXIFLOW_TOKEN="s3cret"):
