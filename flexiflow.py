@@ -2673,7 +2673,7 @@ class SQLiteStore:
             for path, opened in self._files:  # SQLite would go on with what has no name any more
                 if not (os.path.exists(path) and os.path.samestat(os.stat(path), opened)):
                     raise PersistenceError(f"Store {self.path!r} was moved, deleted or replaced",
-                        fix=f"put {path} back; or delete what is left of its -wal, and start again")
+                        fix=f"put {path} back; or take its old -wal away as well, and start again")
             self._looked = time.monotonic()
         return self._connection
 

@@ -6341,7 +6341,7 @@ class StoreFile(StoreCase):
                     await self.engine.handle_message("lamp", "press", id=how)
                 self.assertEqual(str(caught.exception),
                     f"Store {path!r} was moved, deleted or replaced\n"
-                    f"Fix: put {steps[0][0]} back; or delete what is left of its -wal, and start"
+                    f"Fix: put {steps[0][0]} back; or take its old -wal away as well, and start"
                     " again")
                 with self.assertRaises(PersistenceError):
                     await self.engine.send("lamp", "press")
