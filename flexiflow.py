@@ -533,10 +533,9 @@ class JsonFormatter:
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps({
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
-            "level": record.levelname, "logger": record.name, "message": record.getMessage(),
-            "correlation_id": getattr(record, "correlation_id", "-")})
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        return json.dumps({"time": at, "level": record.levelname, "logger": record.name, "message":
+            record.getMessage(), "correlation_id": getattr(record, "correlation_id", "-")})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
@@ -1054,14 +1053,12 @@ def _contains(whole: Any, part: Any) -> bool | None:
 # How two values are compared, and what an operand written in the config must be for that ever to
 # hold. Only `exists` is asked about a value that is missing.
 OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
-    "==": (same, ()),
-    "!=": (lambda found, wanted: not same(found, wanted), ()),
+    "==": (same, ()), "!=": (lambda found, wanted: not same(found, wanted), ()),
     **{text: (_alike(test), (int, float, str)) for text, test in (
         ("<", operator.lt), ("<=", operator.le), (">", operator.gt), (">=", operator.ge))},
     "in": (lambda found, wanted: _contains(wanted, found), (list, str)),
     "not_in": (lambda found, wanted: _contains(wanted, found) is False, (list, str)),
-    "contains": (_contains, ()),
-    "startswith": (_alike(str.startswith, numbers=False), (str,)),
+    "contains": (_contains, ()), "startswith": (_alike(str.startswith, numbers=False), (str,)),
     "endswith": (_alike(str.endswith, numbers=False), (str,)),
     "exists": (lambda found, wanted: (found is not MISSING) is wanted, (bool,))}
 
@@ -1769,10 +1766,9 @@ _EXECUTING = {"from": "text or a list", "to": "text", "on": "text or a list",
 # The keys that mean something, in the order of the walk, and what may stand under them ("":
 # anything that compiles).
 KEYS = {
-    "config": {"name": "text", "description": "text", "version": "", "$schema": "text",
-        "data": "an object", "initial_state_resolution": "a list", "packs": "a list",
-        "states": "an object", "initial_state": "text", "renamed": "an object",
-        "retry": "an object", "rules": "a list"},
+    "config": {"name": "text", "description": "text", "version": "", "$schema": "text", "data":
+        "an object", "initial_state_resolution": "a list", "packs": "a list", "states": "an object",
+        "initial_state": "text", "renamed": "an object", "retry": "an object", "rules": "a list"},
     "state": {"description": "text", "initial": "text", "final": "true or false",
         "entry": "an object", "exit": "an object"},
     "rule": {**_EXECUTING, "description": "text"}, "note": _EXECUTING, "effects": _EFFECTS,
@@ -1929,11 +1925,10 @@ class _Walk:
     def __init__(self, config: Any, imports: bool = True, allow_imports: Sequence[str]
             | None = None, registry: StateRegistry = DEFAULT_REGISTRY) -> None:
         self.config, self.imports, self.allow_imports = config, imports, allow_imports
-        is_path = isinstance(config, (str, os.PathLike))
         # What `explain` tells. A pack is a PackInfo's values; a state leads to its dotted path.
-        self.found: Any = types.SimpleNamespace(path=os.fsdecode(config) if is_path else None,
-            errors=[], warnings=[], unchecked=[], packs=[], providers={}, states={},
-            policy=["packs", "builtin"], definition=None)
+        self.found: Any = types.SimpleNamespace(errors=[], warnings=[], unchecked=[], packs=[],
+            providers={}, states={}, policy=["packs", "builtin"], definition=None,
+            path=os.fsdecode(config) if isinstance(config, (str, os.PathLike)) else None)
         self.registry = StateRegistry(registry)
         self.hidden = _FROM_CONFIGS if registry is DEFAULT_REGISTRY else {}
         self.place: list[Any] = []  # the keys and indexes that lead to what is looked at
@@ -2656,9 +2651,8 @@ class SQLiteStore:
                 self._connection = self._open("?mode=ro" if self.readonly else "")
                 self._process, self._thread = os.getpid(), threading.get_ident()
             # A store that is dropped closes its file, but not one that a parent process opened.
-            self._last = weakref.finalize(self, lambda connection, process:
-                connection.close() if process == os.getpid() else None,
-                self._connection, self._process)
+            self._last = weakref.finalize(self, lambda connection, process: connection.close()
+                if process == os.getpid() else None, self._connection, self._process)
             self._last.atexit = False
         if self._thread != threading.get_ident():
             if self._loop is not None and self._loop.is_running():
@@ -3351,9 +3345,8 @@ class Turn(Context):
             self.row["rule"], self.row["state"] = found[0]
         return bool(found)
 
-    claimed = property(
-        lambda self: self.engine._claimed.get(self.component.name) is (self.row or self),
-        doc="Whether its component is its own, among the turns of all processes.")
+    claimed = property(lambda self: self.engine._claimed.get(self.component.name) is (
+        self.row or self), doc="Whether its component is its own, among all turns anywhere.")
 
     async def claim(self) -> None:
         """Let nobody else run the component's code; count the attempt at a queued message.
@@ -3912,6 +3905,7 @@ class AsyncComponent:
                 plan.state = node.create(vars(turn.state) or None)
                 then = {changed.renamed.get(name, name): at for name, at in turn.head.since.items()}
                 turn.head = turn.head._replace(
+                    completed=(turn.head.completed or turn.now) if node.completes else None,
                     since={one.name: then.get(one.name, turn.now) for one in node.lineage()})
                 hashes = {"definition": changed.hash, "before": old and old.hash}
                 turn.id, turn.text = new_id(), _encode(hashes)
@@ -3939,7 +3933,8 @@ class AsyncComponent:
         after = {gist(rule): rule.number for rule in changed.rules}
         rows: list[Row] = []
         for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
-            new = after.get(before.get(row["rule"], ""))  # its rule's number, if that is kept
+            # Its rule's number, if that is kept.
+            new = None if node.completes else after.get(before.get(row["rule"], ""))
             owner: Any = changed.renamed.get(row["state"], row["state"])
             if new is None and row["dead"] is None:
                 rows.append(_of_row(_UNQUEUE, row))
@@ -3948,10 +3943,16 @@ class AsyncComponent:
             text = row["message"] if new is None else _timer_message(changed.by_number[new], owner)
             rows.append(queue.change_message(row, rule=new, state=owner, message=text))
         scope, since = turn.scope(node.name), turn.head.since
-        return rows + [turn.timer_row(
-                rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
-            for owner in changed.sources(node.name) for rule in changed.timers(owner)
-            if gist(rule) not in before.values()]
+        running = {before[rule.number] for name in (old.sources(turn.leaf) if old and
+            self.completed is None else ()) for rule in old.timers(name)}  # or they have fired
+        try:
+            return rows + [turn.timer_row(
+                    rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
+                for owner in changed.sources(node.name) for rule in changed.timers(owner)
+                if not (node.completes or gist(rule) in running)]
+        except (MissingValue, StateError) as error:
+            raise ConfigError(f"A timer of {self.name!r} would have to begin now, and cannot",
+                why=f"its delay: {error}", fix="give it one that needs no message") from error
 
 
 # ----------------------------------------------------------------------------
@@ -4825,8 +4826,8 @@ class FlexiFlowEngine:
         was, now = turn.base, plan.data
         return {**{key: getattr(receipt, key) for key in (
                 "component", "id", "outcome", "from_state", "to_state", "reason", "duplicate")},
-            "changes": {key: [was.get(key), now.get(key)]
-                for key in {**was, **now} if not same(was.get(key), now.get(key))},
+            "changes": {key: [was.get(key), now.get(key)] for key in {**was, **now}
+                if not same(was.get(key, MISSING), now.get(key, MISSING))},
             "sends": [{"to": one.to, "message": one.message, "delay": one.delay, "id": one.id}
                 for one in plan.sends],
             "emits": [event for event, _ in plan.emits],

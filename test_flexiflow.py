@@ -7654,6 +7654,13 @@ class DryRuns(EngineCase):
         self.assertEqual(self.picture(), before)
         return found
 
+    async def test_a_key_that_becomes_null_is_a_change(self):
+        self.engine.create_component(self.machine(
+            {"on": "go", "assign": {"new": None, "old": None, "same": None}},
+            data={"old": 0, "same": None}))
+        found = await self.engine.dry_run("m", "go")
+        self.assertEqual(found["changes"], {"new": [None, None], "old": [0, None]})
+
     async def test_the_whole_effect_is_told(self):
         path = self.code(self.act)
         await self.engine.register_async(self.engine.create_component(self.machine(
@@ -12198,6 +12205,72 @@ class Adopting(EngineCase):
 
 class AdoptingStored(Adopting):
     stored = True
+
+    async def test_a_timer_that_cannot_begin_now_is_refused_and_stops_nobody(self):
+        old = self.machine({"on": "go", "assign": {"n": 1}})
+        lines = self.logged()
+        for after in ("$message.x", "$data.n", "$data.word"):
+            new = self.machine({"on": "go", "assign": {"n": 2}},
+                {"from": "A", "after": after, "to": "B"}, data={"word": "soon"})
+            component = self.engine.create_component(old, name=after, data={"word": "soon"})
+            await self.engine.run(until_idle=True)
+            with self.assertRaises(ConfigError) as caught:
+                await self.engine.update_rules(after, new["rules"], replace=True)
+            self.assertEqual(caught.exception.what,
+                f"A timer of {after!r} would have to begin now, and cannot")
+            self.engine.create_component(new, name=after, update=True)
+            receipts = [await self.engine.handle_message(after, "go") for _ in range(2)]
+            self.assertEqual(([one.data["n"] for one in receipts], component.rules),
+                ([1, 1], old["rules"]))
+        self.assertEqual(sum("keeps its definition" in line for line in lines), 3)
+
+    async def test_one_that_is_led_to_a_state_that_there_was_begins_its_timers(self):
+        timer = {"from": "B", "after": 10, "to": "C"}
+        self.engine.create_component(self.machine(timer, {"on": "go", "from": "Old", "to": "B"},
+            states=["Old", "B", "C"]))
+        await self.engine.run(until_idle=True)
+        self.clock.now += 4
+        component = self.engine.create_component(self.machine(timer, states=["B", "C"],
+            renamed={"Old": "B"}), update=True)
+        await self.engine.run(until_idle=True)
+        self.assertEqual([one["due"] - self.clock.now
+            for one in self.engine.status("m")[0]["timers"]], [6])
+        self.clock.now += 6
+        await self.engine.run(until_idle=True)
+        self.assertEqual(component.state, "C")
+
+    async def test_whether_it_has_completed_is_as_the_new_config_says(self):
+        timers = ({"from": "*", "after": 50, "to": "A"}, {"from": "B", "after": 60, "to": "A"})
+        open_, final = ({"states": {"A": {}, "B": body}} for body in ({}, {"final": True}))
+        component = self.engine.create_component(self.machine({"on": "go", "to": "B"}, timers[0],
+            **open_))
+        await self.engine.handle_message("m", "go")
+        self.clock.now += 5
+        found = []
+        for config in (final, open_, final):
+            self.engine.create_component(
+                self.machine({"on": "go", "to": "B"}, *timers, **config), update=True)
+            await self.engine.run(until_idle=True)
+            self.clock.now += 5
+            found.append((component.completed, len(self.engine.status("m")[0]["timers"])))
+            receipt = await self.engine.handle_message("m", "go")
+            found.append(receipt.outcome)
+        now = self.clock.now
+        self.assertEqual(found,
+            [(now - 15, 0), "ignored", (None, 2), "moved", (now - 5, 0), "ignored"])
+        if self.stored:
+            self.assertEqual([one["differences"] for one in self.engine.replay()], [[]])
+
+    async def test_a_timer_that_has_fired_does_not_begin_again_with_other_rules(self):
+        timer = {"from": "A", "after": 10, "assign": {"n": {"+": ["$data.n", 1]}}}
+        self.engine.create_component(self.machine(timer, data={"n": 0}))
+        await self.engine.run(until_idle=True)
+        for number in range(3):
+            self.clock.now += 20
+            await self.engine.run(until_idle=True)
+            await self.engine.update_rules("m", [{"on": f"x{number}"}])
+        self.assertEqual([(one["data"], one["timers"]) for one in self.engine.status("m")],
+            [({"n": 1}, [])])
 
     async def test_a_timer_that_is_due_while_its_state_gets_another_name_fires(self):
         begun, go = asyncio.Event(), asyncio.Event()
