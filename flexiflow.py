@@ -1101,9 +1101,8 @@ def _comparison(path: str, op: str, wanted: Any) -> Guard:
 
 
 # Whether guards hold together, and how it is told; a guard is `not` with one guard in it.
-_TOGETHER: dict[str, tuple[Callable[[Iterable[Any]], bool], str, str]] = {
-    "all": (all, "{}", "; "), "any": (any, "none of: {}", " | "),
-    "not": (lambda answers: not any(answers), "not ({})", "")}
+_TOGETHER: dict[str, tuple[Any, str, str]] = {"all": (all, "{}", "; "),
+    "any": (any, "none of: {}", " | "), "not": (lambda answers: not any(answers), "not ({})", "")}
 
 
 def _together(word: str, parts: list[Guard]) -> Guard:
@@ -1707,8 +1706,7 @@ def follow(plan: Plan, scope: Scope) -> None:
                 scope["data"] = {**scope["data"], **{key: value(scope) for key, value in assign}}
             for outgoing in send:
                 sends.append(outgoing(scope))
-            for name, value in emit:
-                emits.append((name, value and value(scope)))
+            emits += [(name, value and value(scope)) for name, value in emit]
             actions += action
         scope["state"] = passage.node.name
         if passage.timers:
@@ -3598,11 +3596,10 @@ class AsyncComponent:
         self._engine = _ALONE
         nothing: Any = None
         self.head: Any = _NO_HEAD  # its definition is None: made by hand, without rules
-        self.metadata = nothing
         # `_prepare` comes before the next message where there is something to compile, read or
         # carry out: `_birth`, the plan of a new component, and `_update`, a definition.
         self._rules, self._unready = rules, bool(rules)
-        self._birth = self._update = nothing
+        self.metadata = self._birth = self._update = nothing
         # Whose turn it is, who waits for it, and what was sent to itself and is not handled yet.
         self._turn = self._waiters = self._internal = nothing
 
@@ -3931,12 +3928,12 @@ class AsyncComponent:
 
         before = {rule.number: gist(rule, changed.renamed) for rule in rules}
         after = {gist(rule): rule.number for rule in changed.rules}
+        active = () if node.completes else changed.sources(node.name)
         rows: list[Row] = []
         for row in queue.messages("component=? AND state IS NOT NULL", (self.name,)):
-            # Its rule's number, if that is kept.
-            new = None if node.completes else after.get(before.get(row["rule"], ""))
+            new = after.get(before.get(row["rule"], ""))  # its rule's number, if that is kept
             owner: Any = changed.renamed.get(row["state"], row["state"])
-            if new is None and row["dead"] is None:
+            if row["dead"] is None and (new is None or owner not in active):
                 rows.append(_of_row(_UNQUEUE, row))
                 continue
             # A dead one may be given back, and must not find another rule at its number.
@@ -3948,8 +3945,7 @@ class AsyncComponent:
         try:
             return rows + [turn.timer_row(
                     rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
-                for owner in changed.sources(node.name) for rule in changed.timers(owner)
-                if not (node.completes or gist(rule) in running)]
+                for owner in active for rule in changed.timers(owner) if gist(rule) not in running]
         except (MissingValue, StateError) as error:
             raise ConfigError(f"A timer of {self.name!r} would have to begin now, and cannot",
                 why=f"its delay: {error}", fix="give it one that needs no message") from error
@@ -4008,19 +4004,24 @@ def _replayed(name: str, history: list[Json], last: str,
         return {**answer, "skipped": "what is left of its history begins without its data"}
     swaps = [one["message"] for one in history if one["outcome"] == "updated"]
     definition, code, then = definition_of(swaps[0]["before"] if swaps else last)
-    leaf, data, data_then = (history[0][key] for key in ("to_state", "data", "data"))
-    leaf = definition.renamed.get(leaf, leaf)
+    data = data_then = history[0]["data"]
+
+    def now_called(name: str) -> str:
+        name = definition.renamed.get(name, name)  # and it may have children by now
+        return definition.innermost(name).name if name in definition.nodes else name
+
+    leaf = now_called(history[0]["to_state"])
     for entry in history[1:]:
         data_then = data_then if entry["data"] is None else entry["data"]
         if entry["outcome"] == "updated":
             definition, code, then = definition_of(entry["message"]["definition"])
-            leaf = definition.renamed.get(leaf, leaf)
+            leaf = now_called(leaf)
             continue
         if code:
             return {**answer, "skipped": f"its definition runs code: {code}"}
         was = [entry["outcome"], entry["from_state"], entry["to_state"]]
         now, data = _decided_again(definition, then, name, leaf, data, entry)
-        leaf, differs = now[2], now != [definition.renamed.get(one, one) for one in was]
+        leaf, differs = now[2], now != [was[0], *map(now_called, was[1:])]
         if data != data_then:
             was, now, differs = [*was, data_then], [*now, data], True
         if answer["differences"] or differs:
@@ -4099,10 +4100,12 @@ class _Delivery:
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
-        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
-        rows = self._placed([*self.streams, *claimed]) if room else []
+        with self.queue.at_once():  # an attempt that is counted is claimed, here or elsewhere
+            claimed = [*(self.engine._claimed.keys() - self.streams), *(
+                name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals()))]
+            rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
         deadly = [row for row in rows if row["attempts"] > 1 + _recorded(row).get("attempts", 0)]
         if deadly:  # its process died of it twice: it would take down what runs beside it
@@ -4223,12 +4226,11 @@ class FlexiFlowEngine:
         self._foreign: set[str] = set()  # hashes of definitions whose code is not to be had here
         self._warned: set[str] = set()  # components whose config differs
         self._alarm: asyncio.Future[None] | None = None
-        self._stopping = False
-        self._stops = 0  # how often that was told: it ends what was begun before
+        self._stopping, self._stops = False, 0  # how often told: it ends what was begun before
         self._worker: asyncio.Task[Any] | None = None
         self.outcomes: dict[str, int] = {}  # of the messages handled here: outcome -> how many
-        self.handling = 0.0  # seconds that they took
-        self.retries = 0  # failed attempts at messages that come again
+        # Seconds that they took; and failed attempts at messages that come again.
+        self.handling, self.retries = 0.0, 0
         # Component -> hashes of the definitions from which and to which `adopt` has led.
         self._versions: dict[str, set[str]] = {}
         self.reload_error: str | None = None  # why `watch_config` did not take over a config
@@ -4269,8 +4271,8 @@ class FlexiFlowEngine:
                 # Not left to their callbacks, which Ctrl-C may have kept from being called.
                 self._tasks.difference_update([task for task in self._tasks if task.done()])
             await self._settle()
-            if self.queue._waiting:
-                await self.queue.write(None, ())  # after all others
+            if self.queue._waiting or self.queue._committing:
+                await self.queue.write(None, ())  # after all others, and what they let go of
             if self.store is None and self.queue._connection is not None:
                 lost = self.queue.rows("SELECT component, COUNT(*) FROM flexiflow_messages"
                     " WHERE dead IS NULL AND state IS NULL GROUP BY 1")  # timers are no news
@@ -4329,14 +4331,13 @@ class FlexiFlowEngine:
 
         Like it are those that have its definition, or one that it was to have or has had here: who
         was refused a config follows the next one. Returns False where the definition is the
-        config's already. Raises ConfigError, when it has done the others, for one whose state would
-        be gone.
+        config's already. Raises StateError for an unknown component, and ConfigError, when it has
+        done the others, for one that keeps its own: its state would be gone, say.
         """
         loaded: Any = self._config(config)
-        known: Any = self.get(loaded.name if name is None else name)
-        before = known and getattr(known.definition, "text", "")  # none, where made by hand
-        alike = [known.name] if known is not None else []
-        if known is not None and self.store is not None:
+        known: Any = self._find(loaded.name if name is None else name)
+        before, alike = getattr(known.definition, "text", None), [known.name]
+        if self.store is not None:
             versions = self._versions.setdefault(known.name, set())
             versions.add(known.definition.hash)
             alike += [one for (one,) in self.store.rows("SELECT name FROM flexiflow_components"
@@ -4350,9 +4351,12 @@ class FlexiFlowEngine:
             except ConfigError as error:
                 refused.append(error)
         await self._settle()
+        refused += [ConfigError(f"{one!r} keeps its definition", why="the log says more")
+            for one in alike if one in self.components
+            and self.components[one].definition.text != loaded.definition.text]
         for first in refused:
             raise first
-        return before not in (None, loaded.definition.text)
+        return bool(before != loaded.definition.text)
 
     def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
         """Take in a component made by hand; one whose name the store knows takes that state.
@@ -4447,9 +4451,8 @@ class FlexiFlowEngine:
     def _conceive(self, component: AsyncComponent, definition: Definition) -> None:
         """Plan a new component's turn 0; it is carried out before its first message."""
         _written(component.head.data, "data")
-        birth = definition.birth
-        if birth.node.name != component.state:  # made by hand, and not in its initial state
-            birth = definition.passage(None, "*", component.state)
+        birth = definition.birth if definition.birth.node.name == component.state else (
+            definition.passage(None, "*", component.state))  # made by hand, and elsewhere
         if component.metadata is not None:  # restored: its entry is over, its timers begin again
             birth = copy.copy(birth)
             birth.steps = ()
@@ -4538,10 +4541,8 @@ class FlexiFlowEngine:
 
         Raises StateError for an unknown component, and for a message that is declared nowhere.
         """
-        message = _message(message, fields)
-        component = self._find(name)
-        if self._unannounced:
-            await self._announce()
+        message, component = _message(message, fields), self._find(name)
+        await self._announce()
         return await component.handle_message(message)
 
     async def send(self, name: str, message: str | Json, /, *, delay: float | str = 0,
@@ -4712,14 +4713,15 @@ class FlexiFlowEngine:
         The wall clock may be set meanwhile, and other processes do not wake us.
         """
         pause = min(limit, max(0.001, self._next_due() - self.clock()))
-        if self._alarm is None:
-            self._alarm = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if self._alarm is None or self._alarm.get_loop() is not loop:
+            self._alarm = loop.create_future()
         await asyncio.wait([self._alarm, *tasks], timeout=pause,
             return_when=asyncio.FIRST_COMPLETED)
 
     def _wake(self) -> None:
         alarm, self._alarm = self._alarm, None
-        if alarm is not None and not alarm.done():
+        if alarm is not None and not alarm.done() and not alarm.get_loop().is_closed():
             alarm.set_result(None)
 
     # ---- dead letters, rules, history
@@ -5168,9 +5170,8 @@ def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator
                 yield odd(place, "This state cannot be left, and is not final",
                     fix='"final": true, or a rule that leads on')
             elif all(rule.after and rule.guard for rule in _rules_for(definition, node) if rule.to):
-                yield odd(place, "This state may never be left",
-                    "only timers lead on, and one whose guard is false is used up",
-                    "a rule without a guard, or one for a message")
+                yield odd(place, "This state may never be left", "only timers lead on, and one "
+                    "whose guard is false is used up", "a rule without a guard, or for a message")
     dead = {name for name, node in nodes.items() if node.completes or name not in reached}
     for rule in definition.rules:
         place = f"rules[{rule.number}]"
@@ -5602,8 +5603,7 @@ class _Svg(_Graph):
         sizes = {"": (10.0, 10.0)} if first else {}  # the point where all begins
         for name in [*first, *drawn]:
             width, height = _label_size(joined.get((name, name), []))
-            sizes[name] = (drawn[name][1] + 2 * (width and width + 30),
-                max(height, drawn[name][2]))
+            sizes[name] = drawn[name][1] + 2 * (width and width + 30), max(height, drawn[name][2])
         ways: dict[tuple[str, str], list[str]] = {("", name): [] for name in first}
         ways.update((ends, texts) for ends, texts in joined.items() if ends[0] != ends[1])
         layers = _Layers(sizes, [(*ends, _label_size(texts)) for ends, texts in ways.items()],
@@ -5899,7 +5899,7 @@ class HttpApp:
                 site not in (None, "same-origin", "none") and not visit):
             raise Refused(403, "A page of another site asks", why=f"its origin is {origin!r}")
         if self.token is not None and request.steps not in ([""], ["health"]):
-            given = (request.header("authorization") or "").encode()
+            given = (request.header("authorization") or "").encode("latin-1")  # as it came
             if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
                 raise Refused(401, "No valid token", ("www-authenticate", "Bearer"),
                     fix="send Authorization: Bearer TOKEN")
@@ -6087,8 +6087,9 @@ class _Connection:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             if length is not None:
                 body = await self.reader.readexactly(length)
-                self.asked = True
-                return {"type": "http.request", "body": body}
+                if not self.writer.is_closing():  # else it had to go: nothing may come of it
+                    self.asked = True
+                    return {"type": "http.request", "body": body}
             while await self.reader.read(MAX_HEAD):  # which nobody asked for
                 pass
         return {"type": "http.disconnect"}
@@ -6209,7 +6210,7 @@ def _stamps(path: Path) -> Json:
     for name in names:
         with contextlib.suppress(OSError):  # gone, or about to be replaced
             about = os.stat(name)
-            found[os.fspath(name)] = (about.st_mtime_ns, about.st_size, about.st_ino)
+            found[os.fspath(name)] = about.st_mtime_ns, about.st_size, about.st_ino, about.st_mode
     return found
 
 
@@ -7570,8 +7571,7 @@ def _details(facts: Json, now: float) -> Iterator[str]:
 @command("history order-17", "show the steps, the newest last", "read",
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
-    if args.component is not None:
-        engine._kept(args.component)  # raises if there is none
+    engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
     every = args.component is None
@@ -7614,6 +7614,8 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     token = os.environ.get("FLEXIFLOW_TOKEN") if args.token is None else args.token
     if token == "":
         raise UsageError("The token is empty", fix="--token SECRET, or unset FLEXIFLOW_TOKEN")
+    if args.read_only and args.watch:
+        raise UsageError("--watch changes components", fix="leave out --read-only")
     host = args.host.strip("[]")
     shown = f"[{host}]" if ":" in host else host
     if shown not in _LOOPBACK and not token:

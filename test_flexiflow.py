@@ -8132,6 +8132,30 @@ class CancellationStored(Cancellation):
             self.assertEqual((component.state, component.seq, component.data), ("B", 2, {"n": 1}))
             self.assertTrue(came or task.cancelled())
 
+    async def test_closed_after_a_cancellation_it_leaves_no_claim_and_no_file_open(self):
+        self.patch("SLOW_COMMIT", -1.0)
+        commit, committed = self.engine.store._commit, threading.Event()
+        self.engine.store._commit = lambda db: (
+            commit(db), committed.set(), time.sleep(0.002))[0]
+
+        async def act(message, component):
+            await asyncio.sleep(0)
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        await self.engine.handle_message("m", "go")
+        for passes in range(12):
+            task = asyncio.ensure_future(self.engine.handle_message("m", "go", id=f"{passes}"))
+            committed.clear()
+            await self.passes(passes)
+            task.cancel()
+            await asyncio.wait([task])
+            if self.engine.store._committing:
+                committed.wait(10)
+            await self.engine.close()
+            with self.subTest(passes=passes):
+                self.assertIsNone(self.engine.store._connection)
+                self.assertEqual(self.rows("SELECT owner FROM flexiflow_components"), [(None,)])
+
     async def test_the_next_message_is_decided_on_what_the_cancelled_one_has_committed(self):
         self.patch("SLOW_COMMIT", -1.0)
         commit, came = self.engine.store._commit, []
@@ -8572,6 +8596,20 @@ class Registering(EngineCase):
             return (await engine.handle_message("lamp", "press")).seq
 
         self.assertEqual([self.run_async(main()), self.run_async(main())], [2, 4])
+        self.run_async(engine.close())
+
+    def test_an_engine_that_delivers_outlives_its_loop(self):
+        engine = FlexiFlowEngine(self.path() if self.stored else None)
+        engine.create_component(self.LAMP)
+
+        async def main():
+            engine.start()
+            await self.passes(9)
+            receipt = await asyncio.wait_for(engine.handle_message("lamp", "press"), 30)
+            await engine.wait("lamp", "On", "Off", timeout=30)
+            return receipt.seq
+
+        self.assertEqual([self.run_async(main()) for _ in range(3)], [1, 2, 3])
         self.run_async(engine.close())
 
 
@@ -10066,6 +10104,17 @@ class Claims(StoreCase):
         outcomes = [row["outcome"] for row in self.engine.history("m")]
         self.assertEqual((early, outcomes, self.owner()),
             (False, ["updated", "stayed", "created"], (None, None)))
+
+    async def test_two_workers_of_an_engine_give_up_nothing_that_one_is_at_work_on(self):
+        self.engine.create_component(self.hanging(retry={"max_attempts": 1}))
+        await self.engine.send("m", "go", id="x")
+        first = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        second = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.passes(20)
+        self.go.set()
+        self.assertEqual((await first, await second, self.ran, self.engine.dead_letters(),
+            self.engine.status("m")[0]["seq"]), (1, 0, ["x"], [], 1))
 
     # ---- attempts
 
@@ -12293,6 +12342,34 @@ class AdoptingStored(Adopting):
         go.set()
         await task
         self.assertEqual((component.state, self.engine.status("m")[0]["timers"]), ("Q", []))
+
+    async def test_a_timer_of_a_state_that_is_not_active_any_more_ends(self):
+        states = {"P": {"initial": "P.c"}, "P.c": {}, "P.d": {}, "T": {}}
+        timer = {"from": "P", "after": 100, "to": "T"}
+        self.engine.create_component(self.machine(timer, states=states, initial_state="P"))
+        await self.engine.run(until_idle=True)
+        self.clock.now += 90
+        del states["P.c"]
+        component = self.engine.create_component(self.machine(timer, {"on": "in", "to": "P"},
+            states={**states, "P": {"initial": "P.d"}}, renamed={"P.c": "T"}), update=True)
+        await self.engine.handle_message("m", "in")
+        self.assertEqual([one["due"] - self.clock.now
+            for one in self.engine.status("m")[0]["timers"]], [100])
+        self.clock.now += 50
+        await self.engine.run(until_idle=True)
+        self.assertEqual(component.state, "P.d")
+
+    async def test_one_whose_state_has_children_by_now_is_replayed_in_the_innermost(self):
+        for old in ("S", "Old"):
+            self.engine.create_component(self.machine({"on": "note"}, states=[old]), name=old)
+            await self.engine.handle_message(old, "note")
+            self.engine.create_component(self.machine({"from": "S.a", "on": "note", "to": "S.b"},
+                initial_state="S", states={"S": {"initial": "S.a"}, "S.a": {}, "S.b": {}},
+                renamed={"Old": "S"}), name=old, update=True)
+            receipt = await self.engine.handle_message(old, "note")
+            self.assertEqual((receipt.from_state, receipt.to_state), ("S.a", "S.b"))
+        self.assertEqual([(one["differences"], one["would_be"]) for one in self.engine.replay()],
+            [([], "S.b")] * 2)
 
     async def test_a_config_that_another_process_has_replaced_is_adopted_again(self):
         first, second = self.machine({"on": "a"}), self.machine({"on": "b"})
@@ -16598,12 +16675,13 @@ class HttpServing(Shell):
         child = self.serve()
         port = self.port
         found = [self.shown("serve", *args) for args in (
-            ("--host", "0.0.0.0"), ("--port", str(port)), ("--port", "99999"), ("--watch",))]
+            ("--host", "0.0.0.0"), ("--port", str(port)), ("--port", "99999"), ("--watch",),
+            ("--watch", "--read-only"))]
         self.assertEqual([(code, err.splitlines()[0]) for code, _, err in found], [
             (2, "error: 0.0.0.0 can be reached by others"),
             (1, f"error: Cannot listen on 127.0.0.1, port {port}"),
             (1, "error: Cannot listen on 127.0.0.1, port 99999"),
-            (1, "error: No config given")])
+            (1, "error: No config given"), (2, "error: --watch changes components")])
         self.assertIsNone(child.poll())
 
     def test_the_loopback_of_ipv6_needs_no_token(self):
@@ -16621,6 +16699,28 @@ class HttpServing(Shell):
                 connection.close()
             child.terminate()
             self.assertEqual((host, answers), (host, [200, 200, 200, 403]))
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "no such signals here")
+    def test_of_a_request_without_an_answer_at_the_end_nothing_comes(self):
+        child = self.serve("--config", "lamp.json")
+        connections = [self.connect() for _ in range(3)]
+        time.sleep(0.1)
+        child.send_signal(signal.SIGSTOP)
+        body = b'{"type": "press"}'
+        for number, connection in enumerate(connections):
+            connection.sendall(b"POST /components/lamp/message HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nIdempotency-Key: k%d\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (number, len(body), body))
+        child.terminate()
+        child.send_signal(signal.SIGCONT)
+        child.wait(60)
+        answered = set()
+        for number, connection in enumerate(connections):
+            with contextlib.suppress(ConnectionError):
+                if b"200 OK" in connection.recv(1 << 16):
+                    answered.add(f"k{number}")
+        steps = self.flexiflow("history", "lamp", "--json").stdout.splitlines()
+        self.assertEqual({json.loads(step)["id"] for step in steps} - {""}, answered)
 
     def test_an_empty_token_of_the_environment_protects_nothing_and_is_refused(self):
         self.assertEqual(self.shown("serve", "--port", "0", env={"FLEXIFLOW_TOKEN": ""}),
@@ -16880,6 +16980,34 @@ class Reloading(EngineCase):
         self.assertEqual([record.getMessage().replace(path, "m.json").partition(" | ")[0]
             for record in logs.records],
             ["m.json is taken over", "m.json is not taken over", "m.json is taken over"])
+
+    async def test_what_a_turn_that_ends_refuses_is_not_said_to_be_taken_over(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)})
+        self.engine.create_component(config)
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        adopted = asyncio.ensure_future(self.engine.adopt(self.machine(states="A")))
+        await self.passes(9)
+        go.set()
+        await asyncio.wait([task, adopted])
+        self.assertEqual((adopted.exception().what, self.engine.get("m").rules),
+            ("'m' keeps its definition", config["rules"]))
+
+    async def test_a_config_of_a_component_that_is_not_there_is_not_taken_over(self):
+        self.patch("POLL", 0.005)
+        self.engine.create_component(self.LAMP)
+        path = self.write("m.json", {**self.machine(), "name": "lamb"})
+        task = asyncio.ensure_future(ff.watch_config(self.engine, path))
+        self.addCleanup(task.cancel)
+        await self.until(lambda: self.engine.reload_error)
+        self.assertEqual(self.engine.reload_error,
+            "Unknown component: 'lamb'\nFix: did you mean 'lamp'?")
 
     async def test_who_was_refused_a_config_follows_the_next_one(self):
         self.patch("POLL", 0.005)
