@@ -4100,12 +4100,11 @@ class _Delivery:
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
+        claimed = [*(self.engine._claimed.keys() - self.streams), *(
+            name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals()))]
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
-        with self.queue.at_once():  # an attempt that is counted is claimed, here or elsewhere
-            claimed = [*(self.engine._claimed.keys() - self.streams), *(
-                name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals()))]
-            rows = self._placed([*self.streams, *claimed]) if room else []
+        rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
         deadly = [row for row in rows if row["attempts"] > 1 + _recorded(row).get("attempts", 0)]
         if deadly:  # its process died of it twice: it would take down what runs beside it
@@ -4142,7 +4141,8 @@ class _Delivery:
                 component = engine._find(row["component"])
                 hopeless, retry = (), getattr(component.definition, "retry", QUEUE_RETRY)
                 await engine._announce()
-                if row["attempts"] >= retry.max_attempts:
+                if row["attempts"] >= retry.max_attempts and not self.queue.rows(
+                        f"{_CLAIMED} AND name=?", (*engine._rivals(), row["component"])):
                     died = StateError(f"Its process died of it {row['attempts']} times",
                         why="each time it was begun, and neither done nor failed")
                     await engine._failed(row, died, dead=True)

@@ -10116,6 +10116,22 @@ class Claims(StoreCase):
         self.assertEqual((await first, await second, self.ran, self.engine.dead_letters(),
             self.engine.status("m")[0]["seq"]), (1, 0, ["x"], [], 1))
 
+    async def test_what_another_claims_while_one_reads_is_not_given_up(self):
+        self.engine.create_component(self.hanging(retry={"max_attempts": 1}))
+        await self.engine.send("m", "go", id="x")
+        first = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        other = self.open()
+        rows = other.queue.rows
+        other.queue.rows = lambda sql, values=(): (  # as it was a moment before
+            [] if sql == ff._CLAIMED else rows(sql, values))
+        second = asyncio.ensure_future(other.run(until_idle=True))
+        await self.passes(20)
+        self.go.set()
+        await asyncio.wait([first, second])
+        self.assertEqual((self.ran, other.dead_letters(), other.status("m")[0]["seq"]),
+            (["x"], [], 1))
+
     # ---- attempts
 
     async def test_an_attempt_is_counted_before_the_action_runs(self):
