@@ -3809,6 +3809,7 @@ class AsyncComponent:
                     await self._swap(turn, lambda: self._update)
             except ConfigError as error:  # meanwhile it went where the new config has no state
                 engine.logger.error("%r keeps its definition", self.name, exc_info=error)
+                engine._refused[self.name] = error
             if self._update is update:  # else another one has come meanwhile
                 self._update = None
         self._unready = False
@@ -3922,7 +3923,7 @@ class AsyncComponent:
 
         def gist(rule: Rule, names: Json = _EMPTY) -> str:
             """Return what makes a rule the same, whatever its number and its states' names."""
-            rest = {key: one for key, one in rule.text.items() if key not in ("from", "to")}
+            rest = {key: rule.text[key] for key in rule.text.keys() - {"from", "to", "description"}}
             to = rule.to and names.get(rule.to, rule.to)
             return _encode([[names.get(one, one) for one in rule.sources], to, rest])
 
@@ -3940,15 +3941,16 @@ class AsyncComponent:
             text = row["message"] if new is None else _timer_message(changed.by_number[new], owner)
             rows.append(queue.change_message(row, rule=new, state=owner, message=text))
         scope, since = turn.scope(node.name), turn.head.since
-        running = {before[rule.number] for name in (old.sources(turn.leaf) if old and
-            self.completed is None else ()) for rule in old.timers(name)}  # or they have fired
+        begun = {(before[rule.number], changed.renamed.get(name, name)) for name in (old.sources(
+            turn.leaf) if old and self.completed is None else ()) for rule in old.timers(name)}
         try:
             return rows + [turn.timer_row(
                     rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
-                for owner in active for rule in changed.timers(owner) if gist(rule) not in running]
+                for owner in active for rule in changed.timers(owner)
+                if (gist(rule), owner) not in begun]
         except (MissingValue, StateError) as error:
             raise ConfigError(f"A timer of {self.name!r} would have to begin now, and cannot",
-                why=f"its delay: {error}", fix="give it one that needs no message") from error
+                why=f"its delay: {error}", fix="give it one that is known by now") from error
 
 
 # ----------------------------------------------------------------------------
@@ -4100,8 +4102,7 @@ class _Delivery:
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
-        claimed = [*(self.engine._claimed.keys() - self.streams), *(
-            name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals()))]
+        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
@@ -4141,8 +4142,9 @@ class _Delivery:
                 component = engine._find(row["component"])
                 hopeless, retry = (), getattr(component.definition, "retry", QUEUE_RETRY)
                 await engine._announce()
-                if row["attempts"] >= retry.max_attempts and not self.queue.rows(
-                        f"{_CLAIMED} AND name=?", (*engine._rivals(), row["component"])):
+                name = row["component"]
+                if row["attempts"] >= retry.max_attempts and not (name in engine._claimed or
+                        self.queue.rows(f"{_CLAIMED} AND name=?", (*engine._rivals(), name))):
                     died = StateError(f"Its process died of it {row['attempts']} times",
                         why="each time it was begun, and neither done nor failed")
                     await engine._failed(row, died, dead=True)
@@ -4216,7 +4218,7 @@ class FlexiFlowEngine:
         # The components whose code runs here, and the message of the queue, or else the turn,
         # that it runs for.
         self._claimed: dict[str, Json | Turn] = {}
-        self._renewal: asyncio.TimerHandle | None = None
+        self._renewing: Any = None  # the loop that is to renew claims
         self._unborn: dict[str, AsyncComponent] = {}
         self._unannounced: deque[AsyncComponent] = deque()
         self._newcomers = False  # for `run` to see to
@@ -4225,6 +4227,7 @@ class FlexiFlowEngine:
         self._definitions: dict[str, Definition] = {}  # of the store, by hash
         self._foreign: set[str] = set()  # hashes of definitions whose code is not to be had here
         self._warned: set[str] = set()  # components whose config differs
+        self._refused: dict[str, ConfigError] = {}  # by components, of the configs for them
         self._alarm: asyncio.Future[None] | None = None
         self._stopping, self._stops = False, 0  # how often told: it ends what was begun before
         self._worker: asyncio.Task[Any] | None = None
@@ -4280,9 +4283,7 @@ class FlexiFlowEngine:
                     self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
                         f"{count} to {name!r}" for name, count in lost))
         finally:
-            if self._renewal is not None:
-                self._renewal.cancel()
-                self._renewal = None
+
             self.queue.close()
 
     def _stop(self) -> None:
@@ -4335,7 +4336,7 @@ class FlexiFlowEngine:
         done the others, for one that keeps its own: its state would be gone, say.
         """
         loaded: Any = self._config(config)
-        known: Any = self._find(loaded.name if name is None else name)
+        known: Any = self._current(loaded.name if name is None else name)
         before, alike = getattr(known.definition, "text", None), [known.name]
         if self.store is not None:
             versions = self._versions.setdefault(known.name, set())
@@ -4351,9 +4352,7 @@ class FlexiFlowEngine:
             except ConfigError as error:
                 refused.append(error)
         await self._settle()
-        refused += [ConfigError(f"{one!r} keeps its definition", why="the log says more")
-            for one in alike if one in self.components
-            and self.components[one].definition.text != loaded.definition.text]
+        refused += [self._refused.pop(one) for one in alike if one in self._refused]
         for first in refused:
             raise first
         return bool(before != loaded.definition.text)
@@ -4672,11 +4671,13 @@ class FlexiFlowEngine:
     def _hold(self, name: str, claimant: Json | Turn) -> None:
         """Renew the claim on a component for as long as its code runs."""
         self._claimed[name] = claimant
-        if self._renewal is None:
-            self._renewal = asyncio.get_running_loop().call_later(LEASE / 3, self._renew)
+        loop = asyncio.get_running_loop()
+        if self._renewing is not loop:
+            self._renewing = loop
+            loop.call_later(LEASE / 3, self._renew)
 
     def _renew(self) -> None:
-        self._renewal = None
+        self._renewing = None
         for name, claimant in self._claimed.items():
             self._write_unwaited([(_RECLAIM, (self.id, self.clock() + LEASE, name, self.id))])
             self._hold(name, claimant)
@@ -7474,17 +7475,16 @@ def _rule_text(rule: Json) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
     if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
-    cause = rule.get("on") or f"after {rule['after']}"
-    words = (rule.get("from", "*"), cause, rule.get("to", "(stays)"))
-    return "{} --{}--> {}".format(
-        *(one if isinstance(one, str) else ", ".join(one) for one in words))
+    words = [rule.get("from", "*"), rule.get("on") or f"after {rule['after']}"]
+    return "{} --{}--> {}".format(*(one if isinstance(one, str) else ", ".join(one)
+        for one in [*words, rule.get("to", "(stays)")]))
 
 
 @command("diagnose", "check this Python, this file and this store", "", "--db")
 def cmd_diagnose(args: Any) -> int:
     found = list(_checks(args))
     checks = [{"check": check, "value": value, "ok": ok} for check, value, ok in found]
-    good = all(ok for _, _, ok in found)
+    good = all(ok for *_, ok in found)
     lines = [f"  [{'OK' if ok else 'FAIL'}] {check}: {value}" for check, value, ok in found]
     title = f"FlexiFlow environment: {'OK' if good else 'ISSUES FOUND'}"
     return tell(args, [{"ok": good, "checks": checks}], [title, *lines], 0 if good else 1)
@@ -7571,7 +7571,8 @@ def _details(facts: Json, now: float) -> Iterator[str]:
 @command("history order-17", "show the steps, the newest last", "read",
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
-    engine._kept(args.component)  # raises if there is none
+    if args.component is not None:
+        engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
     every = args.component is None

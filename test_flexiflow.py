@@ -8616,6 +8616,27 @@ class Registering(EngineCase):
 class RegisteringStored(Registering):
     stored = True
 
+    def test_claims_are_renewed_in_the_next_loop_as_well(self):
+        self.patch("LEASE", 0.9)
+
+        async def act(message, component):
+            await asyncio.sleep(message["seconds"])
+
+        engine = FlexiFlowEngine(self.path())
+        engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+
+        async def main(seconds, look):
+            task = asyncio.ensure_future(engine.handle_message("m", "go", seconds=seconds))
+            await asyncio.sleep(look)
+            ((lease,),) = engine.store.rows("SELECT lease FROM flexiflow_components")
+            held = lease is not None and lease > time.time()
+            await task
+            return held
+
+        self.assertEqual([self.run_async(main(0, 0.2)), self.run_async(main(1.6, 1.3))],
+            [False, True])
+        self.run_async(engine.close())
+
 
 class Restart(StoreCase):
     """A program that is started again finds its components as it left them."""
@@ -10113,8 +10134,29 @@ class Claims(StoreCase):
         second = asyncio.ensure_future(self.engine.run(until_idle=True))
         await self.passes(20)
         self.go.set()
-        self.assertEqual((await first, await second, self.ran, self.engine.dead_letters(),
-            self.engine.status("m")[0]["seq"]), (1, 0, ["x"], [], 1))
+        await asyncio.wait([first, second])
+        self.assertEqual((self.ran, self.engine.dead_letters(),
+            self.engine.status("m")[0]["seq"]), (["x"], [], 1))
+
+    async def test_what_is_queued_gets_its_turn_beside_direct_calls(self):
+        begun = asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await asyncio.sleep(0.005)
+            return self.ran.append(message["id"])
+
+        async def call():
+            while "q" not in self.ran and len(self.ran) < 200:
+                await self.engine.handle_message("m", "go")
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        async with self.engine:
+            calls = asyncio.ensure_future(call())
+            await begun.wait()
+            await self.engine.send("m", "go", id="q")
+            await asyncio.wait_for(calls, 60)
+        self.assertLess(self.ran.index("q"), 10)
 
     async def test_what_another_claims_while_one_reads_is_not_given_up(self):
         self.engine.create_component(self.hanging(retry={"max_attempts": 1}))
@@ -12333,7 +12375,8 @@ class AdoptingStored(Adopting):
         for number in range(3):
             self.clock.now += 20
             await self.engine.run(until_idle=True)
-            await self.engine.update_rules("m", [{"on": f"x{number}"}])
+            await self.engine.update_rules("m", [
+                {**timer, "description": f"{number}"}, {"on": f"x{number}"}], replace=True)
         self.assertEqual([(one["data"], one["timers"]) for one in self.engine.status("m")],
             [({"n": 1}, [])])
 
@@ -12358,6 +12401,20 @@ class AdoptingStored(Adopting):
         go.set()
         await task
         self.assertEqual((component.state, self.engine.status("m")[0]["timers"]), ("Q", []))
+
+    async def test_a_timer_of_a_rule_for_several_states_begins_where_renamed_leads(self):
+        timer = {"from": ["P", "Q"], "after": 100, "to": "T"}
+        states = {"P": {"initial": "P.c"}, "P.c": {}, "Q": {"initial": "Q.c"}, "Q.c": {}, "T": {}}
+        self.engine.create_component(self.machine(timer, states=states))
+        await self.engine.run(until_idle=True)
+        self.clock.now += 10
+        states = {"P": {"initial": "P.d"}, "P.d": {}, **dict([*states.items()][2:])}
+        self.engine.create_component(
+            self.machine(timer, states=states, renamed={"P.c": "Q.c"}), update=True)
+        await self.engine.run(until_idle=True)
+        (facts,) = self.engine.status("m")
+        self.assertEqual((facts["state"], [one["state"] for one in facts["timers"]]),
+            ("Q.c", ["Q"]))
 
     async def test_a_timer_of_a_state_that_is_not_active_any_more_ends(self):
         states = {"P": {"initial": "P.c"}, "P.c": {}, "P.d": {}, "T": {}}
@@ -17013,7 +17070,20 @@ class Reloading(EngineCase):
         go.set()
         await asyncio.wait([task, adopted])
         self.assertEqual((adopted.exception().what, self.engine.get("m").rules),
-            ("'m' keeps its definition", config["rules"]))
+            ("State 'B' of 'm' would be gone", config["rules"]))
+
+    async def test_two_configs_at_once_are_both_taken_over_or_refused_truly(self):
+        self.engine.create_component(self.machine({"on": "zero"}))
+        await self.engine.run(until_idle=True)
+        found = await asyncio.gather(*[
+            self.engine.adopt(self.machine({"on": kind})) for kind in ("one", "two")])
+        self.assertEqual((found, self.engine.get("m").rules), ([True, True], [{"on": "two"}]))
+        other = self.open()
+        await other.remove("m")
+        with self.assertRaises(StateError) as caught:
+            await self.engine.adopt(self.machine({"on": "three"}))
+        self.assertEqual((caught.exception.what, self.engine.status()),
+            ("Component 'm' is gone", []))
 
     async def test_a_config_of_a_component_that_is_not_there_is_not_taken_over(self):
         self.patch("POLL", 0.005)
