@@ -3353,16 +3353,13 @@ class Turn(Context):
         """
         engine, name, start = self.engine, self.component.name, time.monotonic()
 
-        def held(execute: Callable[..., Any]) -> Any:
-            return execute(f"{_CLAIMED} AND name=?", (*engine._rivals(), name)).fetchone()
-
         def done() -> None:
             engine._hold(name, self.row or self)
             if self.over:  # cancelled meanwhile
                 self.let_go()
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
-        while await engine.store.write(held, [
+        while await engine.store.write(lambda execute: engine._held(name) or None, [
                 (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) is not None:
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
@@ -4008,9 +4005,9 @@ def _replayed(name: str, history: list[Json], last: str,
     definition, code, then = definition_of(swaps[0]["before"] if swaps else last)
     data = data_then = history[0]["data"]
 
-    def now_called(name: str) -> str:
-        name = definition.renamed.get(name, name)  # and it may have children by now
-        return definition.innermost(name).name if name in definition.nodes else name
+    def now_called(state: str) -> str:
+        state = definition.renamed.get(state, state)  # and it may have children by now
+        return definition.innermost(state).name if state in definition.nodes else state
 
     leaf = now_called(history[0]["to_state"])
     for entry in history[1:]:
@@ -4142,9 +4139,8 @@ class _Delivery:
                 component = engine._find(row["component"])
                 hopeless, retry = (), getattr(component.definition, "retry", QUEUE_RETRY)
                 await engine._announce()
-                name = row["component"]
-                if row["attempts"] >= retry.max_attempts and not (name in engine._claimed or
-                        self.queue.rows(f"{_CLAIMED} AND name=?", (*engine._rivals(), name))):
+                if row["attempts"] >= retry.max_attempts and not (
+                        row["component"] in engine._claimed or engine._held(row["component"])):
                     died = StateError(f"Its process died of it {row['attempts']} times",
                         why="each time it was begun, and neither done nor failed")
                     await engine._failed(row, died, dead=True)
@@ -4283,7 +4279,6 @@ class FlexiFlowEngine:
                     self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
                         f"{count} to {name!r}" for name, count in lost))
         finally:
-
             self.queue.close()
 
     def _stop(self) -> None:
@@ -4317,6 +4312,7 @@ class FlexiFlowEngine:
         if update and (differs or known._update is not None or known._turn is not None):
             # The last one wins, and who is in a turn may differ by its end.
             known._counterpart(definition)
+            self._refused.pop(name, None)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
             self._newcomers = True
@@ -4668,6 +4664,10 @@ class FlexiFlowEngine:
         now = self.clock()
         return self.id, now, now + 2 * LEASE
 
+    def _held(self, name: str) -> list[Any]:
+        """Return what is found where another process runs a component's code: else nothing."""
+        return self.queue.rows(f"{_CLAIMED} AND name=?", (*self._rivals(), name))
+
     def _hold(self, name: str, claimant: Json | Turn) -> None:
         """Renew the claim on a component for as long as its code runs."""
         self._claimed[name] = claimant
@@ -4879,12 +4879,12 @@ class FlexiFlowEngine:
                 end = min(last + 1 - (keep or 1), last if young is None else young)
                 end = last + 1 if gone else 0 if keep is None and older_than is None else end
                 ids = [id for (id,) in store.rows(_PAST, (one, end))]
-                if ids:
+                if ids or gone:
                     store.head(one)  # raises if that is damaged by which it was decided
+                    execute(_FORGET, (one, end))
                 found["rows"], found["of"] = found["rows"] + len(ids), found["of"] + count
                 found["ids"] += [{"component": one, "id": id} for id in ids if id]
                 found["components"] += [one] * gone
-                execute(_FORGET, (one, end))
                 for sql in _REMOVE * gone:
                     execute(sql, (one,))
 

@@ -17072,6 +17072,24 @@ class Reloading(EngineCase):
         self.assertEqual((adopted.exception().what, self.engine.get("m").rules),
             ("State 'B' of 'm' would be gone", config["rules"]))
 
+    async def test_a_refusal_of_before_is_none_of_the_next_config(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)})
+        self.engine.create_component(config)
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        self.engine.create_component(self.machine(states="A"), update=True)
+        go.set()
+        await task
+        await self.engine.run(until_idle=True)  # there it was refused
+        self.assertTrue(await self.engine.adopt(self.machine({"on": "note"})))
+        self.assertEqual(self.engine.get("m").rules, [{"on": "note"}])
+
     async def test_two_configs_at_once_are_both_taken_over_or_refused_truly(self):
         self.engine.create_component(self.machine({"on": "zero"}))
         await self.engine.run(until_idle=True)
