@@ -5685,6 +5685,7 @@ def picture(component: AsyncComponent, format: str = "svg") -> str:
 # GET changes nothing; no config and no dotted path comes in by HTTP.
 
 PATIENCE = 10.0  # seconds that a request may take
+LINGER = 2.0  # seconds that a client has to read why its request was refused unread
 CONNECTIONS = 64  # that the small server has at once
 MAX_HEAD = 1 << 14  # bytes
 PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
@@ -6147,12 +6148,16 @@ class HttpServer:
             slow.writer.transport.abort()
         client = self.open[task] = _Connection(reader, writer)
         try:
-            if full and not slow:
-                raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
-            await self._serve(client)
-        except Refused as error:
-            if not client.begun:
-                await _send(client.send, *_error_answer(error))
+            try:
+                if full and not slow:
+                    raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
+                await self._serve(client)
+            except Refused as error:
+                if not client.begun:
+                    await _send(client.send, *_error_answer(error))
+            if not client.asked:  # closing on what is unread resets the answer: RFC 9112, 9.6
+                writer.write_eof()
+                await asyncio.wait_for(client.receive(), LINGER)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client went away, or had to
         finally:
@@ -7133,10 +7138,6 @@ def command(example: str, text: str, opens: str, options: str) -> Callable[[Func
     return add
 
 
-class UsageError(ArgumentError):
-    """Arguments that do not go together: exit code 2."""
-
-
 class ReaderGone(BaseException):
     """Whoever reads our output has gone away: `flexiflow history | head -1`."""
 
@@ -7214,7 +7215,7 @@ def _config_path(args: Any, needed: bool = True, what: str = "No config given") 
     """Return the config's path, and let it import the code that lies beside it."""
     path = args.file or args.config or os.environ.get("FLEXIFLOW_CONFIG") or None
     if path is None and needed:
-        raise ConfigError(what, fix="add --config FILE, or set FLEXIFLOW_CONFIG")
+        raise ArgumentError(what, fix="add --config FILE, or set FLEXIFLOW_CONFIG")
     folder = os.path.dirname(os.path.abspath(path or ""))
     if path is not None and folder not in sys.path:
         sys.path.append(folder)  # last: it hides no module
@@ -7349,7 +7350,8 @@ async def cmd_register(args: Any, engine: FlexiFlowEngine) -> int:
 async def cmd_handle(args: Any, engine: FlexiFlowEngine) -> int:
     if args.TYPE == "-":
         if args.dry_run:
-            raise UsageError("A dry run is of one message", fix=f"{program()} handle pay --dry-run")
+            raise ArgumentError(
+                "A dry run is of one message", fix=f"{program()} handle pay --dry-run")
         return await _Intake(args, engine).run()
     data = read_object(args.data, "--data", """--data '{"amount": 12}'""")
     given = {"content": args.content, "id": args.id, "type": args.TYPE}
@@ -7614,13 +7616,13 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     # What stands in the environment, no list of processes shows.
     token = os.environ.get("FLEXIFLOW_TOKEN") if args.token is None else args.token
     if token == "":
-        raise UsageError("The token is empty", fix="--token SECRET, or unset FLEXIFLOW_TOKEN")
+        raise ArgumentError("The token is empty", fix="--token SECRET, or unset FLEXIFLOW_TOKEN")
     if args.read_only and args.watch:
-        raise UsageError("--watch changes components", fix="leave out --read-only")
+        raise ArgumentError("--watch changes components", fix="leave out --read-only")
     host = args.host.strip("[]")
     shown = f"[{host}]" if ":" in host else host
     if shown not in _LOOPBACK and not token:
-        raise UsageError(f"{args.host} can be reached by others",
+        raise ArgumentError(f"{args.host} can be reached by others",
             fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
     hosts = None if host in ("0.0.0.0", "::") else [*_LOOPBACK, shown]
     app = create_app(engine, hosts, token, readonly=args.read_only)
@@ -7658,8 +7660,9 @@ def cmd_dead_letters(args: Any, engine: FlexiFlowEngine) -> int:
     "ID --all --name --discard")
 async def cmd_redrive(args: Any, engine: FlexiFlowEngine) -> int:
     if (args.ID and args.all) or not (args.ID or args.all or args.name):
-        raise UsageError("Either numbers of dead letters, --name or --all is needed", fix="redrive "
-            "17, redrive --name order-17, or redrive --all\ndead-letters shows the numbers")
+        raise ArgumentError("Either numbers of dead letters, --name or --all is needed",
+            fix="redrive 17, redrive --name order-17, or redrive --all\n"
+            "dead-letters shows the numbers")
     letters = await engine.redrive(*args.ID, name=args.name, discard=args.discard)
     if args.name and not letters:
         engine._kept(args.name)  # raises if there is none
@@ -7698,7 +7701,7 @@ def _step_text(outcome: str, before: str, after: str, *data: Json) -> str:
     "component --keep --older-than --completed --dry-run")
 async def cmd_prune(args: Any, engine: FlexiFlowEngine) -> int:
     if args.keep is None and args.older_than is None and not args.completed:
-        raise UsageError("Nothing says what to prune",
+        raise ArgumentError("Nothing says what to prune",
             fix="--keep 100, --older-than 30d, or both (what neither keeps), or --completed")
     found = await engine.prune(args.component, keep=args.keep, older_than=args.older_than,
         completed=args.completed, dry_run=args.dry_run)
@@ -7714,7 +7717,7 @@ async def cmd_remove(args: Any, engine: FlexiFlowEngine) -> int:
     agreed = args.yes
     if not agreed:
         if sys.stdin is None or not sys.stdin.isatty():
-            raise UsageError("Nobody to ask: stdin is no terminal", fix="add --yes")
+            raise ArgumentError("Nobody to ask: stdin is no terminal", fix="add --yes")
         put(f"Remove {printable(args.NAME)}, history and all? [y/N] ", sys.stderr, "", flush=True)
         await _readable(sys.stdin)
         agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -7881,7 +7884,7 @@ def main(argv: list[str] | None = None) -> int:
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, asyncio.CancelledError):  # last, for this imports asyncio
         put("interrupted", sys.stderr)
         return 130
