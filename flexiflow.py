@@ -2624,7 +2624,7 @@ class SQLiteStore:
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
         self._connection: sqlite3.Connection | None = None
         self._last: Any = lambda: None  # closes it, once
-        self._process = self._thread = 0  # that opened it; and that has used it last
+        self._process = self._thread = 0  # that opened it; and in which its loop runs
         self._loop: Any = None
         self._waiting: list[Any] = []  # writes: namespaces of check, rows, done, future, answer
         self._flushing, self._lock = False, threading.RLock()
@@ -2647,16 +2647,14 @@ class SQLiteStore:
         if self._connection is None:
             with self._translated():
                 self._connection = self._open("?mode=ro" if self.readonly else "")
-                self._process, self._thread = os.getpid(), threading.get_ident()
+                self._process = os.getpid()
             # A store that is dropped closes its file, but not one that a parent process opened.
             self._last = weakref.finalize(self, lambda connection, process: connection.close()
                 if process == os.getpid() else None, self._connection, self._process)
             self._last.atexit = False
-        if self._thread != threading.get_ident():
-            if self._loop is not None and self._loop.is_running():
-                raise PersistenceError(f"Store {self.path!r} is in use by another thread",
-                    fix="make an engine of its own in each thread")
-            self._thread = threading.get_ident()
+        if self._thread != threading.get_ident() and self._loop and self._loop.is_running():
+            raise PersistenceError(f"Store {self.path!r} is in use by another thread",
+                fix="make an engine of its own in each thread")
         if self._process != os.getpid():
             # Closing or using it here would break the parent's locks (sqlite.org/howtocorrupt).
             raise PersistenceError(f"Store {self.path!r} was opened before a fork",

@@ -14671,6 +14671,20 @@ class Loops(Torture):
         self.assertEqual([(one.component, one.id) for one in answers
             if found[one.component].get(one.id) != one.seq], [])
 
+    def test_a_loop_goes_on_though_another_thread_has_looked_while_it_stood(self):
+        import threading
+
+        engine, seen = FlexiFlowEngine(self.path()), []
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            engine.create_component(self.CONFIG, name="a")
+            first = loop.run_until_complete(engine.handle_message("a", "add", by=1))
+            thread = threading.Thread(target=lambda: seen.append(engine.status("a")[0]["seq"]))
+            thread.start()
+            thread.join()
+            second = loop.run_until_complete(engine.handle_message("a", "add", by=1))
+            loop.run_until_complete(engine.close())
+        self.assertEqual((first.seq, seen, second.seq), (1, [1], 2))
+
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_forks_of_an_open_engine_are_told_and_use_their_own(self):
         async def add(engine, who):
