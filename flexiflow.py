@@ -2766,12 +2766,10 @@ class SQLiteStore:
         for write in batch:
             if failure is None and write.answer is None and write.done is not None:
                 write.done()
-            if write.future.done():
-                continue
-            if failure is None:
-                write.future.set_result(write.answer)
-            else:
+            if failure is not None and not write.future.done():
                 write.future.set_exception(self._translate(failure, unknown))
+            elif not write.future.done():
+                write.future.set_result(write.answer)
         self._loop.call_soon(self._flush)
 
     def backup(self, path: str) -> None:
