@@ -3393,8 +3393,7 @@ class Turn(Context):
     async def _ask_class(self, plan: Plan) -> None:
         """Let the current state's class answer."""
         state = self.state
-        attributes = vars(state)
-        self.kept = state, fresh(attributes) if attributes else {}
+        self.kept = state, fresh(vars(state))
         proceed, plan.state = await ask(state, self.message, self.component)
         if self.data is not None:
             self._take_data(plan)
