@@ -4307,7 +4307,6 @@ class FlexiFlowEngine:
         if update and (differs or known._update is not None or known._turn is not None):
             # The last one wins, and who is in a turn may differ by its end.
             known._counterpart(definition)
-            self._refused.pop(name, None)
             known._update = definition
             known._unready, self._unborn[known.name] = True, known
             self._newcomers = True
@@ -4338,6 +4337,7 @@ class FlexiFlowEngine:
             versions.add(loaded.definition.hash)
         refused = []
         for one in alike:
+            self._refused.pop(one, None)  # of an earlier config
             try:
                 self.create_component(loaded, name=one, update=True)
             except ConfigError as error:

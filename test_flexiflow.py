@@ -17118,6 +17118,7 @@ class Reloading(EngineCase):
         go.set()
         await task
         await self.engine.run(until_idle=True)  # there it was refused
+        self.assertFalse(await self.engine.adopt(config))  # which it has
         self.assertTrue(await self.engine.adopt(self.machine({"on": "note"})))
         self.assertEqual(self.engine.get("m").rules, [{"on": "note"}])
 
