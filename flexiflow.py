@@ -3659,7 +3659,7 @@ class AsyncComponent:
                 rules += [] if rule in rules else [rule]
             return self._compiled(rules, replace)
 
-        await self._own_turn("rules.updated", changed)
+        await self._own_turn(changed)
         return self.rules
 
     async def handle_message(self, message: Json, *, _row: Json | None = None,
@@ -3696,19 +3696,19 @@ class AsyncComponent:
 
     # ---- turns: one at a time, in the order of their coming
 
-    async def _own_turn(self, kind: str, change: Callable[[], Definition] | None = None) -> None:
+    async def _own_turn(self, change: Callable[[], Definition] | None = None) -> None:
         """Take a turn that has no message: to be prepared, and to go over to a definition."""
         if live_turn(self.state_machine) is not None:
             raise StateError(f"{self.name!r} is in the middle of a turn", fix="do it afterwards")
-        turn = Turn(self, _context.get(), {"type": kind})
+        turn = Turn(self, _context.get(), {})
         if self._turn is not None:
             await self._wait_for(turn)
         self._turn = turn
         with turn:
+            turn.over = True  # it commits nothing: what is sent in it leaves at once
             await self._prepare(turn)
             if change is not None:
                 await self._swap(turn, change)
-            turn.end()
             await self._drain(turn)
 
     async def _wait_for(self, turn: Turn) -> None:
@@ -4480,7 +4480,7 @@ class FlexiFlowEngine:
         await self._announce()
         for component in list(self._unborn.values()):
             try:
-                await component._own_turn("created")
+                await component._own_turn()
             except Exception as error:
                 if strict:
                     raise

@@ -7287,6 +7287,28 @@ class Reentrance(EngineCase):
         receipt = await tasks[0]
         self.assertEqual((receipt.outcome, receipt.seq), ("stayed", 2))
 
+    async def test_what_a_task_sends_while_its_component_is_being_made_is_not_lost(self):
+        born, tasks = asyncio.Event(), []
+
+        async def later():
+            await born.wait()
+            await self.engine.send("lamp", "press")
+
+        def spawn(message, component):
+            tasks.append(asyncio.ensure_future(later()))
+            return component.handle_message({"type": "next"})
+
+        async def wait(message, component):
+            born.set()
+            await tasks[0]
+
+        self.engine.create_component(self.LAMP)
+        await self.engine.register_async(self.engine.create_component(self.machine(
+            {"on": "next", "action": self.code(wait)},
+            states={"A": {"entry": {"action": self.code(spawn)}}})))
+        self.assertEqual((self.engine.get("m").seq, self.engine.status("lamp")[0]["waiting"]),
+            (1, 1))
+
     async def test_a_task_that_its_turn_waits_for_is_part_of_it(self):
         answers = []
 
