@@ -3760,7 +3760,6 @@ class AsyncComponent:
                     turn.end(failed=True)
                     await self._engine._failed(row, error, count > DRAIN_LIMIT)
                 await turn.settled()
-        holder.begin()
 
     def _unknown(self, turn: Turn, receipt: Receipt) -> StateError:
         kind = turn.message["type"]
