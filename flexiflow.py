@@ -4093,7 +4093,7 @@ class _Delivery:
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
             await self.queue.write(None, [(_GIVE_PLACES, (self.engine.clock(),))])
-        claimed = [name for (name,) in self.queue.rows(_CLAIMED, self.engine._rivals())]
+        claimed = self.engine._held()
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
@@ -4653,14 +4653,11 @@ class FlexiFlowEngine:
 
     # ---- claims: see `Turn.claim`
 
-    def _rivals(self) -> tuple[str, float, float]:
-        """Return the values of _CLAIMED: whose claims do not count, and which leases hold."""
+    def _held(self, *name: str) -> list[str]:
+        """Return the names of components whose code another process runs: of all, or of one."""
         now = self.clock()
-        return self.id, now, now + 2 * LEASE
-
-    def _held(self, name: str) -> list[Any]:
-        """Return what is found where another process runs a component's code: else nothing."""
-        return self.queue.rows(f"{_CLAIMED} AND name=?", (*self._rivals(), name))
+        return [one for (one,) in self.queue.rows(_CLAIMED + " AND name=?" * len(name),
+            (self.id, now, now + 2 * LEASE, *name))]
 
     def _hold(self, name: str, claimant: Json | Turn) -> None:
         """Renew the claim on a component for as long as its code runs."""
