@@ -4135,12 +4135,11 @@ class _Delivery:
                 await engine._announce()
                 if row["attempts"] >= retry.max_attempts and not (
                         row["component"] in engine._claimed or engine._held(row["component"])):
-                    died = StateError(f"Its process died of it {row['attempts']} times",
+                    hopeless = StateError
+                    raise StateError(f"Its process died of it {row['attempts']} times",
                         why="each time it was begun, and neither done nor failed")
-                    await engine._failed(row, died, dead=True)
-                else:
-                    await component.handle_message(message, _row=row)
-                    handled += 1
+                await component.handle_message(message, _row=row)
+                handled += 1
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self.called_off:
                     engine._give_back(row)
