@@ -4913,10 +4913,10 @@ class FlexiFlowEngine:
     def _kept(self, name: str | None) -> list[str]:
         """Return the names of the components that have a history: one, or all."""
         _check_query(name, None)
-        if name in self._unborn:
-            return []
         if name is not None and self._stored().head(name) is None:
-            raise self._unknown(name)
+            if name not in self._unborn:
+                raise self._unknown(name)
+            return []
         return self._stored().names() if name is None else [name]
 
     def _stored(self) -> SQLiteStore:

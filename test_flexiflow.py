@@ -11795,6 +11795,13 @@ class Replaying(StoreCase):
     PAID = ("add", {"price": 5}), ("add", {"price": 2}), ("pay", {"amount": 1}), (
         "pay", {"amount": 7}), "close", "add"
 
+    async def test_who_is_about_to_be_updated_has_its_history(self):
+        self.engine.create_component(self.ORDER)
+        await self.story(*self.PAID)
+        self.engine.create_component(self.rules((0, {"on": "put"})), update=True)
+        rows = (await self.engine.prune("order", keep=1, dry_run=True))["rows"]
+        self.assertEqual((self.replayed()["steps"], rows), (6, 6))
+
     async def test_what_is_not_there_to_be_replayed_is_an_error(self):
         self.engine.create_component(self.ORDER)
         await self.engine.run(until_idle=True)
