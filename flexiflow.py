@@ -3452,15 +3452,14 @@ class Turn(Context):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
             changed or definition, plan.data, seq, since, completed, None, 0, 0))
+        check = None
         if engine.store is not None:
-            return self._write(plan, head, rows)
-        if not rows:
-            return self.component._adopt(head, plan.state, self)
-        return engine.queue.write(None, rows, functools.partial(
-            self.component._adopt, head, plan.state, self))
+            check, rows, head = self._store_rows(plan, head, rows)
+        adopt = functools.partial(self.component._adopt, head, plan.state, self)
+        return engine.queue.write(check, rows, adopt) if rows else adopt()
 
-    def _write(self, plan: Plan, head: Any, rows: Sequence[Row]) -> Any:
-        """Return the write of a plan: the component's row, the journal's, and `rows`."""
+    def _store_rows(self, plan: Plan, head: Any, rows: Sequence[Row]) -> tuple[Any, list[Row], Any]:
+        """Return the check and the rows by which a store keeps a plan; and the head, with crc."""
         component, (definition, data, seq, since, completed, *_) = self.component, head
         name, attributes = definition.registry.name_of(plan.state), vars(plan.state)
         kept = _written(attributes, f"attributes of {name}") if attributes else None
@@ -3483,8 +3482,7 @@ class Turn(Context):
         journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
         if not seq or definition is not old.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
-        return self.engine.store.write(check, [*journal, *rows], functools.partial(
-            component._adopt, head._replace(text=text, chain=chain, crc=crc), plan.state, self))
+        return check, [*journal, *rows], head._replace(text=text, chain=chain, crc=crc)
 
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
