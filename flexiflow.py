@@ -3433,10 +3433,10 @@ class Turn(Context):
 
     # ---- committing
 
-    def commit(self, plan: Plan, changed: Any = None, rows: Sequence[Row] = ()) -> Any:
+    def commit(self, plan: Plan, rows: Sequence[Row] = ()) -> Any:
         """Make a plan true: at once in memory; else return the write that is to be awaited.
 
-        `changed` is another definition to go over to, `rows` what that changes in the queue.
+        `rows` is what another definition in `head` changes in the queue.
         """
         engine, passage, now = self.engine, plan.passage, self.now
         definition, _, seq, since, completed, *_ = self.head
@@ -3451,7 +3451,7 @@ class Turn(Context):
         if self.row is not None or self.sent or (passage is not None and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
-            changed or definition, plan.data, seq, since, completed, None, 0, 0))
+            definition, plan.data, seq, since, completed, None, 0, 0))
         check = None
         if engine.store is not None:
             check, rows, head = self._store_rows(plan, head, rows)
@@ -3480,7 +3480,7 @@ class Turn(Context):
             return None if self._queued() and execute(*change).rowcount == 1 else "moved on"
 
         journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
-        if not seq or definition is not old.definition:
+        if not seq or definition is not component.definition:
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
         return check, [*journal, *rows], head._replace(text=text, chain=chain, crc=crc)
 
@@ -3891,12 +3891,12 @@ class AsyncComponent:
                 node = self._counterpart(changed)
                 plan.state = node.create(vars(turn.state) or None)
                 then = {changed.renamed.get(name, name): at for name, at in turn.head.since.items()}
-                turn.head = turn.head._replace(
+                turn.head = turn.head._replace(definition=changed,
                     completed=(turn.head.completed or turn.now) if node.completes else None,
                     since={one.name: then.get(one.name, turn.now) for one in node.lineage()})
                 hashes = {"definition": changed.hash, "before": old and old.hash}
                 turn.id, turn.text = new_id(), _encode(hashes)
-                commit = turn.commit(plan, changed, self._timer_changes(turn, changed, node))
+                commit = turn.commit(plan, self._timer_changes(turn, changed, node))
                 if commit is None or await commit is None:
                     break
                 turn.let_go()  # another process was quicker
