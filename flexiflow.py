@@ -3278,8 +3278,7 @@ class Turn(Context):
                         continue
                     self.end(failed=True)
                     break
-                commit = self.commit(plan)
-                if commit is None or await commit is None:
+                if await self.commit(plan) is None:
                     break
                 self.undo()
                 self.let_go()
@@ -3433,8 +3432,8 @@ class Turn(Context):
 
     # ---- committing
 
-    def commit(self, plan: Plan, rows: Sequence[Row] = ()) -> Any:
-        """Make a plan true: at once in memory; else return the write that is to be awaited.
+    async def commit(self, plan: Plan, rows: Sequence[Row] = ()) -> Any:
+        """Make a plan true, in memory at once; return None, or why it was not: others were quicker.
 
         `rows` is what another definition in `head` changes in the queue.
         """
@@ -3456,7 +3455,7 @@ class Turn(Context):
         if engine.store is not None:
             check, rows, head = self._store_rows(plan, head, rows)
         adopt = functools.partial(self.component._adopt, head, plan.state, self)
-        return engine.queue.write(check, rows, adopt) if rows else adopt()
+        return await engine.queue.write(check, rows, adopt) if rows else adopt()
 
     def _store_rows(self, plan: Plan, head: Any, rows: Sequence[Row]) -> tuple[Any, list[Row], Any]:
         """Return the check and the rows by which a store keeps a plan; and the head, with crc."""
@@ -3848,8 +3847,7 @@ class AsyncComponent:
             plan = copy.copy(birth)
             await turn.act(plan)
             turn.id, turn.text = "", _encode({"created": self.definition.hash})
-            commit = turn.commit(plan)
-            lost = commit is not None and await commit is not None
+            lost = await turn.commit(plan)
             self._birth = None
             if lost:  # another process made it first
                 self._reload()
@@ -3896,8 +3894,7 @@ class AsyncComponent:
                     since={one.name: then.get(one.name, turn.now) for one in node.lineage()})
                 hashes = {"definition": changed.hash, "before": old and old.hash}
                 turn.id, turn.text = new_id(), _encode(hashes)
-                commit = turn.commit(plan, self._timer_changes(turn, changed, node))
-                if commit is None or await commit is None:
+                if await turn.commit(plan, self._timer_changes(turn, changed, node)) is None:
                     break
                 turn.let_go()  # another process was quicker
             await turn.publish("rules.updated", rules=len(self.rules))
