@@ -3447,7 +3447,7 @@ class Turn(Context):
         self.sent = () if not (plan.sends or self.outbox) else [out._replace(
             id=out.id or new_id()) for out in (*plan.sends, *self.outbox)]
         self.outbox = ()
-        if self.row is not None or self.sent or (passage is not None and passage.busy):
+        if self.row is not None or self.sent or plan.timers or (passage and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
             definition, plan.data, seq, since, completed, None, 0, 0))
@@ -3487,7 +3487,7 @@ class Turn(Context):
         """Return what changes in the queue: the message itself, timers, what is sent."""
         name, definition = self.component.name, self.head.definition
         passage: Any = plan and plan.passage
-        timers = plan.timers if plan is not None and passage and not passage.completes else ()
+        timers = () if plan is None or (passage and passage.completes) else plan.timers
         if self.engine is _ALONE:
             if timers or any(out.to != name or out.delay for out in self.sent):
                 raise StateError(
@@ -3502,13 +3502,9 @@ class Turn(Context):
                 out.correlation_id or self.correlation_id, text, self.now + out.delay))
         if any(self.now + out.delay <= self.now for out in self.sent):
             rows.append((_GIVE_PLACES, (self.now,)))
-        return rows + [self.timer_row(definition.by_number[number], owner, due)
+        return rows + [self.engine.queue.message_row(self.now, name, new_id(), self.correlation_id,
+                _timer_message(definition.by_number[number], owner), due, owner, number)
             for due, owner, number in timers]
-
-    def timer_row(self, rule: Rule, owner: str, due: float) -> Row:
-        """Return what puts a timer into the queue."""
-        return self.engine.queue.message_row(self.now, self.component.name, new_id(),
-            self.correlation_id, _timer_message(rule, owner), due, owner, rule.number)
 
     def _keep(self, sent: Sequence[Outgoing]) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
@@ -3894,15 +3890,15 @@ class AsyncComponent:
                     since={one.name: then.get(one.name, turn.now) for one in node.lineage()})
                 hashes = {"definition": changed.hash, "before": old and old.hash}
                 turn.id, turn.text = new_id(), _encode(hashes)
-                if await turn.commit(plan, self._timer_changes(turn, changed, node)) is None:
+                if await turn.commit(plan, self._timer_changes(turn, plan, node)) is None:
                     break
                 turn.let_go()  # another process was quicker
             await turn.publish("rules.updated", rules=len(self.rules))
             await turn.settled()
 
-    def _timer_changes(self, turn: Turn, changed: Definition, node: Node) -> list[Row]:
-        """Drop the timers of vanished rules, keep those of equal ones, make those of new ones."""
-        queue, old = self._engine.queue, self.definition
+    def _timer_changes(self, turn: Turn, plan: Plan, node: Node) -> list[Row]:
+        """Drop the timers of vanished rules, keep those of equal ones, plan those of new ones."""
+        queue, old, changed = self._engine.queue, self.definition, turn.head.definition
         rules: Sequence[Rule] = old.rules if old else ()
         if self._engine is _ALONE or not any(rule.after for rule in [*rules, *changed.rules]):
             return []
@@ -3930,13 +3926,14 @@ class AsyncComponent:
         begun = {(before[rule.number], changed.renamed.get(name, name)) for name in (old.sources(
             turn.leaf) if old and self.completed is None else ()) for rule in old.timers(name)}
         try:
-            return rows + [turn.timer_row(
-                    rule, owner, since.get(owner, turn.now) + seconds(rule.after(scope)))
+            plan.timers = [
+                (since.get(owner, turn.now) + seconds(rule.after(scope)), owner, rule.number)
                 for owner in active for rule in changed.timers(owner)
                 if (gist(rule), owner) not in begun]
         except (MissingValue, StateError) as error:
             raise ConfigError(f"A timer of {self.name!r} would have to begin now, and cannot",
                 why=f"its delay: {error}", fix="give it one that is known by now") from error
+        return rows
 
 
 # ----------------------------------------------------------------------------
