@@ -4361,7 +4361,7 @@ class FlexiFlowEngine:
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
         self.register(component)
-        await self._settle(strict=True)
+        await self._settle(component)
 
     def restore(self, snapshot: ComponentSnapshot, machine: StateMachine) -> AsyncComponent:
         """Make a component from a snapshot, and register it."""
@@ -4465,14 +4465,14 @@ class FlexiFlowEngine:
             facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
             await self.event_bus.publish("engine.component.registered", facts)
 
-    async def _settle(self, strict: bool = False) -> None:
-        """Announce and write the components that are still new."""
+    async def _settle(self, wanted: AsyncComponent | None = None) -> None:
+        """Announce and write the components that are still new; raise what the wanted one does."""
         await self._announce()
         for component in list(self._unborn.values()):
             try:
                 await component._own_turn()
             except Exception as error:
-                if strict:
+                if component is wanted:
                     raise
                 self.logger.error("%r could not be made", component.name, exc_info=error)
 

@@ -8519,6 +8519,16 @@ class Registering(EngineCase):
         data = [self.engine.get(name).data for name in "ab"]
         self.assertEqual(data, [{"x": [1]}, {"x": []}])
 
+    async def test_registering_tells_what_went_wrong_with_that_component_alone(self):
+        def fail(message, component):
+            raise ValueError("no")
+
+        bad = self.engine.create_component(self.machine(
+            states={"A": {"entry": {"action": self.code(fail)}}}, rules=[{"on": "go"}]))
+        await self.engine.register_async(self.engine.create_component(self.LAMP))
+        with self.assertRaisesRegex(ValueError, "no"):
+            await self.engine.register_async(bad)
+
     async def test_status_shows_a_component_that_is_not_written_yet(self):
         self.engine.create_component(self.LAMP)
         (facts,) = self.engine.status("lamp")
