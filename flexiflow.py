@@ -77,6 +77,7 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import functools
 import importlib
@@ -206,14 +207,6 @@ class ErrorContext:
             for key, text in pairs)
 
 
-def _restore_error(kind: type[FlexiFlowError], what: str, attributes: dict[str, Any]) -> Any:
-    """Unpickle an error, whatever its subclass asks of a constructor."""
-    error = kind.__new__(kind, what)
-    error.args = (what,)  # which an OSError leaves out
-    error.__dict__.update(attributes)
-    return error
-
-
 class FlexiFlowError(Exception):
     """What every error of FlexiFlow is: `what`, `why`, `fix` and a `context` of values."""
 
@@ -234,7 +227,9 @@ class FlexiFlowError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> Any:
-        return _restore_error, (type(self), self.what, self.__dict__)
+        # No constructor is called: a subclass may ask for more. An OSError would forget its args.
+        state = {**vars(self), "args": (self.what,)}
+        return copyreg.__newobj__, (type(self), self.what), state  # type: ignore[attr-defined]
 
 
 class ConfigError(FlexiFlowError):
