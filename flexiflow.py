@@ -950,10 +950,6 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
 
 
-def _operand_text(value: Any) -> str:
-    return str(value) if _is_reference(value) else _shown(value)
-
-
 # What the two operands must be, in words and as tests, and what is made of them.
 OPERATIONS: dict[str, tuple[str, Any, Any, Any]] = {
     "+": ("[number, number]", _is_number, _is_number, operator.add),
@@ -1058,8 +1054,9 @@ OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
     "exists": (lambda found, wanted: (found is not MISSING) is wanted, (bool,))}
 
 
-# A compiled guard: `holds(scope)` answers, `seen(scope)` tells what it compared.
-Guard = namedtuple("Guard", "holds seen")
+# A compiled guard: `holds(scope)` answers, `seen(scope)` tells what it compared, and `text()` is
+# its short form: `total > 0 and (vip == true or not (late exists true))`.
+Guard = namedtuple("Guard", "holds seen text")
 
 
 def _comparison(path: str, op: str, wanted: Any) -> Guard:
@@ -1086,31 +1083,37 @@ def _comparison(path: str, op: str, wanted: Any) -> Guard:
         possible = other is not MISSING and (found is not MISSING or op == "exists")
         return possible and compare(found, other)
 
+    def text() -> str:
+        return f"{path} {op} {wanted if _is_reference(wanted) else _shown(wanted)}"
+
     def seen(scope: Scope) -> str:
         told = f" = {_shown(against(scope))}" if computed else ""
-        return f"{path} {op} {_operand_text(wanted)}{told} (saw {_shown(read(scope))})"
+        return f"{text()}{told} (saw {_shown(read(scope))})"
 
     if op == "==" and isinstance(wanted, str) and not wanted.startswith("$"):
-        return Guard(lambda scope: read(scope) == wanted, seen)  # text equals nothing but text
-    return Guard(holds, seen)
+        return Guard(lambda scope: read(scope) == wanted, seen, text)  # text equals text alone
+    return Guard(holds, seen, text)
 
 
-# Whether guards hold together, and how it is told; a guard is `not` with one guard in it.
-_TOGETHER: dict[str, tuple[Any, str, str]] = {"all": (all, "{}", "; "),
-    "any": (any, "none of: {}", " | "), "not": (lambda answers: not any(answers), "not ({})", "")}
+# Whether guards hold together, how it is told what they saw, and their short form; None stands for
+# the keys of one object, and a guard is `not` with one guard in it.
+_TOGETHER: dict[str | None, tuple[Any, str, str, str, str]] = {
+    None: (all, "{}", "; ", "{}", " and "), "all": (all, "{}", "; ", "({})", " and "),
+    "any": (any, "none of: {}", " | ", "({})", " or "),
+    "not": (lambda answers: not any(answers), "not ({})", "", "not ({})", "")}
 
 
-def _together(word: str, parts: list[Guard]) -> Guard:
-    test, text, glue = _TOGETHER[word]
+def _together(word: str | None, parts: list[Guard]) -> Guard:
+    test, told, glue, short, joint = _TOGETHER[word]
 
     def holds(scope: Scope) -> Any:
         return test(part.holds(scope) for part in parts)
 
     def seen(scope: Scope) -> str:
-        telling = [part for part in parts if word != "all" or not part.holds(scope)] or parts
-        return text.format(glue.join(part.seen(scope) for part in telling))
+        telling = [part for part in parts if test is not all or not part.holds(scope)] or parts
+        return told.format(glue.join(part.seen(scope) for part in telling))
 
-    return Guard(holds, seen)
+    return Guard(holds, seen, lambda: short.format(joint.join(part.text() for part in parts)))
 
 
 def _predicate(path: str, function: Any) -> Guard:
@@ -1125,7 +1128,7 @@ def _predicate(path: str, function: Any) -> Guard:
             raise StateError(f"Guard {path!r} returned an awaitable", fix="return true or false")
         return answer
 
-    return Guard(holds, lambda scope: f"{path} said no")
+    return Guard(holds, lambda scope: f"{path} said no", lambda: path)
 
 
 def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
@@ -1151,23 +1154,7 @@ def compile_guard(guard: Any, load: Callable[[str], Any]) -> Guard:
             parts += [_comparison(key, op, operand) for op, operand in tests.items()]
     if not parts:
         raise ConfigError("Empty guard", why="it always holds", fix="leave it out")
-    return _together("all", parts) if len(parts) > 1 else parts[0]
-
-
-def guard_text(guard: Any) -> str:
-    """Return a guard in a short form: `total > 0 and (vip == true or not (late exists true))`."""
-    if not isinstance(guard, dict):
-        return str(guard)
-    parts = []
-    for key, wanted in guard.items():
-        if key in ("all", "any", "not"):
-            inner = wanted if isinstance(wanted, list) else [wanted]
-            word = " or " if key == "any" else " and "
-            parts.append("not " * (key == "not") + f"({word.join(map(guard_text, inner))})")
-        else:
-            tests = wanted.items() if isinstance(wanted, dict) else [("==", wanted)]
-            parts += [f"{key} {op} {_operand_text(operand)}" for op, operand in tests]
-    return " and ".join(parts)
+    return _together(None, parts) if len(parts) > 1 else parts[0]
 
 
 # --------------------------------------------------------------------------------------------
@@ -4774,7 +4761,7 @@ class FlexiFlowEngine:
         if component.completed is not None:
             return []
         definition, leaf = component.definition, component.state
-        found = [(kind, source, rule.guard and guard_text(rule.text["guard"]), rule.to)
+        found = [(kind, source, rule.guard and rule.guard.text(), rule.to)
             for source in (definition.sources(leaf) if definition else ())
             for rule in definition.rules_of(source) for kind in rule.on]
         moves = getattr(component.state_machine._state, "moves", {})
@@ -5228,9 +5215,9 @@ class _Graph:
         for edge in self.pack_edges:
             yield edge.from_state, edge.on_message, edge.guard or "", edge.to_state
         for rule in self.rules:
-            cause, guard = ", ".join(rule.on) or rule.timer_type, rule.text.get("guard")
-            text = "" if guard is None else guard_text(guard)
-            yield from ((source, cause, text, rule.to or "") for source in rule.sources)
+            cause = ", ".join(rule.on) or rule.timer_type
+            guard = rule.guard.text() if rule.guard else ""
+            yield from ((source, cause, guard, rule.to or "") for source in rule.sources)
         for node in self.nodes.values():
             for kind, target in getattr(node.cls, "moves", {}).items():
                 yield node.name, kind, "", target
