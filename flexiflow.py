@@ -5655,6 +5655,8 @@ MAX_HEAD = 1 << 14  # bytes
 PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
 POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
 STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
+# Of an error without a receipt: the first that fits, else 500.
+_STATUS_OF = {IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -5666,16 +5668,6 @@ class Refused(FlexiFlowError):
     def __init__(self, status: int, what: str, *headers: tuple[str, str], **details: Any) -> None:
         super().__init__(what, **details)
         self.status, self.headers = status, headers
-
-
-def _status(error: FlexiFlowError) -> int:
-    if isinstance(error, Refused):
-        return error.status
-    if hasattr(error, "receipt") or isinstance(error, IdTaken):
-        return 422
-    if isinstance(error, ArgumentError):
-        return 400
-    return 503 if isinstance(error, PersistenceError) else 500
 
 
 def _plain(value: Any) -> Any:
@@ -5697,9 +5689,12 @@ def _error_answer(error: Exception) -> tuple[Any, ...]:
             f"{type(error).__name__}: {error}", fix="look into the log of the server")
     facts = {"what": error.what, "why": error.why, "fix": error.fix,
         "context": {key: str(value) for key, value in error.context.items.items()}}
+    if isinstance(error, Refused):
+        return _json_answer(facts, error.status, *error.headers)
     if hasattr(error, "receipt"):
-        facts["receipt"] = error.receipt.as_dict()
-    return _json_answer(facts, _status(error), *getattr(error, "headers", ()))
+        return _json_answer({**facts, "receipt": error.receipt.as_dict()}, 422)
+    status = next((status for kind, status in _STATUS_OF.items() if isinstance(error, kind)), 500)
+    return _json_answer(facts, status)
 
 
 @functools.lru_cache(8)
