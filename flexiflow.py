@@ -1190,6 +1190,12 @@ class _TableState(State):
         return False, self
 
 
+def moves_of(cls: Any) -> dict[str, str]:
+    """Return the table of a state class; none of one with code of its own, whatever it calls so."""
+    own = getattr(cls, "handle_message", None) is not _TableState.handle_message
+    return {} if own else cls.moves
+
+
 class DeclaredState(_TableState):
     """A state of a config: its class accepts nothing, its component's rules do the work."""
 
@@ -4764,7 +4770,7 @@ class FlexiFlowEngine:
         found = [(kind, source, rule.guard and rule.guard.text(), rule.to)
             for source in (definition.sources(leaf) if definition else ())
             for rule in definition.rules_of(source) for kind in rule.on]
-        moves = getattr(component.state_machine._state, "moves", {})
+        moves = moves_of(type(component.state_machine._state))
         found += [(kind, leaf, None, target) for kind, target in moves.items()]
         return [dict(zip(("type", "from", "guard", "to"), one)) for one in found]
 
@@ -4783,7 +4789,7 @@ class FlexiFlowEngine:
         turn.id, turn.text = given.get("id") or new_id(), _written(payload(given), "message")
         earlier = await turn._answered()
         plan = turn._decided() if earlier is None else Plan(earlier.outcome, turn.base)
-        if plan.outcome == "class" and getattr(turn.state, "moves", None):  # a built-in's table
+        if plan.outcome == "class" and moves_of(type(turn.state)):  # a built-in's table
             await turn._ask_class(plan)
         node = plan.passage.node.name if plan.passage else turn.leaf
         receipt = Receipt(plan.outcome, name, turn.id, turn.leaf, node,
@@ -5076,7 +5082,7 @@ def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
 
 def _ways(definition: Definition, leaf: Node) -> list[Node]:
     """Return to which other states rules, or the table of a built-in class, lead from a state."""
-    moves = [*map(DEFAULT_REGISTRY.get, getattr(leaf.cls, "moves", {}).values())]
+    moves = [*map(DEFAULT_REGISTRY.get, moves_of(leaf.cls).values())]
     targets = [node for node in definition.nodes.values() if node.cls in moves] if moves else []
     targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
     return [node for node in targets if node is not leaf]
@@ -5219,7 +5225,7 @@ class _Graph:
             guard = rule.guard.text() if rule.guard else ""
             yield from ((source, cause, guard, rule.to or "") for source in rule.sources)
         for node in self.nodes.values():
-            for kind, target in getattr(node.cls, "moves", {}).items():
+            for kind, target in moves_of(node.cls).items():
                 yield node.name, kind, "", target
 
     def lines(self, active: str | None) -> Iterable[str]:

@@ -7683,6 +7683,21 @@ class DryRuns(EngineCase):
         found = await self.engine.dry_run("m", "go")
         self.assertEqual(found["changes"], {"new": [None, None], "old": [0, None]})
 
+    class Playing(State):
+        """A class that calls something of its own what the tables of the built-in ones are."""
+
+        moves = ["e4"]
+
+        async def handle_message(self, message, component):
+            raise AssertionError("A class was run")
+
+    async def test_what_a_class_calls_moves_is_its_own(self):
+        config = self.machine({"on": "go"}, states={"Playing": self.code(self.Playing)})
+        self.engine.create_component(config)
+        self.assertEqual((await self.foreseen("e5"))["outcome"], "class")
+        self.assertEqual([one["type"] for one in self.engine.accepts("m")], ["go"])
+        self.assertIn("Playing", ff.visualize(config))
+
     async def test_the_whole_effect_is_told(self):
         path = self.code(self.act)
         await self.engine.register_async(self.engine.create_component(self.machine(
