@@ -5116,7 +5116,7 @@ def _effects_of(source: Json) -> Iterator[tuple[str, Json]]:
 def _near_types(types: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield pairs of message types of which one may be a slip of the pen for the other."""
     like: dict[str, list[str]] = {}  # a type with one letter left out -> such types
-    for kind in sorted(types):
+    for kind in sorted(one for one in types if len(one) < 100):  # no essay: it takes the square
         parts = [kind[:at] + kind[at + 1:] for at in range(len(kind) + 1)]
         for other in sorted({other for part in parts for other in like.get(part, ())}):
             if (min(len(kind), len(other)) > 4 and kind[-1] == other[-1] and one_edit(kind, other)

@@ -4412,6 +4412,11 @@ class Explaining(ConfigCase):
             ["rules: Message types that differ by one letter: 'approve', 'aprove'",
              "rules: Message types that differ by one letter: 'start', 'strat'"])
 
+    def test_a_type_as_long_as_a_config_is_read_in_no_time(self):
+        long = "a" * 300_000  # each of its letters left out would be 90 GB
+        found = explain({"name": "x", "rules": [{"on": long}, {"on": long[1:]}]})
+        self.assertEqual((found.errors, found.warnings), ([], []))
+
     def test_a_bad_config_is_explained_with_all_that_is_wrong(self):
         config = {"states": {"A": {}, "B": "no_such:B"}, "colour": "red", "rules": [
             {"on": "x", "to": "C", "guard": {"n": {"=>": 1}}}, {"giard": 1}]}
