@@ -1925,15 +1925,15 @@ class _Walk:
         self.taken: dict[tuple[str, str], int] = {}  # (state, type) -> rule without a guard
         self.compilers: dict[str, Callable[[Any], Any]] = {
             "initial_state_resolution": self._policy, "packs": self._packs, "states": self._states,
-            "initial_state": self._initial, "renamed": self._renamed, "rules": self._rules,
-            "to": self._find, "on": _not_empty,
+            "initial_state": self._initial, "rules": self._rules, "to": self._find,
+            "renamed": lambda names: self._each(names.items(), self._renamed),
             "from": lambda name: name if name == "*" else self._find(_not_empty(name)),
             "after": lambda value: compile_value(value if _is_reference(value) else seconds(value)),
             "guard": lambda guard: compile_guard(guard, self._load),
             "retry": lambda value: dataclasses.replace(QUEUE_RETRY, **self._clean("retry", value)),
             **dict.fromkeys(("entry", "exit"), lambda one: Effects(**self._clean("effects", one))),
             "assign": self._values, "send": self._send, "emit": self._emit, "action": self._action,
-            "with": self._values, "type": compile_value, "id": compile_value}
+            "on": _not_empty, "with": self._values, "type": compile_value, "id": compile_value}
 
     def problems(self) -> Any:
         """Look at everything; return what was found, `errors` and `warnings` and the rest."""
@@ -2077,9 +2077,8 @@ class _Walk:
         _need(name not in ("", "*") and "\0" not in name, "Not a name for a state: %r", name)
         if cls is DeclaredState or cls is State:
             cls = type(name, (cls,), {})
-        if not (isinstance(cls, type) and issubclass(cls, State)):
-            raise ConfigError(
-                "Not a State class", why=f"it is {cls!r}", fix="inherit from State", state=name)
+        _need(isinstance(cls, type) and issubclass(cls, State), "Not a State class", state=name,
+            why=f"it is {cls!r}", fix="inherit from State")
         owner = self.registry._names.get(cls)  # of its own, not of those around it
         _need(owner is None, "One class for two states: %r and %r", owner, name, why="a saved "
             "state could not be told from the other", fix="make a subclass for one of them")
@@ -2145,14 +2144,12 @@ class _Walk:
                 self._add(other.__name__, other)
         return name
 
-    def _renamed(self, value: Json) -> Json:
-        """Return what became of old states: each leads to one of today's, and is none itself."""
-        def check(old: str, new: Any) -> tuple[str, str]:
-            _require(new, "text")
-            _need(old not in self.nodes, f"{old!r} is a state still")
-            return _not_empty(old), self._find(new)
-
-        return dict(self._each(value.items(), check))
+    def _renamed(self, old: str, new: Any) -> None:
+        """Check what became of an old state: it leads to one of today's, and is none itself."""
+        _require(new, "text")
+        _need(old not in self.nodes, f"{old!r} is a state still")
+        _not_empty(old)
+        self._find(new)
 
     def _rules(self, rules: list[Any]) -> list[Any]:
         if not rules:
