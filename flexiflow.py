@@ -590,9 +590,8 @@ class RetryConfig:
     def __post_init__(self) -> None:
         for name, value in {**vars(self), "retry_on": 0, "timeout": self.timeout or 0}.items():
             least = 1 if name in ("max_attempts", "backoff") else 0
-            most, words = sys.float_info.max, f"of at least {least}"
-            if name == "jitter":
-                most, words = 1, "from 0 to 1"
+            most = 1 if name == "jitter" else sys.float_info.max
+            words = "from 0 to 1" if name == "jitter" else f"of at least {least}"
             if type(value) not in (int, float) or not least <= value <= most:
                 raise ArgumentError(f"{name} is not a number {words}: {value!r}")
         if type(self.max_attempts) is not int:
