@@ -1512,14 +1512,14 @@ class Node:
         self.name, self.cls, self.description = name, cls, description
         # `initial` names the child that is entered with it.
         self.initial, self.final, self.entry, self.exit = initial, final, entry, exit
-        self.parent: Node | None = None
+        self.around: list[Node] = []  # the states that it stands in, innermost first
         self.children: list[Node] = []
         # Rules alone answer for a declared state, and all components share one object; else the
         # class is asked last.
         self.declared = issubclass(cls, DeclaredState)
         self.instance = cls() if self.declared else None
 
-    completes = property(lambda self: self.final and self.parent is None,
+    completes = property(lambda self: self.final and not self.around,
         doc="Whether the component is done with it: a final state, and within no other.")
 
     def create(self, attributes: Json | None = None) -> State:
@@ -1530,12 +1530,9 @@ class Node:
         vars(state).update(fresh(attributes))
         return state
 
-    def lineage(self) -> Iterator[Node]:
-        """Yield the state and what surrounds it, innermost first."""
-        node: Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
+    def lineage(self) -> list[Node]:
+        """Return the state and what surrounds it, innermost first."""
+        return [self, *self.around]
 
 
 class Rule:
@@ -1563,7 +1560,7 @@ class Passage:
             ends_timers: bool = False) -> None:
         self.node = node  # the state at the end
         self.active, self.exits, self.enters = (
-            tuple(one.name for one in nodes) for nodes in ([*node.lineage()][::-1], exits, enters))
+            tuple(one.name for one in nodes) for nodes in (node.lineage()[::-1], exits, enters))
         self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
         self.timers = timers  # (rule, owning state) that start here
         self.completes = node.completes
@@ -1643,13 +1640,12 @@ class Definition:
         neither (SCXML's domain of a transition); a descendant is entered without leaving the
         source, unless the rule says `reenter`.
         """
-        outer = [] if source == "*" else [*self.nodes[source].lineage()]
-        inner = [*self.nodes[target].lineage()]
+        outer = [] if source == "*" else self.nodes[source].lineage()
         kept = outer[1:] if rule and rule.reenter else outer
-        domain = [node for node in kept if node in inner[1:]]
+        domain = [node for node in kept if node in self.nodes[target].around]
         exits = [node for node in self.nodes[leaf].lineage() if node not in domain] if leaf else []
         end = self.innermost(target)
-        enters = [node for node in [*end.lineage()][::-1] if node not in domain]
+        enters = [node for node in end.lineage()[::-1] if node not in domain]
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
@@ -2091,11 +2087,11 @@ class _Walk:
         for name in sorted(self.nodes, key=lambda name: name.split(".")):
             while above and not name.startswith(above[-1].name + "."):
                 above.pop()
-            self.nodes[name].parent = above[-1] if above else None
+            self.nodes[name].around = above[::-1]
             above.append(self.nodes[name])
         for node in self.nodes.values():
-            if node.parent is not None:
-                node.parent.children.append(node)
+            if node.around:
+                node.around[0].children.append(node)
         self._each([(name, node) for name, node in self.nodes.items()
             if node.children or node.initial is not None], self._family)
 
@@ -5049,7 +5045,7 @@ class ConfigExplanation:
         initial = {node.initial for node in nodes}
         nested = ["  " * depth + f"  {node.name}" + " (initial)" * (node.name in initial)
             + " (final)" * node.final for depth, node in _tree(
-                node for node in nodes if node.parent is None and node.children)]
+                node for node in nodes if node.children and not node.around)]
         read = self.initial_state is not None
         blocks: list[tuple[str, list[str]]] = [
             ("FlexiFlow Config Explanation", ["=" * 40, f"Source: {self.config_path}"]),
@@ -5210,7 +5206,7 @@ class _Graph:
         self.found, definition = found, found.definition
         self.nodes, self.rules = (definition.nodes, definition.rules) if definition else ({}, [])
         self.pack_edges = [edge for pack in found.packs for edge in pack.transitions]
-        self.roots = [node for node in self.nodes.values() if node.parent is None]
+        self.roots = [node for node in self.nodes.values() if not node.around]
 
     def edges(self) -> Iterator[tuple[str, str, str, str]]:
         """Yield source, cause, guard and target (or "") of what packs, rules and classes tell."""
@@ -5266,7 +5262,7 @@ class _Mermaid(_Graph):
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
             yield from ("end", "")
         for node in self.nodes.values():
-            if node.parent is None and node.name not in found.state_providers:
+            if not node.around and node.name not in found.state_providers:
                 yield from self.state(node)
         ends = {end for edge in self.pack_edges for end in (edge.from_state, edge.to_state)}
         unknown = ends.difference(self.nodes, found.builtin_states, found.state_providers)
