@@ -4603,7 +4603,8 @@ class FlexiFlowEngine:
             dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
         else:
             retry = getattr(component.definition, "retry", QUEUE_RETRY)
-            dead = dead or hasattr(error, "receipt") or attempts >= retry.max_attempts
+            refused = isinstance(getattr(error, "receipt", None), Receipt)
+            dead = dead or refused or attempts >= retry.max_attempts
             pause = retry.delay(attempts, random.random())
         again = {"dead": now} if dead else {"due": now + pause}
         self.retries += not dead
@@ -5689,8 +5690,9 @@ def _error_answer(error: Exception) -> tuple[Any, ...]:
         "context": {key: str(value) for key, value in error.context.items.items()}}
     if isinstance(error, Refused):
         return _json_answer(facts, error.status, *error.headers)
-    if hasattr(error, "receipt"):
-        return _json_answer({**facts, "receipt": error.receipt.as_dict()}, 422)
+    receipt = getattr(error, "receipt", None)
+    if isinstance(receipt, Receipt):
+        return _json_answer({**facts, "receipt": receipt.as_dict()}, 422)
     status = next((status for kind, status in _STATUS_OF.items() if isinstance(error, kind)), 500)
     return _json_answer(facts, status)
 

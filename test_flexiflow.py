@@ -9061,6 +9061,22 @@ class Queue(EngineCase):
             await asyncio.wait_for(done.wait(), 30)
         self.assertEqual((lamp.state, lamp.seq), ("On", 1))
 
+    async def test_an_error_that_has_a_receipt_of_its_own_is_tried_again(self):
+        class BankError(Exception):
+            receipt = "r-17"
+
+        def act(message, component):
+            calls.append(message["type"])
+            if len(calls) == 1:
+                raise BankError
+
+        calls = []
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        await self.engine.send("m", "go")
+        await self.deliver()
+        await self.deliver(60)
+        self.assertEqual((calls, self.facts()), (["go", "go"], (1, 0, 0)))
+
     async def test_messages_of_a_component_are_delivered_in_order(self):
         self.engine.create_component(self.flaky(0))
         for n in range(20):
