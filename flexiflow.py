@@ -529,8 +529,9 @@ class JsonFormatter:
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
-        return json.dumps({"time": at, "level": record.levelname, "logger": record.name, "message":
-            record.getMessage(), "correlation_id": getattr(record, "correlation_id", "-")})
+        return json.dumps({"time": at, "level": record.levelname, "logger": record.name,
+            "message": record.getMessage(),
+            "correlation_id": getattr(record, "correlation_id", "-")})
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s correlation_id=%(correlation_id)s %(message)s"
@@ -742,8 +743,9 @@ class AsyncEventManager:
         if not (filter_fn is None or callable(filter_fn)):
             raise ArgumentError(f"Not a function: {filter_fn!r}", why="a filter is called")
         if filter_fn is not None and is_async(filter_fn):
-            raise ArgumentError(f"Async filter: {filter_fn!r}", why="a coroutine is always true, "
-                "so every event would pass", fix="write `def` instead of `async def`")
+            raise ArgumentError(f"Async filter: {filter_fn!r}",
+                why="a coroutine is always true, so every event would pass",
+                fix="write `def` instead of `async def`")
         sub = Subscription(event_name, component_name, handler, priority, filter_fn, once,
             next(self._numbers))
         self._events.setdefault(event_name, {})[sub] = None
@@ -1747,14 +1749,16 @@ _EXECUTING = {"from": "text or a list", "to": "text", "on": "text or a list",
 # The keys that mean something, in the order of the walk, and what may stand under them ("":
 # anything that compiles).
 KEYS = {
-    "config": {"name": "text", "description": "text", "version": "", "$schema": "text", "data":
-        "an object", "initial_state_resolution": "a list", "packs": "a list", "states": "an object",
-        "initial_state": "text", "renamed": "an object", "retry": "an object", "rules": "a list"},
+    "config": {"name": "text", "description": "text", "version": "", "$schema": "text",
+        "data": "an object", "initial_state_resolution": "a list", "packs": "a list",
+        "states": "an object", "initial_state": "text", "renamed": "an object",
+        "retry": "an object", "rules": "a list"},
     "state": {"description": "text", "initial": "text", "final": "true or false",
         "entry": "an object", "exit": "an object"},
     "rule": {**_EXECUTING, "description": "text"}, "note": _EXECUTING, "effects": _EFFECTS,
     "send": {"to": "text", "type": "text", "after": "text or a number", "id": "text",
-        "with": "an object"}, "emit": {"name": "text", "with": ""},
+        "with": "an object"},
+    "emit": {"name": "text", "with": ""},
     "retry": dict.fromkeys("max_attempts base_delay max_delay backoff jitter".split(), "a number")}
 _REQUIRED = {"config": ("name",), "send": ("to", "type"), "emit": ("name",)}
 _DEFAULTS: Json = {"rule": {"from": "*"}, "send": {"after": 0, "with": {}},
@@ -2130,8 +2134,8 @@ class _Walk:
         if cls is None and self.config.get("packs") and not self.imports:
             cls = State  # a pack may provide it
         if cls is None or cls is self.hidden.get(name):
-            close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if len(
-                self.found.errors) < 20 else None  # to look for a thousand would take a minute
+            few = len(self.found.errors) < 20  # to look for a thousand would take a minute
+            close = choose(name, {*self.nodes, *BUILT_IN_NAMES}) if few else None
             raise ConfigError(f"Unknown state: {name!r}", fix=close)
         self._add(name, cls)
         for other in BUILT_IN if cls in BUILT_IN else ():  # one leads to the others
@@ -5050,9 +5054,9 @@ class ConfigExplanation:
         read = self.initial_state is not None
         blocks: list[tuple[str, list[str]]] = [
             ("FlexiFlow Config Explanation", ["=" * 40, f"Source: {self.config_path}"]),
-            ("Component:", [f"  name: {self.name or '(missing)'}", "  initial_state: "
-                f"{self.initial_state or '(missing)'}", f"  rules: {self.rules_count} rule(s)"]
-                if read else ["  (not read)"]),
+            ("Component:", [f"  name: {self.name or '(missing)'}",
+                f"  initial_state: {self.initial_state or '(missing)'}",
+                f"  rules: {self.rules_count} rule(s)"] if read else ["  (not read)"]),
             ("Packs:", packs and [*packs, "", f"Pack order: {' -> '.join(self.pack_order)}"]),
             (f"Resolution policy: {' -> '.join(self.initial_state_resolution)}", ["", "States:",
                 *(states or ["  (no custom states)"]),
