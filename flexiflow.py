@@ -2870,7 +2870,7 @@ class SQLiteStore:
         with self._lock, contextlib.ExitStack() as stack:
             if not self.db.in_transaction:  # else this is within another, or a COMMIT waits for us
                 self.rows("BEGIN")
-                stack.callback(self.rows, "ROLLBACK")
+                stack.callback(self.db.rollback)
             yield
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -3005,7 +3005,8 @@ _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
 # A message without a place is dead, or put off: by another worker, where this one had read it.
-_QUEUED = "SELECT rule, state FROM flexiflow_messages WHERE place IS NOT NULL AND"
+_QUEUED = ("SELECT rule, state, attempts, error FROM flexiflow_messages"
+    " WHERE place IS NOT NULL AND")
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
     " AND place IS NOT NULL")
@@ -3091,6 +3092,14 @@ def message_of(row: Json) -> Json:
     return {**row["message"], "id": row["id"], "correlation_id": row["correlation_id"]}
 
 
+def _recorded(row: Json) -> Json:
+    """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
+    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
+        found = json.loads(row["error"])
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def _timer_message(rule: Rule, owner: str) -> str:
     """Return the message of a timer, as it stands in the queue and in the journal."""
     return _encode({"type": rule.timer_type, "state": owner, "rule": rule.number})
@@ -3099,12 +3108,16 @@ def _timer_message(rule: Rule, owner: str) -> str:
 _receipt_text = functools.lru_cache(maxsize=4096)(_encode)  # most moves are made again and again
 
 
-class Gone(StateError):
-    """A component that was removed, here or by another process."""
+class NoComponent(StateError):
+    """A component that there is not: it was removed, here or by another process, or never made."""
 
 
-def _gone(name: str) -> Gone:
-    return Gone(f"Component {name!r} is gone", why="it was removed")
+class ProcessDied(StateError):
+    """A message that has killed its process as often as it may be tried."""
+
+
+def _gone(name: str) -> NoComponent:
+    return NoComponent(f"Component {name!r} is gone", why="it was removed")
 
 
 def _no_turn(name: str, why: str) -> StateError:
@@ -3318,8 +3331,8 @@ class Turn(Context):
         if self.row is None or self.engine is _ALONE:
             return True
         found = self.engine.queue.rows(*_of_row(_QUEUED, self.row))
-        if found:  # a change of rules may have given both another number or name
-            self.row["rule"], self.row["state"] = found[0]
+        if found:  # by a change of rules, or by another worker, it is another row by now
+            self.row.update(zip(("rule", "state", "attempts", "error"), found[0]))
         return bool(found)
 
     claimed = property(lambda self: self.engine._claimed.get(self.component.name) is (
@@ -3328,9 +3341,21 @@ class Turn(Context):
     async def claim(self) -> None:
         """Let nobody else run the component's code; count the attempt at a queued message.
 
-        The count is kept before the code runs: a message that kills its process counts, too.
+        The count is kept before the code runs: a message that kills its process counts, too, and
+        is not begun any more when it has been tried as often as it may be.
         """
         engine, name, start = self.engine, self.component.name, time.monotonic()
+
+        def check(execute: Callable[..., Any]) -> str | None:
+            row = self.row
+            if engine._held(name):
+                return "held"
+            if row is not None and self._queued():
+                died = row["attempts"] - _recorded(row).get("attempts", 0)
+                if died > 0 and row["attempts"] >= self.head.definition.retry.max_attempts:
+                    raise ProcessDied(f"Its process died of it {died} times",
+                        why="each time it was begun, and neither done nor failed")
+            return None
 
         def done() -> None:
             engine._hold(name, self.row or self)
@@ -3338,7 +3363,7 @@ class Turn(Context):
                 self.let_go()
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
-        while await engine.store.write(lambda execute: engine._held(name) or None, [
+        while await engine.store.write(check, [
                 (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) is not None:
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
@@ -3460,7 +3485,9 @@ class Turn(Context):
         change = (_UPDATE_HEAD, (*values, old.seq, old.crc, owner)) if seq else (_NEW_HEAD, values)
 
         def check(execute: Callable[..., Any]) -> str | None:
-            return None if self._queued() and execute(*change).rowcount == 1 else "moved on"
+            here = seq or self.engine.components.get(component.name) is component  # not removed
+            fits = here and self._queued() and execute(*change).rowcount == 1
+            return None if fits else "moved on"
 
         journal: list[Row] = [(_NEW_ENTRY, (*entry, old.chain, chain))]
         if not seq or definition is not component.definition:
@@ -3851,9 +3878,9 @@ class AsyncComponent:
             self._reload()
 
     def _reload(self) -> None:
-        """Become what the store says; raise Gone, and be known no more, where it says nothing."""
+        """Become what the store says; raise NoComponent, and be forgotten, if it is not there."""
         head = self._engine.store.head(self.name)
-        if head is None:
+        if head is None or self._engine.components.get(self.name) is not self:
             self._engine._forget(self)
             raise _gone(self.name)
         self._load(head)
@@ -4007,14 +4034,6 @@ def _replayed(name: str, history: list[Json], last: str,
 # The messages and timers that are due, to all components that have some.
 
 
-def _recorded(row: Json) -> Json:
-    """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
-    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
-        found = json.loads(row["error"])
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
 def _pending(row: Json) -> Json:
     """Return when a message or timer of the queue is due, and how it has fared so far."""
     return {"due": row["due"], "id": row["id"], "attempts": row["attempts"],
@@ -4107,13 +4126,8 @@ class _Delivery:
                 message = message_of(self.queue.sealed(row))
                 hopeless = ConfigError
                 component = engine._find(row["component"])
-                hopeless, retry = (), getattr(component.definition, "retry", QUEUE_RETRY)
+                hopeless = ProcessDied
                 await engine._announce()
-                if row["attempts"] >= retry.max_attempts and not (
-                        row["component"] in engine._claimed or engine._held(row["component"])):
-                    hopeless = StateError
-                    raise StateError(f"Its process died of it {row['attempts']} times",
-                        why="each time it was begun, and neither done nor failed")
                 await component.handle_message(message, _row=row)
                 handled += 1
             except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -4214,7 +4228,6 @@ class FlexiFlowEngine:
         """Begin to deliver, as `async with` does; return False if it does already."""
         if self._worker is not None and not self._worker.done():
             return False
-        self._stopping = False
         self._worker = self._spawn(self._work)
         return True
 
@@ -4231,7 +4244,11 @@ class FlexiFlowEngine:
         """Write what has not been written, wait for what runs, and close the store.
 
         The engine can go on to be used: it opens its store again. What memory alone held is lost.
+        Raises StateError from within a turn of its own.
         """
+        turn = live_turn()
+        if turn is not None and turn.engine is self:
+            raise StateError("Closing from within a turn", fix="let the turn end first")
         self._stop()
         try:
             while self._tasks:
@@ -4248,6 +4265,7 @@ class FlexiFlowEngine:
                     self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
                         f"{count} to {name!r}" for name, count in lost))
         finally:
+            self._stopping = False
             self.queue.close()
 
     def _stop(self) -> None:
@@ -4296,8 +4314,8 @@ class FlexiFlowEngine:
 
         Like it are those that have its definition, or one that it was to have or has had here: who
         was refused a config follows the next one. Returns False where the definition is the
-        config's already. Raises StateError for an unknown component, and ConfigError, when it has
-        done the others, for one that keeps its own: its state would be gone, say.
+        config's already. Raises StateError for an unknown component, and, when it has done the
+        others, what went wrong with the first that keeps its own: its state would be gone, say.
         """
         loaded: Any = self._config(config)
         known: Any = self._current(loaded.name if name is None else name)
@@ -4309,16 +4327,14 @@ class FlexiFlowEngine:
                 f" WHERE definition IN ({','.join('?' * len(versions))}) AND name<>? ORDER BY name",
                 (*versions, known.name))]
             versions.add(loaded.definition.hash)
-        refused = []
+        refused: list[Exception] = []
         for one in alike:
             self._refused.pop(one, None)  # of an earlier config
             try:
                 self.create_component(loaded, name=one, update=True)
-            except ConfigError as error:
+            except FlexiFlowError as error:
                 refused.append(error)
-        await self._settle()
-        refused += [self._refused.pop(one) for one in alike if one in self._refused]
-        for first in refused:
+        for first in refused + await self._settle(alike):
             raise first
         return bool(before != loaded.definition.text)
 
@@ -4345,7 +4361,8 @@ class FlexiFlowEngine:
     async def register_async(self, component: AsyncComponent) -> None:
         """Register a component, write it, and publish that, before returning."""
         self.register(component)
-        await self._settle(component)
+        for error in await self._settle([component.name]):
+            raise error
 
     def restore(self, snapshot: ComponentSnapshot, machine: StateMachine) -> AsyncComponent:
         """Make a component from a snapshot, and register it."""
@@ -4372,26 +4389,28 @@ class FlexiFlowEngine:
 
     def _known(self, name: str) -> AsyncComponent | None:
         """Return a component as it is by now, or None, also where another process removed it."""
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(NoComponent):
             return self.get(name) and self._current(name)
         return None
 
     def _current(self, name: str) -> AsyncComponent:
         """Return a component as it is by now, though another process may have changed it."""
         component = self._find(name)
-        if component._turn is None and name not in self._unborn:
+        if component._birth is None and component._turn is None:
             component._catch_up()
-        elif name not in self._unborn and self.store and not self.store.rows(_STAMP, (name,)):
+        elif component._birth is None and self.store and not self.store.rows(_STAMP, (name,)):
             component._reload()  # raises: in its turn, it does not know yet that it is gone
         return component
 
     def _unknown(self, name: str) -> StateError:
         close = difflib.get_close_matches(name, sorted(self._names()), 1)
-        return StateError(f"Unknown component: {name!r}", fix=f"did you mean {close[0]!r}?" if close
-            else "make it first: create_component(config, name=...), or register --config FILE")
+        return NoComponent(f"Unknown component: {name!r}",
+            fix=f"did you mean {close[0]!r}?" if close else "make it first: "
+            "create_component(config, name=...), or register --config FILE")
 
     def _names(self) -> set[str]:
-        return {*(self.components if self.store is None else self.store.names()), *self._unborn}
+        unborn = [name for name, one in self._unborn.items() if one._birth is not None]
+        return {*(self.components if self.store is None else self.store.names()), *unborn}
 
     def _add(self, component: AsyncComponent, head: Json | None = None) -> AsyncComponent:
         """Take in a component: with the state that the store has for it, or as a new one."""
@@ -4449,16 +4468,19 @@ class FlexiFlowEngine:
             facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
             await self.event_bus.publish("engine.component.registered", facts)
 
-    async def _settle(self, wanted: AsyncComponent | None = None) -> None:
-        """Announce and write the components that are still new; raise what the wanted one does."""
+    async def _settle(self, wanted: Sequence[str] = ()) -> list[Exception]:
+        """Announce and write what is still new, or to be updated; return what the wanted raise."""
         await self._announce()
+        failed: list[Exception] = []
         for component in list(self._unborn.values()):
             try:
                 await component._own_turn()
             except Exception as error:
-                if component is wanted:
-                    raise
-                self.logger.error("%r could not be made", component.name, exc_info=error)
+                if component.name in wanted:
+                    failed.append(error)
+                else:
+                    self.logger.error("%r could not be made", component.name, exc_info=error)
+        return failed + [self._refused.pop(name) for name in wanted if name in self._refused]
 
     def _config(self, config: Any) -> ComponentConfig:
         """Return a checked config; equal ones are compiled once."""
@@ -4593,33 +4615,44 @@ class FlexiFlowEngine:
             self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
                 exc_info=error)
             return
-        begun = self._claimed.get(row["component"]) is row  # and counted then
-        rows = self._release(row["component"]) if begun else []
-        found = self.queue.messages(*_of_row("dead IS NULL AND", row))
-        if not found:
-            await self.queue.write(None, rows)
-            return
-        (row,), now = found, self.clock()
-        component = self.components.get(row["component"])
-        # What is given up at once, or has nobody to go to, has not been tried.
-        attempts = row["attempts"] + (component is not None and not (begun or dead))
-        if component is None:
-            dead, pause = dead or now - row["sent"] > UNKNOWN_TARGET_LIMIT, 60.0
-        else:
-            retry = getattr(component.definition, "retry", QUEUE_RETRY)
-            refused = isinstance(getattr(error, "receipt", None), Receipt)
-            dead = dead or refused or attempts >= retry.max_attempts
-            pause = retry.delay(attempts, random.random())
-        again = {"dead": now} if dead else {"due": now + pause}
-        self.retries += not dead
-        self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], row["component"],
-            attempts, "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
+        name, now, absent = row["component"], self.clock(), isinstance(error, NoComponent)
+        begun = self._claimed.get(name) is row  # and counted then
+        release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-        facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
-            "traceback": "".join(lines)[-4000:], "state": component and component.state,
-            "attempts": attempts, "intact": _intact(row)}
-        await self.queue.write(None, [*rows, self.queue.change_message(
-            row, attempts=attempts, place=None, error=json.dumps(facts), **again)])
+
+        def count(execute: Callable[..., Any]) -> Any:
+            """Return the row as it was, attempts, the pause before the next one, the component."""
+            for statement in release:
+                execute(*statement)
+            found, component = self.queue.messages(
+                *_of_row("dead IS NULL AND", row)), self.components.get(name)
+            if not found or (absent and (component or execute(_STAMP, (name,)).fetchone())):
+                return None  # it is over, or its component is there by now
+            attempts, pause = found[0]["attempts"], 60.0
+            if component is None:
+                attempts = 0 if absent else attempts  # with nobody to go to, it has not been tried
+                last = dead or now - found[0]["sent"] > UNKNOWN_TARGET_LIMIT
+            else:
+                attempts += not (begun or dead)  # nor what is given up at once
+                retry = getattr(component.definition, "retry", QUEUE_RETRY)
+                refused = isinstance(getattr(error, "receipt", None), Receipt)
+                last = dead or refused or attempts >= retry.max_attempts
+                pause = retry.delay(attempts, random.random())
+            facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
+                "traceback": "".join(lines)[-4000:], "state": component and component.state,
+                "attempts": attempts, "intact": _intact(found[0])}
+            execute(*self.queue.change_message(found[0], attempts=attempts, place=None,
+                error=json.dumps(facts), **({"dead": now} if last else {"due": now + pause})))
+            return found[0], attempts, None if last else pause, component
+
+        counted = await self.queue.write(count, ())
+        if counted is None:
+            return
+        row, attempts, pause, component = counted
+        dead = pause is None
+        self.retries += not dead
+        self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], name, attempts,
+            "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
         if dead:
             with contextlib.suppress(ValueError):
                 row["message"] = json.loads(row["message"])
@@ -4910,17 +4943,17 @@ class FlexiFlowEngine:
         is not to be had here, and its queue: dicts of number, message, due, id, attempts and
         error. Raises StateError for an unknown name.
         """
-        if name is None:
-            with self.queue.at_once():
+        with self.queue.at_once():
+            if name is None:
                 return [self._facts(one) for one in sorted(self._names())]
-        facts = {**self._facts(name), "accepts": None}
-        waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
-            " ORDER BY place IS NULL, place, due, number", (name,))
-        facts["queue"] = [{"number": row["number"], "message": row["message"], **_pending(row)}
-            for row in map(self.queue.sealed, waiting)]
-        with contextlib.suppress(ImportError_):
-            facts["accepts"] = self.accepts(name)
-        return [facts]
+            facts = {**self._facts(name), "accepts": None}
+            waiting = self.queue.messages("component=? AND dead IS NULL AND state IS NULL"
+                " ORDER BY place IS NULL, place, due, number", (name,))
+            facts["queue"] = [{"number": row["number"], "message": row["message"], **_pending(row)}
+                for row in map(self.queue.sealed, waiting)]
+            with contextlib.suppress(ImportError_):
+                facts["accepts"] = self.accepts(name)
+            return [facts]
 
     def find(self, part: str = "", *, state: str | None = None, failed: bool = False,
             waiting: bool = False, after: str = "", limit: int = -1) -> tuple[list[str], int]:
@@ -4948,7 +4981,7 @@ class FlexiFlowEngine:
     def _facts(self, name: str) -> Json:
         check_name(name)
         live = self.components.get(name)
-        if live is not None and (self.store is None or name in self._unborn):
+        if live is not None and (self.store is None or live._birth is not None):
             head: Any = {**live.head._asdict(), "data": live.data, "state": live.state}
         else:
             head = self.store and self.store.head(name)
@@ -5659,7 +5692,7 @@ PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times
 POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
 STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
 # Of an error without a receipt: the first that fits, else 500.
-_STATUS_OF = {IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
+_STATUS_OF = {NoComponent: 404, IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -5834,6 +5867,7 @@ class HttpApp:
         try:
             self._check(request)
             call, names = self._route(request)
+            await self.engine.queue.settled()  # what is shown has been committed
             if request.method == "POST":
                 names.append(await self._body(request, receive))
                 self.engine.start()
@@ -5902,13 +5936,6 @@ class HttpApp:
             more = part.get("more_body")
         return read_object(body.strip() or b"{}", "body", '{"type": "start"}')
 
-    def _known(self, name: str) -> Json:
-        """Return the facts of a component; refuse a name that there is not."""
-        try:
-            return self.engine.status(name)[0]
-        except (StateError, ArgumentError) as error:
-            raise Refused(404, error.what, why=error.why, fix=error.fix) from error
-
     # ---- routes
 
     async def page(self, request: Request) -> Any:
@@ -5933,23 +5960,22 @@ class HttpApp:
 
     async def component(self, request: Request, name: str) -> Any:
         """All about a component."""
-        return _json_answer({**self._known(name), "dead_letters": self.engine.dead_letters(name)})
+        (facts,) = self.engine.status(name)
+        return _json_answer({**facts, "dead_letters": self.engine.dead_letters(name)})
 
     async def history(self, request: Request, name: str) -> Any:
         """A page of a component's history, the newest first."""
-        self._known(name)
+        self.engine._facts(name)  # raises if there is none
         found = self.engine.history(name, limit=request.limit + 1, before=request.count("before"))
         return _json_answer({"history": found[:request.limit],
             "next": found[request.limit - 1]["number"] if len(found) > request.limit else None})
 
     async def diagram(self, request: Request, name: str) -> Any:
         """The picture of a component's machine, its state lit."""
-        self._known(name)
         return 200, "image/svg+xml", picture(self.engine._current(name)).encode()
 
     async def message(self, request: Request, name: str, message: Json) -> Any:
         """Hand a message to a component, and return the receipt."""
-        self._known(name)
         key = request.header("idempotency-key")
         if key is not None and message.setdefault("id", key) != key:
             raise Refused(400, "Two ids for a message: in it, and as Idempotency-Key")

@@ -6298,6 +6298,39 @@ class StoreFile(StoreCase):
         await self.engine.handle_message("lamp", "press")
         self.assertEqual(self.rows("SELECT COUNT(*) FROM theirs"), [(0,)])
 
+    async def test_a_file_that_is_back_is_used_again_also_where_a_view_was_at_work(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        with self.assertRaises(PersistenceError), self.engine.store.at_once():
+            os.rename(self.path(), self.path("away"))
+            self.engine.store._looked = 0.0
+            self.engine.status()
+        os.rename(self.path("away"), self.path())
+        self.assertEqual((await self.engine.handle_message("lamp", "press")).outcome, "moved")
+
+    async def test_what_is_known_of_one_component_is_of_one_moment(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        store = self.engine.store
+        messages, child = store.messages, """
+            import asyncio, sys
+            from flexiflow import FlexiFlowEngine
+            async def main():
+                async with FlexiFlowEngine(sys.argv[1]) as engine:
+                    await engine.handle_message("lamp", "press")
+            asyncio.run(main())
+            """
+
+        def meanwhile(*asked):
+            if "ORDER BY place IS NULL" in asked[0]:
+                self.assertEqual(self.start(child, self.path()).wait(60), 0)
+            return messages(*asked)
+
+        with unittest.mock.patch.object(store, "messages", meanwhile):
+            (found,) = self.engine.status("lamp")
+        self.assertEqual((found["state"], [one["type"] for one in found["accepts"]],
+            self.engine.status("lamp")[0]["state"]), ("Off", ["press", "drop"], "On"))
+
     async def test_reading_does_not_make_a_store(self):
         store = SQLiteStore(self.path("nowhere.db"), readonly=True)
         error = self.raises(PersistenceError, store.rows, "SELECT 1")
@@ -9326,6 +9359,40 @@ class Queue(EngineCase):
 class QueueStored(Queue):
     stored = True
 
+    async def test_a_component_made_elsewhere_while_its_message_is_put_off_gets_it(self):
+        other, failed = self.open(), self.engine._failed
+
+        async def later(*failure):
+            await other.register_async(other.create_component(self.LAMP))
+            await failed(*failure)
+
+        await self.engine.send("lamp", "press")
+        with unittest.mock.patch.object(self.engine, "_failed", later):
+            await self.deliver()
+        self.assertEqual((self.facts("lamp"), self.engine.dead_letters()), ((1, 0, 0), []))
+
+    async def test_after_it_was_closed_an_engine_delivers_until_it_is_closed_again(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.close()
+        work = asyncio.ensure_future(self.engine.run())
+        await self.engine.send("lamp", "press")
+        await self.engine.wait("lamp", "On", timeout=30)
+        await self.engine.close()
+        self.assertEqual(await work, 1)
+
+    async def test_an_engine_is_not_closed_from_within_its_own_turn(self):
+        async def act(message, component):
+            async with FlexiFlowEngine() as another:
+                another.create_component(self.LAMP)
+            await self.engine.close()
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)}))
+        await self.engine.send("m", "go")
+        await asyncio.wait_for(self.deliver(), 30)
+        (waiting,) = self.engine.status("m")[0]["queue"]
+        self.assertEqual(waiting["error"].splitlines(),
+            ["StateError: Closing from within a turn", "Fix: let the turn end first"])
+
     async def test_what_was_sent_survives_a_restart(self):
         self.engine.create_component(self.LAMP)
         await self.engine.send("lamp", "press")
@@ -9947,6 +10014,49 @@ class Claims(StoreCase):
 
     # ---- failures first
 
+    async def test_what_killed_another_worker_meanwhile_is_not_begun_beyond_its_attempts(self):
+        self.engine.create_component(self.noting(retry={"max_attempts": 2}))
+        await self.engine.run(until_idle=True)
+        await self.engine.send("m", "go", id="x")
+        deliver = ff._Delivery._deliver
+
+        async def later(delivery, rows):  # another has tried it since these rows were read
+            self.change("UPDATE flexiflow_messages SET attempts=2")
+            return await deliver(delivery, rows)
+
+        with unittest.mock.patch.object(ff._Delivery, "_deliver", later):
+            await self.engine.run(until_idle=True)
+        (letter,) = self.engine.dead_letters()
+        self.assertEqual((self.ran, letter["attempts"], letter["error"].splitlines()[0]),
+            ([], 2, "ProcessDied: Its process died of it 2 times"))
+
+    async def test_what_kills_its_process_is_given_up_beside_a_call_that_goes_on(self):
+        self.engine.create_component(self.hanging(retry={"max_attempts": 2}))
+        await self.engine.run(until_idle=True)
+        call = asyncio.ensure_future(self.engine.handle_message("m", "go", id="direct"))
+        await self.begun.wait()
+        await self.engine.send("m", "go", id="x")
+        self.change("UPDATE flexiflow_messages SET attempts=2")
+        work = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.passes()
+        self.go.set()
+        await asyncio.gather(call, work)
+        self.assertEqual((self.ran, [one["id"] for one in self.engine.dead_letters()]),
+            (["direct"], ["x"]))
+
+    async def test_what_has_failed_as_often_as_a_new_config_allows_says_why_it_fails(self):
+        settings = {"max_attempts": 5, "base_delay": 1, "jitter": 0}
+        self.engine.create_component(self.noting(retry=settings))
+        await self.engine.run(until_idle=True)
+        await self.engine.send("m", "fail", id="x")
+        await self.engine.run(until_idle=True)
+        self.engine.create_component(self.noting(retry={"max_attempts": 1}), update=True)
+        self.clock.now += 2
+        await self.engine.run(until_idle=True)
+        (letter,) = self.engine.dead_letters()
+        self.assertEqual((self.ran, letter["attempts"], letter["error"].splitlines()[0][:16]),
+            (["x", "x"], 2, "RuntimeError: no"))
+
     async def test_a_claim_is_not_taken_over_before_its_lease_is_over(self):
         await self.died(self.noting())
         task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
@@ -10404,7 +10514,7 @@ class ClaimsOfProcesses(StoreCase):
         shown = {key: letter[key] for key in ("component", "id", "attempts", "error", "state")}
         self.assertEqual(codes, [9, 9, 9, 0])
         self.assertEqual(shown, {"component": "a", "id": "x", "attempts": 3, "state": "A",
-            "error": "StateError: Its process died of it 3 times\n"
+            "error": "ProcessDied: Its process died of it 3 times\n"
             "Why: each time it was begun, and neither done nor failed"})
         self.assertEqual((facts, sorted(self.noted())),
             ([("a", 1, 1), ("b", 1, 0)], ["x", "x", "x", "y", "z"]))
@@ -10618,7 +10728,7 @@ class DeadLetters(EngineCase):
             ("x", 1, "Off", "StateError: Unknown message: 'prss'\n"
              "Why: no rule of 'lamp' takes it in any state\nFix: did you mean 'press'?\n"
              "Context:\n  component='lamp'\n  state='Off'"),
-            ("y", 0, None, "StateError: Unknown component: 'nobody'\n"
+            ("y", 0, None, "NoComponent: Unknown component: 'nobody'\n"
              "Fix: make it first: create_component(config, name=...), or register --config FILE")])
 
     async def test_the_id_of_a_dead_letter_stands_for_its_message_still(self):
@@ -11278,6 +11388,44 @@ class Removing(EngineCase):
 
 class RemovingStored(Removing):
     stored = True
+
+    async def hang(self, **settings):
+        """Return a config whose actions wait for the event, and what counts them."""
+        go, ran = asyncio.Event(), []
+
+        async def act(message, component):
+            ran.append(component)
+            await go.wait()
+
+        path = self.code(act)
+        return self.machine({"on": "go", "action": path}, {"on": "note"},
+            states={"A": {"entry": {"action": path}}} if settings else {"A": {}}), go, ran
+
+    async def test_one_that_is_removed_while_it_is_made_is_not_there_afterwards(self):
+        config, go, ran = await self.hang(entry=True)
+        old = self.engine.create_component(config)
+        task = asyncio.ensure_future(old.handle_message({"type": "note"}))
+        await self.passes()
+        await self.engine.remove("m")
+        go.set()
+        await asyncio.wait([task])
+        self.assertEqual((task.exception().what, len(ran), self.engine.status()),
+            ("Component 'm' is gone", 1, []))
+
+    async def test_one_made_anew_is_not_taken_over_by_the_object_of_the_removed_one(self):
+        config, go, ran = await self.hang()
+        old = self.engine.create_component(config)
+        tasks = [asyncio.ensure_future(old.handle_message({"type": "go"}))]
+        await self.passes()
+        await self.engine.remove("m")
+        self.clock.now += 1
+        new = self.engine.create_component(config)
+        tasks.append(asyncio.ensure_future(new.handle_message({"type": "go"})))
+        await self.passes()
+        go.set()
+        await asyncio.wait(tasks)
+        self.assertEqual((tasks[0].exception().what, tasks[1].result().seq, ran),
+            ("Component 'm' is gone", 1, [old, new]))
 
     async def test_removed_by_another_process_it_may_be_made_again(self):
         other = self.open()
@@ -12388,6 +12536,69 @@ class Adopting(EngineCase):
 class AdoptingStored(Adopting):
     stored = True
 
+    async def test_what_waits_for_an_update_is_shown_as_others_have_left_it(self):
+        first, second = self.machine({"on": "go", "to": "B"}), self.machine({"on": "new"})
+        other = self.open()
+        for config, settings in ((first, {}), (second, {"update": True})):
+            for name in "ab":
+                self.engine.create_component(config, name=name, **settings)
+            if config is first:
+                await self.engine.run(until_idle=True)
+        await other.handle_message("a", "go")
+        await other.remove("b")
+        self.assertEqual([(one["name"], one["state"], one["seq"]) for one in self.engine.status()],
+            [("a", "B", 1)])
+        self.assertEqual((self.engine.replay("a")[0]["steps"],
+            (await self.engine.prune("a", keep=1))["rows"]), (1, 1))
+
+    async def test_an_update_that_could_not_be_written_is_not_called_adopted(self):
+        first, second = self.machine({"on": "a"}), self.machine({"on": "b"})
+        component = self.engine.create_component(first)
+        await self.engine.run(until_idle=True)
+        self.change("CREATE TRIGGER full BEFORE INSERT ON flexiflow_journal"
+            " BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END")
+        with self.assertRaises(PersistenceError) as caught:
+            await self.engine.adopt(second)
+        error = caught.exception
+        self.assertEqual((error.fix, component.rules),
+            ("free some space on the disk; nothing that was acknowledged is lost", [{"on": "a"}]))
+        self.change("DROP TRIGGER full")
+        await self.engine.run(until_idle=True)
+        self.assertEqual(component.rules, [{"on": "b"}])
+
+    async def test_a_damaged_component_does_not_keep_others_from_following(self):
+        first, second = self.machine({"on": "a"}), self.machine({"on": "b"})
+        for name in ("m", "a", "b"):
+            self.engine.create_component(first, name=name)
+        await self.engine.run(until_idle=True)
+        self.change("UPDATE flexiflow_components SET data='{}' || ' ' WHERE name='a'")
+        with self.assertRaises(PersistenceError) as caught:
+            await self.engine.adopt(second)
+        error = caught.exception
+        self.assertEqual((error.what, self.engine.get("m").rules, self.engine.get("b").rules),
+            (f"Store {self.path()!r} is damaged: component 'a'", [{"on": "b"}], [{"on": "b"}]))
+
+    async def test_registering_tells_that_an_update_was_refused_at_the_end_of_a_turn(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        rule = {"from": "A", "on": "go", "to": "B", "action": self.code(act)}
+        component = self.engine.create_component(self.machine(rule))
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        self.engine.create_component(self.machine({"on": "go"}, states="A"), update=True)
+        register = asyncio.ensure_future(self.engine.register_async(component))
+        await self.passes()
+        go.set()
+        await task
+        with self.assertRaises(ConfigError) as caught:
+            await register
+        error = caught.exception
+        self.assertEqual(error.what, "State 'B' of 'm' would be gone")
+
     async def test_a_timer_that_cannot_begin_now_is_refused_and_stops_nobody(self):
         old = self.machine({"on": "go", "assign": {"n": 1}})
         lines = self.logged()
@@ -12535,15 +12746,14 @@ class AdoptingStored(Adopting):
         self.engine.create_component(self.machine(timer, **settings))
         await self.engine.run(until_idle=True)
         self.clock.now += 10
-        other, write = self.open(), self.engine.queue.write
+        other, failed = self.open(), self.engine._failed
 
-        async def later(check, rows, *done):
-            if any("error" in sql for sql, _ in rows):
-                for rules in ([{"on": "a"}, timer], [{"on": "a"}, {"on": "b"}, timer]):
-                    await other.update_rules("m", rules, replace=True)
-            return await write(check, rows, *done)
+        async def later(*failure):
+            for rules in ([{"on": "a"}, timer], [{"on": "a"}, {"on": "b"}, timer]):
+                await other.update_rules("m", rules, replace=True)
+            await failed(*failure)
 
-        with unittest.mock.patch.object(self.engine.queue, "write", later):
+        with unittest.mock.patch.object(self.engine, "_failed", later):
             await self.engine.run(until_idle=True)
         (row,) = map(self.engine.queue.sealed, self.engine.queue.messages("1"))
         self.assertEqual((row["rule"], row["due"], row["attempts"], row["dead"]),
@@ -16523,7 +16733,7 @@ class HttpRoutes(HttpCase):
     async def test_what_is_not_there_is_404_and_a_wrong_method_405(self):
         self.engine.create_component(self.ORDER)
         for method, path, status in (
-            ("GET", "/nothing", 404), ("GET", "/components/x", 404), ("GET", "/components//", 404),
+            ("GET", "/nothing", 404), ("GET", "/components/x", 404), ("GET", "/components//", 400),
             ("GET", "/components/x/history", 404), ("GET", "/components/x/diagram.svg", 404),
             ("POST", "/components/x/message", 404), ("GET", "/components/order/message", 405),
             ("POST", "/components", 405), ("DELETE", "/components/order", 405),
