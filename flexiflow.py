@@ -52,8 +52,13 @@ if __name__ == "__main__":
     # Started with -m or as a script: hand over to the one importable copy, so that the `State`
     # that a user's module imports is the `State` that runs.
     if sys.argv[1:] in (["--version"], ["-V"]):
-        print("flexiflow", __version__)
-        sys.exit(0)
+        import os
+
+        try:
+            os.write(1, f"flexiflow {__version__}\n".encode())
+            sys.exit(0)
+        except OSError:
+            pass  # `main` will find it, too, and tell
     try:
         import gc
 
@@ -347,7 +352,7 @@ def read_json(source: str | bytes, name: str, error: type[FlexiFlowError],
         octets = source.encode("utf-8") if isinstance(source, str) else source
         if len(octets) > MAX_JSON:
             raise ValueError(f"more than {MAX_JSON} bytes")
-        text = octets.decode("utf-8")
+        text = octets.decode("utf-8-sig")  # some editors begin with a byte order mark
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} brackets within brackets")
         value = _decode(text)
@@ -688,11 +693,14 @@ def _copier(data: Any) -> Callable[[Any], Any] | None:
     return fresh if data.__class__ in _NESTED else None
 
 
+_LEAVING = (KeyboardInterrupt, GeneratorExit)  # the program ends, whoever's code it meets
+
+
 def _is_own_failure(error: BaseException) -> bool:
-    """Tell a handler's failure from the cancellation of the task that publishes."""
-    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the publisher's
+    """Tell a failure of code that is called here from the cancellation of the task that calls."""
+    if isinstance(error, asyncio.CancelledError):  # before Python 3.11 always the caller's
         return not getattr(asyncio.current_task(), "cancelling", lambda: True)()
-    return isinstance(error, Exception)
+    return not isinstance(error, _LEAVING)
 
 
 class Subscription:
@@ -807,7 +815,7 @@ class AsyncEventManager:
                 try:
                     await (self._call(sub, event_name, own) if direct is None else direct(own))
                 except BaseException as error:
-                    if not _is_own_failure(error):
+                    if isinstance(error, SystemExit) or not _is_own_failure(error):
                         raise
                     await self._failed(sub, event_name, data, error)
                     if on_error == "raise":
@@ -847,8 +855,8 @@ class AsyncEventManager:
                 if type(result) is types.CoroutineType or (
                         result is not None and inspect.isawaitable(result)):
                     await result
-        except (Exception, asyncio.CancelledError) as error:
-            if above is None:
+        except BaseException as error:
+            if above is None or isinstance(error, (SystemExit, *_LEAVING)):
                 raise
             return error
 
@@ -1326,7 +1334,7 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     """Import `package.module:name` and return what it names; raise ImportError_ if that fails.
 
     `allow_imports` lists the modules that may be imported, with all below them; None allows all.
-    A failure inside the module is chained as the cause, SystemExit too.
+    A failure inside the module, of whatever kind, is chained as the cause.
     """
     def check(module: str) -> None:
         allowed = (__name__, *(allow_imports or ()))
@@ -1346,7 +1354,9 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     check(module_name)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, _LEAVING):
+            raise
         missing = (isinstance(error, ModuleNotFoundError)
             and f"{module_name}.".startswith(f"{error.name}."))
         raise ImportError_(f"{'Module not found:' if missing else 'Cannot import'} {module_name!r}",
@@ -2360,6 +2370,21 @@ def _sync(path: str) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """Name a file beside another one to write into: at the end it takes the other's place."""
+    folder, name = os.path.split(path)
+    aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
+    _sweep(folder)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
 def write_file(path: Path, text: str, mode: int = 0o600) -> None:
     """Replace a file by another, durably: write aside, fsync, rename, fsync the folder.
 
@@ -2372,20 +2397,13 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
         is_new, (folder, name) = not os.path.exists(target), os.path.split(target)
         if not (name and (is_new or os.path.isfile(target))):
             raise OSError("it is a folder, or a device, which must not be replaced")
-        aside = os.path.join(folder, f".{name}.{os.getpid()}{threading.get_ident()}.tmp")
         os.makedirs(folder, exist_ok=True)
-        _sweep(folder)
         mode = mode if is_new else os.stat(target).st_mode & 0o777
-        try:
-            with open(aside, "wb", opener=functools.partial(os.open, mode=mode)) as file:
-                file.write(text.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
+        opener = functools.partial(os.open, mode=mode)
+        with _replacing(target) as aside, open(aside, "wb", opener=opener) as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
         fix = "the new file is there, but might not survive a power cut"
         _sync(folder)
     except (OSError, ValueError) as error:
@@ -2555,7 +2573,8 @@ _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is
     "locked": "another process holds the file; try again",
     "malformed": "the file is damaged; restore a backup",
     "not a database": "this is no SQLite file, or a damaged one",
-    "unable to open": "check the path, and that the folder is writable",
+    **dict.fromkeys(("unable to open", "No such file"),
+        "check the path, and that the folder is writable"),
     "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
 
 
@@ -2760,18 +2779,14 @@ class SQLiteStore:
         """Copy the store as it is now into a new file, whole or not at all."""
         if path in ("", ":memory:"):
             raise ArgumentError(f"Not a file: {path!r}", fix="name a new one")
-        if os.path.exists(path):
-            raise PersistenceError(f"There is a file already: {path!r}", fix="name a new one")
-        aside = f"{path}.{os.getpid()}.tmp"
-        try:
+        for there in (path, f"{path}-wal", f"{path}-journal"):  # what SQLite would take with it
+            if os.path.lexists(there):
+                raise PersistenceError(f"There is a file already: {there!r}", fix="name a new one")
+        with _replacing(os.path.join(".", path)) as aside:
             with contextlib.closing(sqlite3.connect(aside)) as copy_of_it:
                 self.db.backup(copy_of_it)
             _sync(aside)
-            os.replace(aside, path)
-            _sync(os.path.dirname(path) or ".")
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
+        _sync(os.path.dirname(path) or ".")
 
     # ---- opening and failing
 
@@ -2799,8 +2814,7 @@ class SQLiteStore:
 
     def _set_up(self, db: sqlite3.Connection) -> None:
         """Check the schema's version, or make the schema where there is none; note the files."""
-        journal = "journal_mode" if self.readonly else "journal_mode=WAL"
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", journal,
+        for pragma in ("trusted_schema=OFF", "cell_size_check=ON",
                 f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
             self._insist(db.execute, f"PRAGMA {pragma}")
         (version,) = self._insist(db.execute, "PRAGMA user_version")
@@ -2809,8 +2823,8 @@ class SQLiteStore:
         ours = any(sql and "flexiflow_" in sql for sql in tables)
         if (version == 0 and self.readonly) or (version and not ours):
             raise PersistenceError(f"Not a store: {self.path!r}",
-                why="it is a database of something else" if version else "it is empty",
-                fix="check the path" if version else "register a component")
+                why="it is a database of something else" if found else "it is empty",
+                fix="check the path" if found else "register a component")
         if version > SCHEMA_VERSION:
             raise PersistenceError(f"Store {self.path!r} was written by a newer FlexiFlow",
                 why=f"its schema is version {version}, this file knows {SCHEMA_VERSION}",
@@ -2818,6 +2832,8 @@ class SQLiteStore:
         schema = {*_SCHEMA.replace("IF NOT EXISTS ", "").strip(";\n").split(";\n")}
         if version and not (schema <= tables and len(roots) == len({*roots})):
             raise self.damaged("its schema")  # or two tables in one place: one would seem empty
+        if not self.readonly:
+            self._insist(db.execute, "PRAGMA journal_mode=WAL")
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
@@ -2992,6 +3008,7 @@ TURN_LIMIT = 30.0  # seconds that a message waits for its turn
 LEASE = 30.0  # seconds that a claim holds unless it is renewed
 DRAIN_LIMIT = 1000  # messages of its own that a component handles before the next stranger's
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
+CONFIGS = 1000  # that an engine keeps compiled
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
 # By its crc, a component that was removed and made anew is told from what it was.
@@ -3282,7 +3299,7 @@ class Turn(Context):
                 await self.refresh()
         except BaseException as error:
             self.end(failed=True)
-            if isinstance(error, (Exception, SystemExit)):
+            if _is_own_failure(error):
                 self.engine.count("failed", begun)
                 await self.publish("component.message.received", message=self.message)
                 await self.settled()
@@ -3314,7 +3331,7 @@ class Turn(Context):
             if self._queued():
                 return None
             return Receipt("ignored", name, self.id, self.leaf, self.leaf, self.component.seq,
-                "it has been handled elsewhere")
+                "it has been handled elsewhere", duplicate=True)
         entry = found[0]
         if _encode(entry["message"]) != self.text:
             raise id_taken(name, self.id, first=entry["message"].get("type"))
@@ -3350,7 +3367,9 @@ class Turn(Context):
             row = self.row
             if engine._held(name):
                 return "held"
-            if row is not None and self._queued():
+            if not self._queued():
+                return "over"  # for now: another worker has failed at it
+            if row is not None:
                 died = row["attempts"] - _recorded(row).get("attempts", 0)
                 if died > 0 and row["attempts"] >= self.head.definition.retry.max_attempts:
                     raise ProcessDied(f"Its process died of it {died} times",
@@ -3364,7 +3383,7 @@ class Turn(Context):
 
         rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
         while await engine.store.write(check, [
-                (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) is not None:
+                (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) == "held":
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
                 raise _no_turn(name, "another process is at work on the message before this one")
             await asyncio.sleep(_pause())
@@ -3434,8 +3453,6 @@ class Turn(Context):
 
     def _take_data(self, plan: Plan) -> None:
         """Take over the data as the code that was called has left it."""
-        if self.data.__class__ is not dict:
-            raise StateError(f"Data of {self.component.name!r} is not a dict: {self.data!r}")
         self.base = plan.data = fresh(self.data)
         self.data = None
 
@@ -3446,7 +3463,9 @@ class Turn(Context):
 
         `rows` is what another definition in `head` changes in the queue.
         """
-        engine, passage, now = self.engine, plan.passage, self.now
+        engine, passage, now, name = self.engine, plan.passage, self.now, self.component.name
+        if engine is not _ALONE and engine.components.get(name) is not self.component:
+            raise _gone(name)
         definition, _, seq, since, completed, *_ = self.head
         seq += plan.outcome != "created"
         if seq and passage is not None and passage.enters:
@@ -3634,6 +3653,8 @@ class AsyncComponent:
         if turn is None:
             raise StateError(f"Data of {self.name!r} set outside a turn", why="it would not be "
                 "saved", fix="change it in an action, or with `assign` in a rule")
+        if value.__class__ is not dict:
+            raise StateError(f"Data of {self.name!r} is not a dict: {value!r}")
         turn.data = value
 
     @property
@@ -3758,7 +3779,7 @@ class AsyncComponent:
                     if receipt.outcome == "unknown":
                         raise self._unknown(turn, receipt)
                 except BaseException as error:
-                    if not _is_own_failure(error) and not isinstance(error, SystemExit):
+                    if not _is_own_failure(error):
                         self._internal.insert(0, row)  # the next turn will run it
                         raise
                     turn.end(failed=True)
@@ -4128,9 +4149,11 @@ class _Delivery:
                 component = engine._find(row["component"])
                 hopeless = ProcessDied
                 await engine._announce()
-                await component.handle_message(message, _row=row)
-                handled += 1
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                receipt = await component.handle_message(message, _row=row)
+                handled += not receipt.duplicate
+            except _LEAVING:
+                raise
+            except BaseException as error:
                 if self.called_off:
                     engine._give_back(row)
                     raise
@@ -4264,6 +4287,7 @@ class FlexiFlowEngine:
                 if lost:
                     self.logger.warning("Not delivered, and kept in memory only: %s", ", ".join(
                         f"{count} to {name!r}" for name, count in lost))
+            await asyncio.sleep(0)  # a `run` that was called before, and begins only now, ends
         finally:
             self._stopping = False
             self.queue.close()
@@ -4488,6 +4512,8 @@ class FlexiFlowEngine:
             return config
         content = read_config(config) if isinstance(config, (str, os.PathLike)) else config
         key = repr(content)
+        if len(self._configs) > CONFIGS:
+            self._configs.clear()
         if key not in self._configs:
             self._configs[key] = ConfigLoader.load_component_config(
                 content, allow_imports=self.allow_imports)
@@ -4606,8 +4632,9 @@ class FlexiFlowEngine:
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
         self._newcomers = False
+        delivery = _Delivery(self, component, concurrency, until_idle)
         await self._settle()  # what has come due by now runs in due order
-        return await _Delivery(self, component, concurrency, until_idle).run()
+        return await delivery.run()
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
@@ -4626,8 +4653,9 @@ class FlexiFlowEngine:
                 execute(*statement)
             found, component = self.queue.messages(
                 *_of_row("dead IS NULL AND", row)), self.components.get(name)
-            if not found or (absent and (component or execute(_STAMP, (name,)).fetchone())):
-                return None  # it is over, or its component is there by now
+            if not found or (begun and self._held(name)) or (
+                    absent and (component or execute(_STAMP, (name,)).fetchone())):
+                return None  # it is over, or another's, or its component is there by now
             attempts, pause = found[0]["attempts"], 60.0
             if component is None:
                 attempts = 0 if absent else attempts  # with nobody to go to, it has not been tried
@@ -7422,7 +7450,9 @@ class _Intake:
                 self.answers[number] = receipt.as_dict()
                 self.counts[receipt.outcome] += 1
                 self.again += receipt.duplicate
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                if not _is_own_failure(error):
+                    raise
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
@@ -7582,14 +7612,17 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
-    _on_signal(signal.SIGTERM, engine._stop)
+    task: Any = asyncio.current_task()
+    _on_signal(signal.SIGTERM, lambda: task.cancel() if engine._stopping else engine._stop())
     work = asyncio.ensure_future(
         engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
     try:
         await asyncio.wait([work])
-    finally:  # also of Ctrl-C: what runs comes to its end, unless it is asked again
+    finally:  # also of Ctrl-C: what runs comes to its end, unless it is told again
         if watch:
             watch.cancel()
+        if engine._stopping:
+            work.cancel()
         engine._stop()
         delivered, spent = await work, time.monotonic() - start
         hint("\r", end="")
@@ -7620,8 +7653,9 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        _on_signal(number, stop.set)
+    task: Any = asyncio.current_task()
+    for number in (signal.SIGTERM, signal.SIGINT):  # told twice, it waits for nothing
+        _on_signal(number, lambda: task.cancel() if stop.is_set() else stop.set())
     async with HttpServer(app, host, args.port) as server:
         watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
@@ -7867,16 +7901,16 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ReaderGone:
         return 141
-    except (Exception, SystemExit) as error:  # SystemExit: out of a user's action
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        put("interrupted", sys.stderr)
+        return 130
+    except BaseException as error:  # SystemExit, say, out of a user's action
         if os.environ.get("FLEXIFLOW_DEBUG") == "1":
             raise
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
-    except (KeyboardInterrupt, asyncio.CancelledError):  # last, for this imports asyncio
-        put("interrupted", sys.stderr)
-        return 130
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import

@@ -11621,8 +11621,8 @@ class BackingUp(StoreCase):
         self.engine.create_component(self.LAMP)
         path = self.path("missing/copy.db")
         self.assertEqual(await self.failure(self.engine, path),
-            f"Store {self.path()!r} failed\nWhy: OperationalError: unable to open database file\n"
-            "Fix: check the path, and that the folder is writable")
+            f"Store {self.path()!r} failed\nWhy: FileNotFoundError: [Errno 2] No such file or "
+            f"directory: {self.path('missing')!r}\nFix: check the path, and that the folder is writable")
         self.assertEqual(os.listdir(self.folder), ["flow.db"] if not self.engine.queue._connection
             else sorted(os.listdir(self.folder)))
 
@@ -15208,10 +15208,10 @@ class TextPictures(Shell):
         self.assertEqual((self.shown("visualize", order, "-o", "there/a.svg"),
             os.listdir(self.path("there"))), ((0, "", ""), ["a.svg"]))
         self.assertEqual(self.shown("visualize", order, "-o", "a.PNG"),
-            (1, "", "error: Unknown format: '.png'\nFix: one of mermaid, svg, text\n"))
+            (2, "", "error: Unknown format: '.png'\nFix: one of mermaid, svg, text\n"))
         self.assertFalse(os.path.exists(self.path("a.PNG")))
         self.assertEqual(self.shown("visualize", order, "--format", "dot"),
-            (1, "", "error: Unknown format: 'dot'\nFix: one of mermaid, svg, text\n"))
+            (2, "", "error: Unknown format: 'dot'\nFix: one of mermaid, svg, text\n"))
 
     def test_a_component_of_the_store_is_drawn_where_it_stands(self):
         order = str(EXAMPLES / "order.json")
