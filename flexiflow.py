@@ -5062,11 +5062,11 @@ class PackInfo:
     depends_on: list[str]
 
 
-def _tree(nodes: Iterable[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
-    """Yield states, each before its children, and how deep they stand."""
+def _tree(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Yield states, each before its children."""
     for node in nodes:
-        yield depth, node
-        yield from _tree(node.children, depth + 1)
+        yield node
+        yield from _tree(node.children)
 
 
 @dataclass
@@ -5109,9 +5109,9 @@ class ConfigExplanation:
             for key in sorted(self.state_providers)]
         nodes = [*self.definition.nodes.values()] if self.definition else []
         initial = {node.initial for node in nodes}
-        nested = ["  " * depth + f"  {node.name}" + " (initial)" * (node.name in initial)
-            + " (final)" * node.final for depth, node in _tree(
-                node for node in nodes if node.children and not node.around)]
+        nested = ["  " * len(node.around) + f"  {node.name}"
+            + " (initial)" * (node.name in initial) + " (final)" * node.final
+            for node in _tree(node for node in nodes if node.children and not node.around)]
         read = self.initial_state is not None
         blocks: list[tuple[str, list[str]]] = [
             ("FlexiFlow Config Explanation", ["=" * 40, f"Source: {self.config_path}"]),
@@ -5292,8 +5292,8 @@ class _Graph:
         for source, *way in self.edges():
             ways.setdefault(source, []).append(way)
         rows: list[tuple[str, ...]] = [("STATE", "ON", "GUARD", "TO")]
-        shown = {node.name: "  " * depth + node.name + " (final)" * node.final
-            for depth, node in _tree(self.roots)}
+        shown = {node.name: "  " * len(node.around) + node.name + " (final)" * node.final
+            for node in _tree(self.roots)}
         for name in {**shown, **ways}:
             mark = "* " if name == active else "> " if name == self.found.initial_state else "  "
             for cause, guard, target in ways.get(name) or [["-", "", "-"]]:
@@ -5327,8 +5327,8 @@ class _Mermaid(_Graph):
             yield f'subgraph pack_{number}["pack: {self.label(pack.name)}"]'
             yield from (f"  {self.box(key)}" for key in pack.provided_keys)
             yield from ("end", "")
-        for node in self.nodes.values():
-            if not node.around and node.name not in found.state_providers:
+        for node in self.roots:
+            if node.name not in found.state_providers:
                 yield from self.state(node)
         ends = {end for edge in self.pack_edges for end in (edge.from_state, edge.to_state)}
         unknown = ends.difference(self.nodes, found.builtin_states, found.state_providers)
