@@ -1629,9 +1629,8 @@ class Definition:
         The leaf's first, then its ancestors', then those from "*"; in each, the exact type
         before "*", and file order.
         """
+        kind = kind if kind in self.types else "*"  # whatever no rule names is kept but once
         found = self._candidates.get((leaf, kind))
-        if found is None and kind not in self.types and kind != "*":
-            return self.candidates(leaf, "*")  # whatever no rule names is kept but once
         if found is None:
             found = self._candidates[leaf, kind] = tuple(self.candidate(leaf, rule, source)
                 for source in self.sources(leaf) for wanted in dict.fromkeys((kind, "*"))
