@@ -5132,17 +5132,15 @@ class ConfigExplanation:
             else f"Status: INVALID - {len(self.errors)} error(s) found"])
 
 
-def _rules_for(definition: Definition, leaf: Node) -> list[Rule]:
-    return [rule for source in definition.sources(leaf.name)
-        for rule in definition.rules_of(source)]
+def _rules_of(definition: Definition, sources: Iterable[str]) -> Iterator[Rule]:
+    return itertools.chain.from_iterable(map(definition.rules_of, sources))
 
 
-def _ways(definition: Definition, leaf: Node) -> list[Node]:
-    """Return to which other states rules, or the table of a built-in class, lead from a state."""
+def _ways(definition: Definition, leaf: Node, sources: Iterable[str]) -> Iterator[Node]:
+    """Yield to which states the rules on some, or the table of a built-in class, lead."""
     moves = [*map(DEFAULT_REGISTRY.get, moves_of(leaf.cls).values())]
-    targets = [node for node in definition.nodes.values() if node.cls in moves] if moves else []
-    targets += [definition.innermost(rule.to) for rule in _rules_for(definition, leaf) if rule.to]
-    return [node for node in targets if node is not leaf]
+    yield from (node for node in definition.nodes.values() if node.cls in moves) if moves else ()
+    yield from (definition.innermost(rule.to) for rule in _rules_of(definition, sources) if rule.to)
 
 
 def _reached(definition: Definition) -> set[str]:
@@ -5155,9 +5153,10 @@ def _reached(definition: Definition) -> set[str]:
     for node in ahead:  # which grows
         if not (node.declared or node.cls in BUILT_IN):
             return {*definition.nodes}
-        if node.name not in found:
-            found.update(definition.sources(node.name))
-            ahead += [] if node.completes else _ways(definition, node)
+        if node.name not in found:  # the rules on one state, or "*", are followed but once
+            new = () if node.completes else {*definition.sources(node.name)} - found
+            found.update((node.name, *new))
+            ahead += _ways(definition, node, new)
     return found
 
 
@@ -5194,10 +5193,12 @@ def _advice(definition: Definition, name: str, given: Iterable[str]) -> Iterator
         if key not in reached:
             yield odd(place, "This state is never reached", fix="let a rule lead to it")
         elif node.declared and not (node.children or node.final or len(nodes) == 1):
-            if not _ways(definition, node):
+            sources = definition.sources(key)
+            if all(one is node for one in _ways(definition, node, sources)):
                 yield odd(place, "This state cannot be left, and is not final",
                     fix='"final": true, or a rule that leads on')
-            elif all(rule.after and rule.guard for rule in _rules_for(definition, node) if rule.to):
+            elif all(rule.after and rule.guard for rule in _rules_of(definition, sources)
+                    if rule.to):
                 yield odd(place, "This state may never be left", "only timers lead on, and one "
                     "whose guard is false is used up", "a rule without a guard, or for a message")
     dead = {name for name, node in nodes.items() if node.completes or name not in reached}
