@@ -464,18 +464,13 @@ def new_id() -> str:
 class Context:
     """What surrounds the running code: a correlation id, or a turn (section 11)."""
 
-    __slots__ = ("parent", "_correlation_id")
+    __slots__ = ("parent", "correlation_id")
     machine: Any = None  # of a turn, the state machine that it works on
     live = False  # whether it is a turn that is not over
 
     def __init__(self, parent: Context | None, correlation_id: str | None = None) -> None:
         self.parent = parent
-        self._correlation_id = correlation_id
-
-    @property
-    def correlation_id(self) -> str | None:
-        """The id that log records, sends and timers made here carry."""
-        return self._correlation_id
+        self.correlation_id = correlation_id  # that log records, sends and timers made here carry
 
 
 _context: ContextVar[Context | None] = ContextVar("flexiflow", default=None)
@@ -3190,7 +3185,7 @@ class Turn(Context):
             self.component._pass_on()
 
     @property
-    def correlation_id(self) -> str:
+    def correlation_id(self) -> str:  # type: ignore[override]
         """The message's correlation id, else that of the code that sent it, else a new one."""
         if self._correlation_id is None:
             outer = self.parent and self.parent.correlation_id
