@@ -2695,7 +2695,7 @@ class SQLiteStore:
 
     async def settled(self) -> None:
         """Wait while a thread commits: what is read meanwhile would hold up the loop."""
-        if self._committing is not None:
+        if self._committing is not None and self._loop is asyncio.get_running_loop():
             await asyncio.wait([self._committing])
 
     def _flush(self, since: float = 0.0) -> None:

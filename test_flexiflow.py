@@ -14970,6 +14970,34 @@ class Loops(Torture):
             loop.run_until_complete(engine.close())
         self.assertEqual((first.seq, seen, second.seq), (1, [1], 2))
 
+    def test_nobody_waits_for_the_commit_of_a_loop_that_was_closed(self):
+        quiet, log = logging.NullHandler(), logging.getLogger("concurrent.futures")
+        log.addHandler(quiet)  # the thread finds the loop closed
+        self.addCleanup(log.removeHandler, quiet)
+        engine = FlexiFlowEngine(self.path())
+
+        async def begin():
+            engine.create_component(self.CONFIG, name="a")
+            await engine.run(until_idle=True)
+            self.patch("SLOW_COMMIT", -1.0)
+            task = asyncio.ensure_future(engine.handle_message("a", "add", by=1, id="x"))
+            while engine.store._committing is None:
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+
+        async def go_on():
+            receipt = await asyncio.wait_for(
+                engine.handle_message("a", "add", by=1, id="y"), 30)
+            await engine.close()
+            return receipt.seq
+
+        with contextlib.closing(asyncio.new_event_loop()) as loop, engine.store._lock:
+            loop.run_until_complete(begin())
+        while engine.store.db.in_transaction:
+            time.sleep(0.001)
+        self.assertEqual(asyncio.run(go_on()), 2)
+
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_forks_of_an_open_engine_are_told_and_use_their_own(self):
         async def add(engine, who):
