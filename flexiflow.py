@@ -4070,14 +4070,10 @@ class _Delivery:
         engine, delivered = self.engine, 0
         try:
             while True:
-                more = False
                 if engine._newcomers and "" not in self.streams:  # which names no component
                     engine._newcomers = False
                     self.streams[""] = asyncio.ensure_future(engine._settle())
-                if not self._stopped():
-                    ready, more = await self._ready()
-                    for name, rows in ready.items():
-                        self.streams[name] = asyncio.ensure_future(self._deliver(rows))
+                more = not self._stopped() and await self._begin()
                 if not (self.streams or more) and (self.until_idle or self._stopped()):
                     return delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
@@ -4095,10 +4091,10 @@ class _Delivery:
         engine = self.engine
         return engine._stops > self.stops or (engine._stopping and not self.until_idle)
 
-    async def _ready(self) -> tuple[dict[str, list[Json]], bool]:
-        """Give what has come due its place; return rows to deliver, by component, in their order.
+    async def _begin(self) -> bool:
+        """Give what has come due its place, and begin to deliver it, by component, in its order.
 
-        Also whether there is more, at which other processes are at work.
+        Return whether there is more, at which other processes are at work.
         """
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
@@ -4115,7 +4111,9 @@ class _Delivery:
         for row in rows:
             if row["component"] in found or len(found) < room:
                 found.setdefault(row["component"], []).append(row)
-        return found, bool(claimed and not found and self._placed([*self.streams]))
+        for name, due in found.items():
+            self.streams[name] = asyncio.ensure_future(self._deliver(due))
+        return bool(claimed and not found and self._placed([*self.streams]))
 
     def _placed(self, besides: list[str]) -> list[Json]:
         """Return the first rows that may run, besides those of some components."""
