@@ -4061,13 +4061,13 @@ class _Delivery:
     def __init__(self, engine: FlexiFlowEngine, component: str | None, concurrency: int,
             until_idle: bool) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
-        self.until_idle, self.stops = until_idle, engine._stops
+        self.until_idle, self.stops, self.delivered = until_idle, engine._stops, 0
         self.concurrency, self.called_off, self.alone = concurrency, False, False
         self.streams: dict[str, asyncio.Task[Any]] = {}
 
     async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
-        engine, delivered = self.engine, 0
+        engine = self.engine
         try:
             while True:
                 if engine._newcomers and "" not in self.streams:  # which names no component
@@ -4075,10 +4075,10 @@ class _Delivery:
                     self.streams[""] = asyncio.ensure_future(engine._settle())
                 more = not self._stopped() and await self._begin()
                 if not (self.streams or more) and (self.until_idle or self._stopped()):
-                    return delivered
+                    return self.delivered
                 await engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
-                    delivered += self.streams.pop(name).result() or 0
+                    self.streams.pop(name).result()
         finally:
             self.called_off = True
             for task in self.streams.values():
@@ -4124,13 +4124,13 @@ class _Delivery:
             " EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component AND definition IN"
             f" ({marks[0]})) ORDER BY place LIMIT {_BATCH}", (self.component, *besides, *foreign))
 
-    async def _deliver(self, rows: list[Json]) -> int:
-        """Deliver rows of one component; return how many were handled, the others come again.
+    async def _deliver(self, rows: list[Json]) -> None:
+        """Deliver rows of one component; those that are not handled come again.
 
         Dead at once is what cannot be read, or whose component cannot, and what has killed its
         process too often.
         """
-        engine, handled = self.engine, 0
+        engine = self.engine
         for row in rows:
             if self._stopped():
                 break
@@ -4142,7 +4142,7 @@ class _Delivery:
                 hopeless = ProcessDied
                 await engine._announce()
                 receipt = await component.handle_message(message, _row=row)
-                handled += not receipt.duplicate
+                self.delivered += not receipt.duplicate
             except _LEAVING:
                 raise
             except BaseException as error:
@@ -4153,7 +4153,6 @@ class _Delivery:
                     engine._give_back(row)
                     break
                 await engine._failed(row, error, isinstance(error, hopeless))
-        return handled
 
     def _is_foreign(self, name: str, error: ImportError_) -> bool:
         """Tell whether a component's own code is not to be had here; say so once."""
