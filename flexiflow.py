@@ -4067,16 +4067,15 @@ class _Delivery:
 
     async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
-        engine = self.engine
         try:
             while True:
-                if engine._newcomers and "" not in self.streams:  # which names no component
-                    engine._newcomers = False
-                    self.streams[""] = asyncio.ensure_future(engine._settle())
+                if self.engine._newcomers and "" not in self.streams:  # which names no component
+                    self.engine._newcomers = False
+                    self.streams[""] = asyncio.ensure_future(self.engine._settle())
                 more = not self._stopped() and await self._begin()
                 if not (self.streams or more) and (self.until_idle or self._stopped()):
                     return self.delivered
-                await engine._sleep(0.02 if more else 1.0, *self.streams.values())
+                await self.engine._sleep(0.02 if more else 1.0, *self.streams.values())
                 for name in [name for name, task in self.streams.items() if task.done()]:
                     self.streams.pop(name).result()
         finally:
@@ -4088,8 +4087,7 @@ class _Delivery:
 
     def _stopped(self) -> bool:
         """Tell whether to begin nothing more; what came before a run until idle does not count."""
-        engine = self.engine
-        return engine._stops > self.stops or (engine._stopping and not self.until_idle)
+        return self.engine._stops > self.stops or (self.engine._stopping and not self.until_idle)
 
     async def _begin(self) -> bool:
         """Give what has come due its place, and begin to deliver it, by component, in its order.
