@@ -4389,8 +4389,7 @@ class FlexiFlowEngine:
         """Return a component, from the store if need be, or None."""
         check_name(name)
         component = self.components.get(name)
-        head = self.store.head(name) if component is None and self.store is not None else None
-        if head is not None:
+        if component is None and self.store and (head := self.store.head(name)):
             component = self._add(AsyncComponent(name, None, StateMachine(DeclaredState())), head)
         return component
 
