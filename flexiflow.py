@@ -3806,7 +3806,7 @@ class AsyncComponent:
         if engine is not _ALONE and engine.components.get(self.name) is not self:
             raise _gone(self.name)
         if self._birth is not None:
-            await self._be_born(turn, self._birth)
+            await self._be_born(turn)
         elif self._unready and self.definition is None and any(
                 isinstance(rule, dict) and {"on", "after"} & rule.keys() for rule in self.rules):
             self._define(self._compiled(self.rules))
@@ -3863,10 +3863,10 @@ class AsyncComponent:
                 f' became of it: "renamed": {{"{self.state}": ...}}', component=self.name)
         return definition.innermost(node.name)  # it may have children by now
 
-    async def _be_born(self, holder: Turn, birth: Plan) -> None:
+    async def _be_born(self, holder: Turn) -> None:
         """Turn 0: run the entry actions; write the component, its data and its timers."""
         with Turn(self, holder, {"type": "created"}) as turn:
-            plan = copy.copy(birth)
+            plan = copy.copy(self._birth)
             await turn.act(plan)
             turn.id, turn.text = "", _encode({"created": self.definition.hash})
             lost = await turn.commit(plan)
