@@ -4884,6 +4884,7 @@ class FlexiFlowEngine:
             raise ArgumentError("Nothing to prune by", fix="keep=, older_than= or completed=True")
         check_count("keep", 1 if keep is None else keep)
         before = math.inf if older_than is None else self.clock() - seconds(older_than)
+        kept = keep or (math.inf if older_than is None else 1)  # if by completion alone: all rows
         store, known = self._stored(), {**self.components}
         found: Json = {}
 
@@ -4892,8 +4893,7 @@ class FlexiFlowEngine:
             for one in self._kept(name):
                 ((count, last, young, done),) = store.rows(_SPAN, (one, before < math.inf, before))
                 gone = completed and _is_number(done) and done < before
-                end = min(last + 1 - (keep or 1), last if young is None else young)
-                end = last + 1 if gone else 0 if keep is None and older_than is None else end
+                end = last + 1 if gone else min(last + 1 - kept, last if young is None else young)
                 ids = [id for (id,) in store.rows(_PAST, (one, end))]
                 if ids or gone:
                     store.head(one)  # raises if that is damaged by which it was decided
