@@ -3824,8 +3824,7 @@ class AsyncComponent:
                 self._update = None
         self._unready = False
         engine._unborn.pop(self.name, None)
-        if self._internal:  # left over by a turn that was cancelled
-            await self._drain(turn)
+        await self._drain(turn)  # what a turn that was cancelled has left over
         turn.begin()
 
     def _define(self, definition: Definition) -> None:
