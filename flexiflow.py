@@ -3701,7 +3701,9 @@ class AsyncComponent:
         _context.set(turn)  # as `with turn` does, but quicker
         try:
             if self._unready or self._internal:
+                turn.over = True  # what is sent before it begins does not hang on its message
                 await self._prepare(turn)
+                turn.over = False
             receipt = await turn.run()
             if self._internal or turn.late:
                 await self._drain(turn)

@@ -7340,12 +7340,22 @@ class Reentrance(EngineCase):
             born.set()
             await tasks[0]
 
+        def fail(message, component):
+            raise ValueError("no")
+
         self.engine.create_component(self.LAMP)
-        await self.engine.register_async(self.engine.create_component(self.machine(
-            {"on": "next", "action": self.code(wait)},
-            states={"A": {"entry": {"action": self.code(spawn)}}})))
+        config = self.machine({"on": "next", "action": self.code(wait)},
+            {"on": "fail", "action": self.code(fail)},
+            states={"A": {"entry": {"action": self.code(spawn)}}})
+        await self.engine.register_async(self.engine.create_component(config))
         self.assertEqual((self.engine.get("m").seq, self.engine.status("lamp")[0]["waiting"]),
             (1, 1))
+        tasks.clear()
+        born.clear()
+        self.engine.create_component(config, name="other")
+        with self.assertRaisesRegex(ValueError, "no"):
+            await self.engine.handle_message("other", "fail")
+        self.assertEqual(self.engine.status("lamp")[0]["waiting"], 2)
 
     async def test_a_task_that_its_turn_waits_for_is_part_of_it(self):
         answers = []
