@@ -11632,7 +11632,8 @@ class BackingUp(StoreCase):
         path = self.path("missing/copy.db")
         self.assertEqual(await self.failure(self.engine, path),
             f"Store {self.path()!r} failed\nWhy: FileNotFoundError: [Errno 2] No such file or "
-            f"directory: {self.path('missing')!r}\nFix: check the path, and that the folder is writable")
+            f"directory: {self.path('missing')!r}\n"
+            "Fix: check the path, and that the folder is writable")
         self.assertEqual(os.listdir(self.folder), ["flow.db"] if not self.engine.queue._connection
             else sorted(os.listdir(self.folder)))
 
