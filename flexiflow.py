@@ -4409,10 +4409,10 @@ class FlexiFlowEngine:
     def _current(self, name: str) -> AsyncComponent:
         """Return a component as it is by now, though another process may have changed it."""
         component = self._find(name)
-        if component._birth is None and component._turn is None:
+        # In its turn, it does not know yet that it is gone: then catching up raises.
+        if component._birth is None and (component._turn is None or (
+                self.store and not self.store.rows(_STAMP, (name,)))):
             component._catch_up()
-        elif component._birth is None and self.store and not self.store.rows(_STAMP, (name,)):
-            component._reload()  # raises: in its turn, it does not know yet that it is gone
         return component
 
     def _unknown(self, name: str) -> StateError:

@@ -6292,6 +6292,22 @@ class StoreFile(StoreCase):
         error = self.raises(PersistenceError, engine.create_component, self.LAMP)
         self.assertEqual(error.fix, "check the path, and that the folder is writable")
 
+    async def test_what_is_no_store_is_not_touched(self):
+        self.change("CREATE TABLE theirs(x)")
+        self.change("PRAGMA user_version=7")
+        before = Path(self.path()).read_bytes()
+        for readonly in (False, True):
+            error = self.raises(PersistenceError,
+                SQLiteStore(self.path(), readonly=readonly).rows, "SELECT 1")
+            self.assertEqual(error.why, "it is a database of something else")
+        self.change("PRAGMA user_version=0")
+        error = self.raises(PersistenceError, SQLiteStore(self.path(), readonly=True).rows, "1")
+        self.assertEqual(error.why, "it is a database of something else")
+        self.change("PRAGMA user_version=7")
+        after = Path(self.path()).read_bytes()
+        self.assertEqual((after[:24], after[28:92], after[96:]),
+            (before[:24], before[28:92], before[96:]))  # but for SQLite's count of changes
+
     async def test_a_store_of_a_foreign_application_keeps_its_tables(self):
         self.change("CREATE TABLE theirs(x)")
         self.engine.create_component(self.LAMP)
@@ -8044,13 +8060,14 @@ class AllOrNothing(EngineCase):
 
     async def test_data_that_is_no_dict_fails_the_message(self):
         def spoil(message, component):
-            component.data = 5
+            component.data = message["data"]
 
         component = self.engine.create_component(
             self.machine({"on": "go", "action": self.code(spoil)}, data={"n": 1}))
-        with self.assertRaises(StateError) as caught:
-            await self.engine.handle_message("m", "go")
-        self.assertEqual(caught.exception.what, "Data of 'm' is not a dict: 5")
+        for data in (5, None, []):  # None: what dict.update returns
+            with self.assertRaises(StateError) as caught:
+                await self.engine.handle_message("m", "go", data=data)
+            self.assertEqual(caught.exception.what, f"Data of 'm' is not a dict: {data!r}")
         self.assertEqual((component.data, component.seq), ({"n": 1}, 0))
 
     async def test_an_action_that_ends_in_system_exit_undoes_the_turn(self):
@@ -9381,6 +9398,42 @@ class QueueStored(Queue):
             await self.deliver()
         self.assertEqual((self.facts("lamp"), self.engine.dead_letters()), ((1, 0, 0), []))
 
+    async def test_a_run_that_has_not_begun_when_its_engine_is_closed_ends(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.run(until_idle=True)
+        work = asyncio.ensure_future(self.engine.run())
+        await self.engine.close()
+        self.assertEqual(await asyncio.wait_for(work, 30), 0)
+
+    async def test_code_that_raises_what_is_no_exception_fails_like_all_others(self):
+        class Odd(BaseException):
+            pass
+
+        def act(message, component):
+            raise Odd("no")
+
+        async def hear(data):
+            raise Odd("heard")
+
+        rule = {"on": "odd", "action": self.code(act)}
+        self.engine.create_component(self.machine(rule, {"on": "go"}, retry={"max_attempts": 1}))
+        self.engine.create_component(self.LAMP)
+        for delivery in ("sequential", "concurrent"):
+            await self.engine.event_bus.subscribe("x", "test", hear)
+            await self.engine.event_bus.publish("x", {}, delivery=delivery)
+        for name, kind in (("m", "odd"), ("m", "go"), ("lamp", "press")):
+            await self.engine.send(name, kind)
+        self.assertEqual(await asyncio.wait_for(self.engine.run(until_idle=True), 30), 2)
+        (letter,) = self.engine.dead_letters()
+        self.assertEqual((letter["error"].splitlines()[0][:7], self.engine.get("m").seq,
+            self.engine._claimed), ("Odd: no", 1, {}))
+
+    async def test_configs_that_are_never_used_again_are_not_kept(self):
+        self.patch("CONFIGS", 3)
+        for number in range(20):
+            self.engine.create_component({**self.LAMP, "name": f"lamp-{number}"})
+        self.assertLess(len(self.engine._configs), 5)
+
     async def test_after_it_was_closed_an_engine_delivers_until_it_is_closed_again(self):
         self.engine.create_component(self.LAMP)
         await self.engine.close()
@@ -10053,6 +10106,51 @@ class Claims(StoreCase):
         await asyncio.gather(call, work)
         self.assertEqual((self.ran, [one["id"] for one in self.engine.dead_letters()]),
             (["direct"], ["x"]))
+
+    async def test_what_another_worker_has_put_off_is_not_begun_uncounted(self):
+        self.engine.create_component(self.noting())
+        await self.engine.run(until_idle=True)
+        await self.engine.send("m", "go", id="x")
+        queued, answers = ff.Turn._queued, []
+
+        def later(turn):
+            answers.append(queued(turn))
+            if len(answers) == 1:  # another has failed at it, since this one has looked
+                self.change("UPDATE flexiflow_messages SET place=NULL, attempts=1, due=due+5")
+            return answers[-1]
+
+        with unittest.mock.patch.object(ff.Turn, "_queued", later):
+            await self.engine.run(until_idle=True)
+        self.assertEqual((self.ran, self.attempts(), self.owner()),
+            ([], [("x", 1)], (None, None)))
+        self.clock.now += 6
+        self.assertEqual((await self.engine.run(until_idle=True), self.ran), (1, ["x"]))
+
+    async def test_who_fails_after_another_has_taken_over_gives_up_nothing(self):
+        config = self.hanging(fail=True, retry={"max_attempts": 1})
+        self.engine.create_component(config)
+        await self.engine.run(until_idle=True)
+        await self.engine.send("m", "go", id="x")
+        work = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await self.begun.wait()
+        self.change("UPDATE flexiflow_components SET owner='other', lease=?", self.clock.now + 30)
+        self.go.set()
+        await self.passes(200)
+        found = self.engine.dead_letters(), self.attempts(), self.owner()[0]
+        work.cancel()
+        await asyncio.wait([work])
+        self.assertEqual(found, ([], [("x", 1)], "other"))
+
+    async def test_two_workers_count_each_message_once(self):
+        other = self.open()
+        for name in "abcdefgh":
+            self.engine.create_component(self.machine({"on": "go"}), name=name)
+        await self.engine.run(until_idle=True)
+        for n in range(64):
+            await self.engine.send("abcdefgh"[n % 8], "go")
+        counts = await asyncio.gather(*[one.run(until_idle=True)
+            for one in (self.engine, self.engine, other)])
+        self.assertEqual(sum(counts), 64)
 
     async def test_what_has_failed_as_often_as_a_new_config_allows_says_why_it_fails(self):
         settings = {"max_attempts": 5, "base_delay": 1, "jitter": 0}
@@ -11292,6 +11390,24 @@ class Removing(EngineCase):
         ],
     }  # fmt: skip
 
+    async def test_what_is_removed_within_its_turn_leaves_nothing(self):
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        rules = [{"from": "A", "on": "go", "to": "B", "action": self.code(act)},
+            {"from": "B", "after": 60, "to": "A"}]
+        self.engine.create_component(self.machine(*rules))
+        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
+        await begun.wait()
+        await self.engine.remove("m")
+        go.set()
+        await asyncio.wait([task])
+        self.assertEqual((task.exception().what, self.engine.queue.messages("1")),
+            ("Component 'm' is gone", []))
+
     async def test_an_unknown_component_is_an_error(self):
         self.engine.create_component(self.LAMP)
         with self.assertRaises(StateError) as caught:
@@ -11626,6 +11742,22 @@ class BackingUp(StoreCase):
     async def test_a_memory_engine_has_nothing_to_copy(self):
         self.assertEqual(await self.failure(FlexiFlowEngine(), self.path("copy.db")),
             "This engine keeps no history\nFix: FlexiFlowEngine(store=\"flow.db\")")
+
+    async def test_what_an_earlier_copy_of_that_name_left_behind_is_not_taken_into_it(self):
+        self.engine.create_component(self.LAMP)
+        for end in ("-wal", "-journal"):
+            self.write(f"copy.db{end}", "")
+            self.assertEqual(await self.failure(self.engine, self.path("copy.db")),
+                f"There is a file already: {self.path('copy.db') + end!r}\nFix: name a new one")
+            os.unlink(self.path(f"copy.db{end}"))
+
+    async def test_what_a_killed_backup_left_is_swept_away(self):
+        self.engine.create_component(self.LAMP)
+        self.write(".copy.db.4711.tmp", "half")
+        os.utime(self.path(".copy.db.4711.tmp"), (0, 0))
+        ff._sweep.cache_clear()
+        await self.engine.backup(self.path("copy.db"))
+        self.assertEqual([name for name in os.listdir(self.folder) if "copy" in name], ["copy.db"])
 
     async def test_a_folder_that_is_missing_is_an_error_and_leaves_nothing(self):
         self.engine.create_component(self.LAMP)
@@ -16370,9 +16502,12 @@ class Interruptions(Shell):
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT for another process")
     def test_a_worker_that_is_told_twice_gives_back_what_it_is_at_work_on(self):
-        child = self.work(signal.SIGINT)
-        child.send_signal(signal.SIGINT)
-        self.assertEqual(self.ended(child), (130, "", "interrupted\n", "A", 1, 0))
+        for first, second in itertools.product((signal.SIGINT, signal.SIGTERM), repeat=2):
+            with self.subTest(first=first, second=second):
+                child = self.work(first)
+                child.send_signal(second)
+                self.assertEqual(self.ended(child), (130, "", "interrupted\n", "A", 1, 0))
+                self.shown("remove", "c", "--yes")
 
     def test_kill_9_keeps_what_was_answered(self):
         child = self.start("handle", "-", "--config", "lamp.json", "--json")
@@ -16390,7 +16525,7 @@ class Interruptions(Shell):
         self.shown("handle", "-", "--config", "lamp.json",
             input=self.lines(*({"type": "press"} for _ in range(300))))
         for words in (("history", "--limit", "300"), ("history", "--json"), ("status",),
-                ("diagnose",), ("explain", "lamp.json")):
+                ("diagnose",), ("explain", "lamp.json"), ("--version",), ("-V",)):
             with self.subTest(words):
                 read, write = os.pipe()
                 os.close(read)
@@ -17076,6 +17211,38 @@ class HttpServing(Shell):
         self.assertEqual((answer["state"], answer["seq"]), ("Off", 2))
         child.send_signal(signal.SIGTERM)
         self.assertEqual((child.wait(30), child.stderr.read()), (0, ""))
+
+    @unittest.skipIf(os.name == "nt", "Windows has no signals for another process")
+    def test_told_twice_it_waits_for_nothing(self):
+        self.write("acts.py", "import asyncio\n\nasync def hang(message, component):\n"
+            "    open('begun', 'w').close()\n    await asyncio.sleep(600)\n")
+        self.write("slow.json", {"name": "slow", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"from": "A", "on": "go", "to": "B", "action": "acts:hang"}]})
+        self.shown("register", "--config", "slow.json")
+
+        async def send():
+            async with contextlib.AsyncExitStack() as stack:
+                engine = FlexiFlowEngine(self.path("flexiflow.db"))
+                stack.push_async_callback(engine.close)
+                await engine.send("slow", "go")
+
+        self.run_async(send())
+        for told in (signal.SIGTERM, signal.SIGINT):
+            child = self.serve("--config", "slow.json")
+            while not os.path.exists(self.path("begun")):
+                self.assertIsNone(child.poll())
+            child.send_signal(told)
+            end = time.monotonic() + 30
+            while time.monotonic() < end:  # until it takes nothing more
+                try:
+                    self.connect().close()
+                except OSError:
+                    break
+            child.send_signal(told)
+            self.assertEqual((child.wait(30), child.stderr.read()), (130, "interrupted\n"))
+            (facts,) = json.loads(f"[{self.flexiflow('status', '--json').stdout}]")
+            self.assertEqual((facts["state"], facts["waiting"]), ("A", 1))
+            os.unlink(self.path("begun"))
 
     def test_read_only_needs_a_store_and_changes_nothing(self):
         self.assertEqual(self.shown("serve", "--read-only", "--port", "0")[0], 1)
