@@ -4341,7 +4341,7 @@ class FlexiFlowEngine:
                 f" WHERE definition IN ({','.join('?' * len(versions))}) AND name<>? ORDER BY name",
                 (*versions, known.name))]
             versions.add(loaded.definition.hash)
-        refused: list[Exception] = []
+        refused: list[BaseException] = []
         for one in alike:
             self._refused.pop(one, None)  # of an earlier config
             try:
@@ -4481,14 +4481,16 @@ class FlexiFlowEngine:
             facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
             await self.event_bus.publish("engine.component.registered", facts)
 
-    async def _settle(self, wanted: Sequence[str] = ()) -> list[Exception]:
+    async def _settle(self, wanted: Sequence[str] = ()) -> list[BaseException]:
         """Announce and write what is still new, or to be updated; return what the wanted raise."""
         await self._announce()
-        failed: list[Exception] = []
+        failed: list[BaseException] = []
         for component in list(self._unborn.values()):
             try:
                 await component._own_turn()
-            except Exception as error:
+            except BaseException as error:
+                if not _is_own_failure(error):
+                    raise
                 if component.name in wanted:
                     failed.append(error)
                 else:
@@ -4631,7 +4633,8 @@ class FlexiFlowEngine:
             self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
                 exc_info=error)
             return
-        name, now, absent = row["component"], self.clock(), isinstance(error, NoComponent)
+        name, now = row["component"], self.clock()
+        absent = isinstance(error, NoComponent) and name not in self.components
         begun = self._claimed.get(name) is row  # and counted then
         release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
@@ -4645,12 +4648,11 @@ class FlexiFlowEngine:
             if not found or (begun and self._held(name)) or (
                     absent and (component or execute(_STAMP, (name,)).fetchone())):
                 return None  # it is over, or another's, or its component is there by now
-            attempts, pause = found[0]["attempts"], 60.0
-            if component is None:
-                attempts = 0 if absent else attempts  # with nobody to go to, it has not been tried
+            attempts, pause = 0, 60.0
+            if component is None:  # nobody has tried it
                 last = dead or now - found[0]["sent"] > UNKNOWN_TARGET_LIMIT
             else:
-                attempts += not (begun or dead)  # nor what is given up at once
+                attempts = found[0]["attempts"] + (not (begun or dead))
                 retry = getattr(component.definition, "retry", QUEUE_RETRY)
                 refused = isinstance(getattr(error, "receipt", None), Receipt)
                 last = dead or refused or attempts >= retry.max_attempts
@@ -7602,8 +7604,7 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
-    task: Any = asyncio.current_task()
-    _on_signal(signal.SIGTERM, lambda: task.cancel() if engine._stopping else engine._stop())
+    _on_signal(signal.SIGTERM, lambda: args.task.cancel() if engine._stopping else engine._stop())
     work = asyncio.ensure_future(
         engine.run(until_idle=args.until_idle, concurrency=args.concurrency))
     try:
@@ -7643,9 +7644,8 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
     stop = asyncio.Event()
-    task: Any = asyncio.current_task()
     for number in (signal.SIGTERM, signal.SIGINT):  # told twice, it waits for nothing
-        _on_signal(number, lambda: task.cancel() if stop.is_set() else stop.set())
+        _on_signal(number, lambda: args.task.cancel() if stop.is_set() else stop.set())
     async with HttpServer(app, host, args.port) as server:
         watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
@@ -7837,9 +7837,8 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     log = logging.getLogger("flexiflow.cli")
     log.addFilter(_brief)
     engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
-    task: Any = asyncio.current_task()
-    _on_signal(signal.SIGINT, task.cancel)
-    args.dead = []
+    args.task, args.dead = asyncio.current_task(), []
+    _on_signal(signal.SIGINT, args.task.cancel)
     await engine.event_bus.subscribe("message.dead", "flexiflow", args.dead.append)
     try:
         return await args.command.run(args, engine)

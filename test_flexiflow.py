@@ -9428,6 +9428,32 @@ class QueueStored(Queue):
         self.assertEqual((letter["error"].splitlines()[0][:7], self.engine.get("m").seq,
             self.engine._claimed), ("Odd: no", 1, {}))
 
+    async def test_code_that_asks_for_a_component_that_is_not_there_fails_and_is_given_up(self):
+        async def act(message, component):
+            await self.engine.handle_message("nobody", "hello")
+
+        self.engine.create_component(
+            self.machine({"on": "go", "action": self.code(act)}, retry={"max_attempts": 1}))
+        await self.engine.send("m", "go")
+        await asyncio.wait_for(self.deliver(), 30)
+        (letter,) = self.engine.dead_letters("m")
+        self.assertEqual((letter["attempts"], letter["error"].splitlines()[0]),
+            (1, "NoComponent: Unknown component: 'nobody'"))
+
+    async def test_an_entry_that_raises_what_is_no_exception_stops_no_delivery(self):
+        class Odd(BaseException):
+            pass
+
+        def act(message, component):
+            raise Odd("no")
+
+        self.engine.create_component(
+            self.machine(states={"A": {"entry": {"action": self.code(act)}}}))
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press")
+        await asyncio.wait_for(self.deliver(), 30)
+        self.assertEqual(self.facts("lamp"), (1, 0, 0))
+
     async def test_configs_that_are_never_used_again_are_not_kept(self):
         self.patch("CONFIGS", 3)
         for number in range(20):
