@@ -4639,8 +4639,8 @@ class FlexiFlowEngine:
         release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
 
-        def count(execute: Callable[..., Any]) -> Any:
-            """Return the row as it was, attempts, the pause before the next one, the component."""
+        def count(execute: Callable[..., Any]) -> Json | None:
+            """Return the row as it is then, or None where somebody else sees to it."""
             for statement in release:
                 execute(*statement)
             found, component = self.queue.messages(
@@ -4648,36 +4648,35 @@ class FlexiFlowEngine:
             if not found or (begun and self._held(name)) or (
                     absent and (component or execute(_STAMP, (name,)).fetchone())):
                 return None  # it is over, or another's, or its component is there by now
-            attempts, pause = 0, 60.0
+            before, attempts, due = found[0], 0, now + 60.0
             if component is None:  # nobody has tried it
-                last = dead or now - found[0]["sent"] > UNKNOWN_TARGET_LIMIT
+                last = dead or now - before["sent"] > UNKNOWN_TARGET_LIMIT
             else:
-                attempts = found[0]["attempts"] + (not (begun or dead))
+                attempts = before["attempts"] + (not (begun or dead))
                 retry = getattr(component.definition, "retry", QUEUE_RETRY)
                 refused = isinstance(getattr(error, "receipt", None), Receipt)
                 last = dead or refused or attempts >= retry.max_attempts
-                pause = retry.delay(attempts, random.random())
+                due = now + retry.delay(attempts, random.random())
             facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
                 "traceback": "".join(lines)[-4000:], "state": component and component.state,
-                "attempts": attempts, "intact": _intact(found[0])}
-            execute(*self.queue.change_message(found[0], attempts=attempts, place=None,
-                error=json.dumps(facts), **({"dead": now} if last else {"due": now + pause})))
-            return found[0], attempts, None if last else pause, component
+                "attempts": attempts, "intact": _intact(before)}
+            changed = {"attempts": attempts, "place": None, "error": json.dumps(facts),
+                **({"dead": now} if last else {"due": due})}
+            execute(*self.queue.change_message(before, **changed))
+            return {**before, **changed, "seq": component and component.seq}
 
         counted = await self.queue.write(count, ())
         if counted is None:
             return
-        row, attempts, pause, component = counted
-        dead = pause is None
-        self.retries += not dead
-        self.logger.error("Message %s to %r failed, attempt %d, %s", row["id"], name, attempts,
-            "given up" if dead else f"again in {pause:.1f} s", exc_info=error)
-        if dead:
+        self.retries += counted["dead"] is None
+        self.logger.error("Message %s to %r failed, attempt %d, %s", counted["id"], name,
+            counted["attempts"], "given up" if counted["dead"] is not None else
+            f"again in {counted['due'] - now:.1f} s", exc_info=error)
+        if counted["dead"] is not None:
             with contextlib.suppress(ValueError):
-                row["message"] = json.loads(row["message"])
-            await self.event_bus.publish("message.dead", {
-                **{key: row[key] for key in ("component", "message", "id", "correlation_id")},
-                "error": str(error), "seq": component and component.seq})
+                counted["message"] = json.loads(counted["message"])
+            await self.event_bus.publish("message.dead", {"error": str(error), **{key: counted[key]
+                for key in ("component", "message", "id", "correlation_id", "seq")}})
 
     # ---- claims: see `Turn.claim`
 
