@@ -3002,7 +3002,6 @@ TURN_LIMIT = 30.0  # seconds that a message waits for its turn
 LEASE = 30.0  # seconds that a claim holds unless it is renewed
 DRAIN_LIMIT = 1000  # messages of its own that a component handles before the next stranger's
 UNKNOWN_TARGET_LIMIT = 3600.0  # seconds that a message waits for its component to be made
-CONFIGS = 1000  # that an engine keeps compiled
 _BATCH = 256  # rows of the queue that are read at a time
 _ENVELOPE = ("id", "correlation_id", "component")  # keys of a message that are not its payload
 # By its crc, a component that was removed and made anew is told from what it was.
@@ -3119,16 +3118,16 @@ def _timer_message(rule: Rule, owner: str) -> str:
 _receipt_text = functools.lru_cache(maxsize=4096)(_encode)  # most moves are made again and again
 
 
-class NoComponent(StateError):
-    """A component that there is not: it was removed, here or by another process, or never made."""
+class NotThere(StateError):
+    """What there is not: a component that was removed or never made, a dead letter."""
 
 
 class ProcessDied(StateError):
     """A message that has killed its process as often as it may be tried."""
 
 
-def _gone(name: str) -> NoComponent:
-    return NoComponent(f"Component {name!r} is gone", why="it was removed")
+def _gone(name: str) -> NotThere:
+    return NotThere(f"Component {name!r} is gone", why="it was removed")
 
 
 def _no_turn(name: str, why: str) -> StateError:
@@ -3894,7 +3893,7 @@ class AsyncComponent:
             self._reload()
 
     def _reload(self) -> None:
-        """Become what the store says; raise NoComponent, and be forgotten, if it is not there."""
+        """Become what the store says; raise NotThere, and be forgotten, if it is not there."""
         head = self._engine.store.head(self.name)
         if head is None or self._engine.components.get(self.name) is not self:
             self._engine._forget(self)
@@ -4402,7 +4401,7 @@ class FlexiFlowEngine:
 
     def _known(self, name: str) -> AsyncComponent | None:
         """Return a component as it is by now, or None, also where another process removed it."""
-        with contextlib.suppress(NoComponent):
+        with contextlib.suppress(NotThere):
             return self.get(name) and self._current(name)
         return None
 
@@ -4417,7 +4416,7 @@ class FlexiFlowEngine:
 
     def _unknown(self, name: str) -> StateError:
         close = difflib.get_close_matches(name, sorted(self._names()), 1)
-        return NoComponent(f"Unknown component: {name!r}",
+        return NotThere(f"Unknown component: {name!r}",
             fix=f"did you mean {close[0]!r}?" if close else "make it first: "
             "create_component(config, name=...), or register --config FILE")
 
@@ -4503,7 +4502,7 @@ class FlexiFlowEngine:
             return config
         content = read_config(config) if isinstance(config, (str, os.PathLike)) else config
         key = repr(content)
-        if len(self._configs) > CONFIGS:
+        if len(self._configs) > 1000:  # each has its own name, say
             self._configs.clear()
         if key not in self._configs:
             self._configs[key] = ConfigLoader.load_component_config(
@@ -4634,7 +4633,7 @@ class FlexiFlowEngine:
                 exc_info=error)
             return
         name, now = row["component"], self.clock()
-        absent = isinstance(error, NoComponent) and name not in self.components
+        absent = isinstance(error, NotThere) and name not in self.components
         begun = self._claimed.get(name) is row  # and counted then
         release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
@@ -4785,7 +4784,7 @@ class FlexiFlowEngine:
         letters = [one for one in known if not numbers or one["number"] in numbers]
         missing = {*numbers} - {one["number"] for one in letters}
         if missing:
-            raise StateError(f"No dead letter has the number {min(missing)}",
+            raise NotThere(f"No dead letter has the number {min(missing)}",
                 fix=choose(min(missing), [str(one["number"]) for one in known]))
         rows = [_of_row(_UNQUEUE, one) if discard else self.queue.change_message(
             one, dead=None, due=now, attempts=0, error=None, place=None) for one in letters]
@@ -5711,7 +5710,7 @@ PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times
 POLL = 0.25  # seconds between two looks at the journal, or at a file that is watched
 STATUS = {"moved": 200, "stayed": 200, "queued": 202, "blocked": 409, "ignored": 409}
 # Of an error without a receipt: the first that fits, else 500.
-_STATUS_OF = {NoComponent: 404, IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
+_STATUS_OF = {NotThere: 404, IdTaken: 422, ArgumentError: 400, PersistenceError: 503}
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -6014,10 +6013,7 @@ class HttpApp:
         """Give a dead letter back to the queue."""
         if not re.fullmatch("[0-9]{1,15}", number):
             raise Refused(404, f"No dead letter has the number {number!r}")
-        try:
-            letters = await self.engine.redrive(int(number))
-        except StateError as error:
-            raise Refused(404, error.what, fix=error.fix) from error
+        letters = await self.engine.redrive(int(number))
         return _json_answer({"status": "redriven", "dead_letters": letters})
 
     async def metrics(self, request: Request) -> Any:
