@@ -52,13 +52,8 @@ if __name__ == "__main__":
     # Started with -m or as a script: hand over to the one importable copy, so that the `State`
     # that a user's module imports is the `State` that runs.
     if sys.argv[1:] in (["--version"], ["-V"]):
-        import os
-
-        try:
-            os.write(1, f"flexiflow {__version__}\n".encode())
-            sys.exit(0)
-        except OSError:
-            pass  # `main` will find it, too, and tell
+        print("flexiflow", __version__)
+        sys.exit(0)
     try:
         import gc
 
@@ -688,7 +683,7 @@ def _copier(data: Any) -> Callable[[Any], Any] | None:
     return fresh if data.__class__ in _NESTED else None
 
 
-_LEAVING = (KeyboardInterrupt, GeneratorExit)  # the program ends, whoever's code it meets
+_LEAVING = (KeyboardInterrupt, GeneratorExit)  # the end of the program, whosever code it meets
 
 
 def _is_own_failure(error: BaseException) -> bool:
@@ -1329,7 +1324,7 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     """Import `package.module:name` and return what it names; raise ImportError_ if that fails.
 
     `allow_imports` lists the modules that may be imported, with all below them; None allows all.
-    A failure inside the module, of whatever kind, is chained as the cause.
+    A failure inside the module is chained as the cause, SystemExit too.
     """
     def check(module: str) -> None:
         allowed = (__name__, *(allow_imports or ()))
@@ -1349,9 +1344,7 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
     check(module_name)
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:
-        if isinstance(error, _LEAVING):
-            raise
+    except (Exception, SystemExit) as error:
         missing = (isinstance(error, ModuleNotFoundError)
             and f"{module_name}.".startswith(f"{error.name}."))
         raise ImportError_(f"{'Module not found:' if missing else 'Cannot import'} {module_name!r}",
@@ -2567,8 +2560,7 @@ _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is
     "locked": "another process holds the file; try again",
     "malformed": "the file is damaged; restore a backup",
     "not a database": "this is no SQLite file, or a damaged one",
-    **dict.fromkeys(("unable to open", "No such file"),
-        "check the path, and that the folder is writable"),
+    "unable to open": "check the path, and that the folder is writable",
     "_sqlite3": "this Python has no SQLite; use FlexiFlowEngine(store=None)"}
 
 
@@ -2811,8 +2803,8 @@ class SQLiteStore:
         for pragma in ("trusted_schema=OFF", "cell_size_check=ON",
                 f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
             self._insist(db.execute, f"PRAGMA {pragma}")
-        (version,) = self._insist(db.execute, "PRAGMA user_version")
-        found = db.execute("SELECT sql, rootpage FROM sqlite_master").fetchall()
+        ((version,),) = self._insist(db.execute, "PRAGMA user_version")
+        found = self._insist(db.execute, "SELECT sql, rootpage FROM sqlite_master")
         tables, roots = {sql for sql, _ in found}, [root for _, root in found if root]
         ours = any(sql and "flexiflow_" in sql for sql in tables)
         if (version == 0 and self.readonly) or (version and not ours):
@@ -2831,17 +2823,17 @@ class SQLiteStore:
         if version == 0:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
-        *_, file = self._insist(db.execute, "PRAGMA database_list")  # "" for memory
+        ((*_, file), *_) = self._insist(db.execute, "PRAGMA database_list")  # "" for memory
         self._files = [(path, os.stat(path)) for path in (os.path.abspath(self.path),
             f"{file}-wal")[:2 - self.readonly] if file and os.path.exists(path)]
 
     @staticmethod
     def _insist(execute: Callable[[str], sqlite3.Cursor], sql: str) -> Any:
-        """Execute a statement, waiting for other processes; return its first row."""
+        """Execute a statement, waiting for other processes; return its rows."""
         start = time.monotonic()
         while True:
             try:
-                return execute(sql).fetchone()
+                return execute(sql).fetchall()
             except sqlite3.OperationalError as error:
                 if not _is_busy(error, start):
                     raise
@@ -3149,7 +3141,7 @@ class Turn(Context):
     """
 
     live = True  # until the component takes the next message
-    over = False  # committed, or failed
+    over = False  # committed, failed, or with nothing to commit: what is sent now leaves at once
     id: str | None = None  # the message's; in a store a new one, where it has none
     text = ""  # its payload
     data: Json | None = None  # a copy of `base`, once code has asked for it
@@ -3223,8 +3215,8 @@ class Turn(Context):
                         self.component.name, exc_info=write.exception())
 
     def undo(self) -> None:
-        """Forget what the turn's code has done to the state object, and what it has sent."""
-        self.outbox = ()
+        """Forget what the turn's code has done to the state, and what it has sent."""
+        self.outbox, self.state = (), self.machine._state
         if self.kept is not None:
             state, attributes = self.kept
             vars(state).clear()
@@ -3357,16 +3349,15 @@ class Turn(Context):
         engine, name, start = self.engine, self.component.name, time.monotonic()
 
         def check(execute: Callable[..., Any]) -> str | None:
-            row = self.row
             if engine._held(name):
                 return "held"
             if not self._queued():
                 return "over"  # for now: another worker has failed at it
-            if row is not None:
-                died = row["attempts"] - _recorded(row).get("attempts", 0)
-                if died > 0 and row["attempts"] >= self.head.definition.retry.max_attempts:
-                    raise ProcessDied(f"Its process died of it {died} times",
-                        why="each time it was begun, and neither done nor failed")
+            tried = self.row["attempts"] if self.row else 0
+            died = tried and tried - _recorded(self.row or _EMPTY).get("attempts", 0)
+            if died and tried >= self.head.definition.retry.max_attempts:
+                raise ProcessDied(f"Its process died of it {died} times",
+                    why="each time it was begun, and neither done nor failed")
             return None
 
         def done() -> None:
@@ -4253,13 +4244,12 @@ class FlexiFlowEngine:
                 await asyncio.sleep(1.0)
 
     async def close(self) -> None:
-        """Write what has not been written, wait for what runs, and close the store.
+        """Write what has not been written, wait for what `start` has begun, and close the store.
 
         The engine can go on to be used: it opens its store again. What memory alone held is lost.
         Raises StateError from within a turn of its own.
         """
-        turn = live_turn()
-        if turn is not None and turn.engine is self:
+        if getattr(live_turn(), "engine", None) is self:
             raise StateError("Closing from within a turn", fix="let the turn end first")
         self._stop()
         try:
@@ -4309,6 +4299,8 @@ class FlexiFlowEngine:
             component.head = _NO_HEAD._replace(definition=definition, data=given)
             return self._add(component)
         differs = known.definition is None or known.definition.text != definition.text
+        if update:
+            self._refused.pop(name, None)  # of an earlier config
         if update and (differs or known._update is not None or known._turn is not None):
             # The last one wins, and who is in a turn may differ by its end.
             known._counterpart(definition)
@@ -4342,13 +4334,13 @@ class FlexiFlowEngine:
             versions.add(loaded.definition.hash)
         refused: list[BaseException] = []
         for one in alike:
-            self._refused.pop(one, None)  # of an earlier config
             try:
                 self.create_component(loaded, name=one, update=True)
             except FlexiFlowError as error:
                 refused.append(error)
         for first in refused + await self._settle(alike):
-            raise first
+            if not isinstance(first, NotThere):  # it has been removed meanwhile
+                raise first
         return bool(before != loaded.definition.text)
 
     def register(self, component: AsyncComponent, *, _states: Json = _EMPTY) -> None:
@@ -4481,16 +4473,21 @@ class FlexiFlowEngine:
             await self.event_bus.publish("engine.component.registered", facts)
 
     async def _settle(self, wanted: Sequence[str] = ()) -> list[BaseException]:
-        """Announce and write what is still new, or to be updated; return what the wanted raise."""
+        """Announce and write what is new, or to be updated: all, or those wanted.
+
+        What goes wrong is logged, or with those wanted returned. Who is in a turn now sees to it
+        afterwards.
+        """
         await self._announce()
         failed: list[BaseException] = []
-        for component in list(self._unborn.values()):
+        for component in [one for one in self._unborn.values()
+                if (not wanted or one.name in wanted) and not live_turn(one.state_machine)]:
             try:
                 await component._own_turn()
             except BaseException as error:
                 if not _is_own_failure(error):
                     raise
-                if component.name in wanted:
+                if wanted:
                     failed.append(error)
                 else:
                     self.logger.error("%r could not be made", component.name, exc_info=error)
@@ -4628,25 +4625,22 @@ class FlexiFlowEngine:
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""
-        if self is _ALONE:
-            self.logger.error("Message %r to %r failed", row["message"]["type"], row["component"],
-                exc_info=error)
-            return
-        name, now = row["component"], self.clock()
-        absent = isinstance(error, NotThere) and name not in self.components
+        name, now, component = row["component"], self.clock(), self.components.get(row["component"])
         begun = self._claimed.get(name) is row  # and counted then
         release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
+        facts: Json = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
+            "traceback": "".join(lines)[-4000:], "state": component and component.state}
 
         def count(execute: Callable[..., Any]) -> Json | None:
             """Return the row as it is then, or None where somebody else sees to it."""
             for statement in release:
                 execute(*statement)
-            found, component = self.queue.messages(
-                *_of_row("dead IS NULL AND", row)), self.components.get(name)
-            if not found or (begun and self._held(name)) or (
-                    absent and (component or execute(_STAMP, (name,)).fetchone())):
-                return None  # it is over, or another's, or its component is there by now
+            found = self.queue.messages(*_of_row("dead IS NULL AND", row))
+            made = isinstance(error, NotThere) and component is None and (
+                name in self.components or execute(_STAMP, (name,)).fetchone())
+            if made or not found or (begun and self._held(name)):
+                return None  # its component is there by now; it is over; it is another's
             before, attempts, due = found[0], 0, now + 60.0
             if component is None:  # nobody has tried it
                 last = dead or now - before["sent"] > UNKNOWN_TARGET_LIMIT
@@ -4656,16 +4650,15 @@ class FlexiFlowEngine:
                 refused = isinstance(getattr(error, "receipt", None), Receipt)
                 last = dead or refused or attempts >= retry.max_attempts
                 due = now + retry.delay(attempts, random.random())
-            facts = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
-                "traceback": "".join(lines)[-4000:], "state": component and component.state,
-                "attempts": attempts, "intact": _intact(before)}
+            facts.update(attempts=attempts, intact=_intact(before))
             changed = {"attempts": attempts, "place": None, "error": json.dumps(facts),
                 **({"dead": now} if last else {"due": due})}
             execute(*self.queue.change_message(before, **changed))
             return {**before, **changed, "seq": component and component.seq}
 
-        counted = await self.queue.write(count, ())
-        if counted is None:
+        counted = None if self is _ALONE else await self.queue.write(count, ())
+        if counted is None:  # nobody, or somebody else, sees to it
+            self.logger.error("Message %s to %r failed", row["id"], name, exc_info=error)
             return
         self.retries += counted["dead"] is None
         self.logger.error("Message %s to %r failed, attempt %d, %s", counted["id"], name,
@@ -5703,7 +5696,6 @@ def picture(component: AsyncComponent, format: str = "svg") -> str:
 # GET changes nothing; no config and no dotted path comes in by HTTP.
 
 PATIENCE = 10.0  # seconds that a request may take
-LINGER = 2.0  # seconds that a client has to read why its request was refused unread
 CONNECTIONS = 64  # that the small server has at once
 MAX_HEAD = 1 << 14  # bytes
 PAGE = 50  # entries of a list, unless `limit` says otherwise; at most ten times as many
@@ -5722,6 +5714,12 @@ class Refused(FlexiFlowError):
     def __init__(self, status: int, what: str, *headers: tuple[str, str], **details: Any) -> None:
         super().__init__(what, **details)
         self.status, self.headers = status, headers
+
+
+def _of_code(error: BaseException) -> bool:
+    """Tell whether the code of a state, guard or action has raised an error."""
+    return any(frame.filename == __file__ and frame.name in ("act", "_ask_class", "_decided")
+        for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _plain(value: Any) -> Any:
@@ -5748,7 +5746,8 @@ def _error_answer(error: Exception) -> tuple[Any, ...]:
     receipt = getattr(error, "receipt", None)
     if isinstance(receipt, Receipt):
         return _json_answer({**facts, "receipt": receipt.as_dict()}, 422)
-    status = next((status for kind, status in _STATUS_OF.items() if isinstance(error, kind)), 500)
+    known = {} if _of_code(error) else _STATUS_OF
+    status = next((status for kind, status in known.items() if isinstance(error, kind)), 500)
     return _json_answer(facts, status)
 
 
@@ -5885,7 +5884,6 @@ class HttpApp:
         try:
             self._check(request)
             call, names = self._route(request)
-            await self.engine.queue.settled()  # what is shown has been committed
             if request.method == "POST":
                 names.append(await self._body(request, receive))
                 self.engine.start()
@@ -6152,16 +6150,12 @@ class HttpServer:
             slow.writer.transport.abort()
         client = self.open[task] = _Connection(reader, writer)
         try:
-            try:
-                if full and not slow:
-                    raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
-                await self._serve(client)
-            except Refused as error:
-                if not client.begun:
-                    await _send(client.send, *_error_answer(error))
-            if not client.asked:  # closing on what is unread resets the answer: RFC 9112, 9.6
-                writer.write_eof()
-                await asyncio.wait_for(client.receive(), LINGER)
+            if full and not slow:
+                raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
+            await self._serve(client)
+        except Refused as error:
+            if not client.begun:
+                await _send(client.send, *_error_answer(error))
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client went away, or had to
         finally:
@@ -7437,9 +7431,7 @@ class _Intake:
                 self.answers[number] = receipt.as_dict()
                 self.counts[receipt.outcome] += 1
                 self.again += receipt.duplicate
-            except BaseException as error:
-                if not _is_own_failure(error):
-                    raise
+            except (Exception, SystemExit) as error:
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
@@ -7639,8 +7631,15 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # told twice, it waits for nothing
-        _on_signal(number, lambda: args.task.cancel() if stop.is_set() else stop.set())
+    here: Any = asyncio.current_task()
+
+    def end() -> None:  # told twice, it waits for nothing
+        for task in (here, *engine._tasks) if stop.is_set() else ():
+            task.cancel()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _on_signal(number, end)
     async with HttpServer(app, host, args.port) as server:
         watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
@@ -7885,16 +7884,16 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ReaderGone:
         return 141
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        put("interrupted", sys.stderr)
-        return 130
     except BaseException as error:  # SystemExit, say, out of a user's action
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "CancelledError":
+            put("interrupted", sys.stderr)  # without asking asyncio, which may not be there yet
+            return 130
         if os.environ.get("FLEXIFLOW_DEBUG") == "1":
             raise
         put(f"error: {_error_text(error)}", sys.stderr)
         if not isinstance(error, FlexiFlowError):
             put("Fix: FLEXIFLOW_DEBUG=1 shows where it comes from", sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        return 2 if isinstance(error, ArgumentError) and not _of_code(error) else 1
 
 
 # 1.0.1 was a package: each of its modules is this one, so that `from flexiflow.engine import
