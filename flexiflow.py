@@ -3355,7 +3355,7 @@ class Turn(Context):
                 return "over"  # for now: another worker has failed at it
             tried = self.row["attempts"] if self.row else 0
             died = tried and tried - _recorded(self.row or _EMPTY).get("attempts", 0)
-            if died and tried >= self.head.definition.retry.max_attempts:
+            if died > 0 and tried >= self.head.definition.retry.max_attempts:
                 raise ProcessDied(f"Its process died of it {died} times",
                     why="each time it was begun, and neither done nor failed")
             return None
