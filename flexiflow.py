@@ -4629,8 +4629,7 @@ class FlexiFlowEngine:
         begun = self._claimed.get(name) is row  # and counted then
         release = self._release(name) if begun else []
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-        facts: Json = {"error": f"{type(error).__name__}: {error}{place_of(error)}",
-            "traceback": "".join(lines)[-4000:], "state": component and component.state}
+        facts: Json = {"state": component and component.state}
 
         def count(execute: Callable[..., Any]) -> Json | None:
             """Return the row as it is then, or None where somebody else sees to it."""
@@ -4650,7 +4649,8 @@ class FlexiFlowEngine:
                 refused = isinstance(getattr(error, "receipt", None), Receipt)
                 last = dead or refused or attempts >= retry.max_attempts
                 due = now + retry.delay(attempts, random.random())
-            facts.update(attempts=attempts, intact=_intact(before))
+            facts.update(error=f"{type(error).__name__}: {error}{place_of(error)}",
+                traceback="".join(lines)[-4000:], attempts=attempts, intact=_intact(before))
             changed = {"attempts": attempts, "place": None, "error": json.dumps(facts),
                 **({"dead": now} if last else {"due": due})}
             execute(*self.queue.change_message(before, **changed))

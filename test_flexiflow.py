@@ -10168,6 +10168,23 @@ class Claims(StoreCase):
         await asyncio.wait([work])
         self.assertEqual(found, ([], [("x", 1)], "other"))
 
+    async def test_an_error_without_a_text_fails_its_message_alone(self):
+        class Mute(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        class Busy(ff.State):
+            async def handle_message(self, message, component):
+                if message["type"] == "go":
+                    await component.handle_message({"type": "bad"})
+                elif message["type"] == "bad":
+                    raise Mute
+                return True, self
+
+        alone = AsyncComponent("alone", [], ff.StateMachine(Busy()))
+        receipt = await alone.handle_message({"type": "go"})
+        self.assertEqual((receipt.outcome, alone.seq), ("stayed", 1))
+
     async def test_a_dead_letter_names_the_state_that_holds(self):
         def act(message, component):
             raise RuntimeError("no")
