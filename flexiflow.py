@@ -2340,7 +2340,7 @@ def _snapshot_from(text: str | bytes, source: str, id: int | None = None) -> Com
 @functools.cache
 def _sweep(folder: str) -> None:
     """Remove what crashed processes left aside; being cached, it looks once in each folder."""
-    for entry in os.scandir(folder):
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         if re.fullmatch(r"\..+\.\d+\.tmp", entry.name):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat().st_mtime > 60:
@@ -5930,7 +5930,7 @@ class HttpApp:
         """Return what serves a request, and the name in its path: its second step, if any."""
         first, *names = request.steps[:2]
         path = (first, *["*" for _ in names], *request.steps[2:])
-        if path not in self.routes:
+        if path not in self.routes or "" in names:
             raise Refused(404, f"Nothing here: {'/'.join(request.steps)!r}",
                 fix="GET / shows all there is, GET /components lists the components")
         verb, call = self.routes[path]

@@ -6172,6 +6172,16 @@ class EngineCase(Case, unittest.IsolatedAsyncioTestCase):
         setattr(self.module, found.__name__, found)
         return f"code_of_test:{found.__name__}"
 
+    def waiting(self):
+        """Let configs name an action that waits; return its path, and when it begins and may go."""
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def act(message, component):
+            begun.set()
+            await go.wait()
+
+        return self.code(act), begun, go
+
     def machine(self, *rules, states=("A", "B"), **settings):
         """Return a config with these rules and states, the first one initial."""
         states = states if isinstance(states, dict) else {name: {} for name in states}
@@ -9585,14 +9595,9 @@ class ChangedRules(EngineCase):
         self.assertEqual(name, "On")
 
     async def test_the_swap_waits_for_the_message_that_runs(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         component = self.engine.create_component(
-            self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)}))
+            self.machine({"from": "A", "on": "go", "to": "B", "action": path}))
         message = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
         swap = asyncio.ensure_future(component.update_rules([{"on": "x"}], replace=True))
@@ -11201,14 +11206,9 @@ class Withdrawing(EngineCase):
         self.assertEqual((answer, left, states), (True, timers[1:], ["A", "C"]))
 
     async def test_a_message_cancelled_while_it_runs_is_not_committed_and_leaves_no_claim(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         self.engine.create_component(self.machine(
-            {"on": "go", "to": "B", "action": self.code(act)}, {"on": "next"}))
+            {"on": "go", "to": "B", "action": path}, {"on": "next"}))
         await self.engine.send("m", "go", id="x")
         worker = asyncio.ensure_future(self.engine.run(until_idle=True))
         await begun.wait()
@@ -11447,13 +11447,8 @@ class Removing(EngineCase):
     }  # fmt: skip
 
     async def test_what_is_removed_within_its_turn_leaves_nothing(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        rules = [{"from": "A", "on": "go", "to": "B", "action": self.code(act)},
+        path, begun, go = self.waiting()
+        rules = [{"from": "A", "on": "go", "to": "B", "action": path},
             {"from": "B", "after": 60, "to": "A"}]
         self.engine.create_component(self.machine(*rules))
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
@@ -11535,14 +11530,9 @@ class Removing(EngineCase):
         self.assertEqual([one["due"] for one in timers], [self.clock.now + 60])
 
     async def test_a_message_under_way_to_a_removed_component_fails_and_brings_nothing_back(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         self.engine.create_component(self.machine({"on": "go", "to": "B",
-            "action": self.code(act), "send": {"to": "lamp", "type": "press"}}))
+            "action": path, "send": {"to": "lamp", "type": "press"}}))
         self.engine.create_component(self.LAMP)
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
@@ -11571,8 +11561,8 @@ class Removing(EngineCase):
 class RemovingStored(Removing):
     stored = True
 
-    async def hang(self, **settings):
-        """Return a config whose actions wait for the event, and what counts them."""
+    def hang(self, **settings):
+        """Return a config whose actions wait for the event, the event, and who has run them."""
         go, ran = asyncio.Event(), []
 
         async def act(message, component):
@@ -11584,7 +11574,7 @@ class RemovingStored(Removing):
             states={"A": {"entry": {"action": path}}} if settings else {"A": {}}), go, ran
 
     async def test_one_that_is_removed_while_it_is_made_is_not_there_afterwards(self):
-        config, go, ran = await self.hang(entry=True)
+        config, go, ran = self.hang(entry=True)
         old = self.engine.create_component(config)
         task = asyncio.ensure_future(old.handle_message({"type": "note"}))
         await self.passes()
@@ -11595,7 +11585,7 @@ class RemovingStored(Removing):
             ("Component 'm' is gone", 1, []))
 
     async def test_one_made_anew_is_not_taken_over_by_the_object_of_the_removed_one(self):
-        config, go, ran = await self.hang()
+        config, go, ran = self.hang()
         old = self.engine.create_component(config)
         tasks = [asyncio.ensure_future(old.handle_message({"type": "go"}))]
         await self.passes()
@@ -11628,14 +11618,9 @@ class RemovingStored(Removing):
         self.assertIs(self.engine.get("hand"), again)
 
     async def test_one_made_anew_stays_when_a_turn_of_the_removed_one_ends(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         other = self.open()
-        config = self.machine({"on": "go", "action": self.code(act)}, {"on": "note"})
+        config = self.machine({"on": "go", "action": path}, {"on": "note"})
         old = self.engine.create_component(config)
         task = asyncio.ensure_future(old.handle_message({"type": "go"}))
         await begun.wait()
@@ -11819,8 +11804,8 @@ class BackingUp(StoreCase):
         self.engine.create_component(self.LAMP)
         path = self.path("missing/copy.db")
         self.assertEqual(await self.failure(self.engine, path),
-            f"Store {self.path()!r} failed\nWhy: FileNotFoundError: [Errno 2] No such file or "
-            f"directory: {self.path('missing')!r}")
+            f"Store {self.path()!r} failed\nWhy: OperationalError: unable to open database file\n"
+            "Fix: check the path, and that the folder is writable")
         self.assertEqual(os.listdir(self.folder), ["flow.db"] if not self.engine.queue._connection
             else sorted(os.listdir(self.folder)))
 
@@ -12124,14 +12109,9 @@ class Pruning(StoreCase):
                         "SELECT * FROM flexiflow_journal")), (None if seq != "text" else 0, before))
 
     async def test_a_component_that_works_is_pruned_meanwhile(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         self.engine.create_component(self.machine({"on": "note"}, {"on": "go", "to": "B",
-            "action": self.code(act)}))
+            "action": path}))
         for _ in range(3):
             await self.engine.handle_message("m", "note")
         task = asyncio.ensure_future(self.engine.handle_message("m", "go", id="x"))
@@ -12636,14 +12616,9 @@ class Adopting(EngineCase):
 
     async def midway(self):
         """Return a component, in the middle of a turn that leads from A to B; its end; its task."""
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
+        path, begun, go = self.waiting()
         component = self.engine.create_component(self.machine(
-            {"from": "A", "on": "go", "to": "B", "action": self.code(act)}, {"on": "next"}))
+            {"from": "A", "on": "go", "to": "B", "action": path}, {"on": "next"}))
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
         return component, go, task
@@ -12765,16 +12740,7 @@ class AdoptingStored(Adopting):
         self.assertEqual(component.rules, [{"on": "b"}])
 
     async def test_a_good_config_after_a_refused_one_is_registered_without_its_error(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        rule = {"from": "A", "on": "go", "to": "B", "action": self.code(act)}
-        component = self.engine.create_component(self.machine(rule))
-        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
-        await begun.wait()
+        component, go, task = await self.midway()
         self.engine.create_component(self.machine({"on": "go"}, states="A"), update=True)
         go.set()
         await task
@@ -12819,16 +12785,7 @@ class AdoptingStored(Adopting):
             (f"Store {self.path()!r} is damaged: component 'a'", [{"on": "b"}], [{"on": "b"}]))
 
     async def test_registering_tells_that_an_update_was_refused_at_the_end_of_a_turn(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        rule = {"from": "A", "on": "go", "to": "B", "action": self.code(act)}
-        component = self.engine.create_component(self.machine(rule))
-        task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
-        await begun.wait()
+        component, go, task = await self.midway()
         self.engine.create_component(self.machine({"on": "go"}, states="A"), update=True)
         register = asyncio.ensure_future(self.engine.register_async(component))
         await self.passes()
@@ -17013,7 +16970,7 @@ class HttpRoutes(HttpCase):
     async def test_what_is_not_there_is_404_and_a_wrong_method_405(self):
         self.engine.create_component(self.ORDER)
         for method, path, status in (
-            ("GET", "/nothing", 404), ("GET", "/components/x", 404), ("GET", "/components//", 400),
+            ("GET", "/nothing", 404), ("GET", "/components/x", 404), ("GET", "/components//", 404),
             ("GET", "/components/x/history", 404), ("GET", "/components/x/diagram.svg", 404),
             ("POST", "/components/x/message", 404), ("GET", "/components/order/message", 405),
             ("POST", "/components", 405), ("DELETE", "/components/order", 405),
@@ -17677,13 +17634,8 @@ class Reloading(EngineCase):
             ["m.json is taken over", "m.json is not taken over", "m.json is taken over"])
 
     async def test_what_a_turn_that_ends_refuses_is_not_said_to_be_taken_over(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)})
+        path, begun, go = self.waiting()
+        config = self.machine({"from": "A", "on": "go", "to": "B", "action": path})
         self.engine.create_component(config)
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
@@ -17695,13 +17647,8 @@ class Reloading(EngineCase):
             ("State 'B' of 'm' would be gone", config["rules"]))
 
     async def test_a_refusal_of_before_is_none_of_the_next_config(self):
-        begun, go = asyncio.Event(), asyncio.Event()
-
-        async def act(message, component):
-            begun.set()
-            await go.wait()
-
-        config = self.machine({"from": "A", "on": "go", "to": "B", "action": self.code(act)})
+        path, begun, go = self.waiting()
+        config = self.machine({"from": "A", "on": "go", "to": "B", "action": path})
         self.engine.create_component(config)
         task = asyncio.ensure_future(self.engine.handle_message("m", "go"))
         await begun.wait()
