@@ -123,7 +123,7 @@ if TYPE_CHECKING:
     Json = dict[str, Any]  # an object
     Path = Union[str, os.PathLike[str]]
     Scope = dict[str, Any]  # what a guard or value may look at: see `decide`
-    Row = tuple[str, tuple[Any, ...]]  # an SQL statement and its parameters
+    Row = tuple[str, Any]  # an SQL statement and its parameters, a tuple or a dict
     _Later: Any
 else:
 
@@ -2514,7 +2514,7 @@ list_snapshots, prune_snapshots = list_snapshots_sqlite, prune_snapshots_sqlite
 # returned is on disk. Every row that is believed later carries a checksum, so that a damaged
 # file gives the same answer or an error. Nothing awaits within a transaction.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # in 1, the checksum of a message ended before its place
 # components: seq is its version, and the number of its last journal row; since: active state ->
 # time of its entry; owner, lease: whose engine runs its code, and until when. journal: receipt is
 # [outcome, from, to, reason]; data: where it changed; prior: crc of the row before. messages:
@@ -2548,13 +2548,8 @@ SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
 # What the checksums of a component, a journal row and a message are made from, in this order.
 _HEAD = ("definition", "state", "attributes", "data", "seq", "since", "completed")
 _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "data", "time")
-_MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule")
-_NOT_PLACED = "place IS NULL AND dead IS NULL"
-# What has come due runs in due order, and before what comes due later.
-_GIVE_PLACES = ("UPDATE flexiflow_messages SET place=rank + (SELECT COALESCE(MAX(place), 0)"
-    " FROM flexiflow_messages WHERE place IS NOT NULL) FROM (SELECT number AS ranked,"
-    " ROW_NUMBER() OVER (ORDER BY due, number) AS rank FROM flexiflow_messages"
-    f" WHERE {_NOT_PLACED} AND due<=?) WHERE number=ranked")
+_MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule",
+    "place", "attempts", "error", "sent", "dead")
 _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is lost",
     "readonly": "make the file and its folder writable",
     "locked": "another process holds the file; try again",
@@ -2566,6 +2561,18 @@ _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is
 
 def _columns(keys: Sequence[str]) -> str:
     return ", ".join("message_id" if key == "id" else key for key in keys)
+
+
+def _change_messages(**changed: str) -> str:
+    """Return an UPDATE of the queue, as far as its WHERE, that sets columns to SQL expressions.
+
+    Checksums are made of what is there by then, whoever has changed it; damage stays visible.
+    """
+    columns = _columns(_MESSAGE)
+    after = re.sub(r"\w+", lambda key: changed.get(key[0], key[0]), columns)
+    return (f"UPDATE flexiflow_messages SET {', '.join(map('='.join, changed.items()))}, crc=CASE"
+        f" WHEN crc IN (checksum({columns}), checksum({_columns(_MESSAGE[:7])}))"
+        f" THEN checksum({after}) ELSE crc END")
 
 
 class IdTaken(StateError):
@@ -2591,7 +2598,7 @@ def _fits(crc: Any, *parts: Any, start: Any = 0) -> bool:
 
 def _intact(row: Json) -> bool:
     """Tell whether a row of the queue is as it was written."""
-    return _fits(row["crc"], *map(row.get, _MESSAGE))
+    return any(_fits(row["crc"], *map(row.get, keys)) for keys in (_MESSAGE, _MESSAGE[:7]))
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2820,7 +2827,7 @@ class SQLiteStore:
             raise self.damaged("its schema")  # or two tables in one place: one would seem empty
         if not self.readonly:
             self._insist(db.execute, "PRAGMA journal_mode=WAL")
-        if version == 0:
+        if version < SCHEMA_VERSION and not self.readonly:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
         ((*_, file), *_) = self._insist(db.execute, "PRAGMA database_list")  # "" for memory
@@ -2951,11 +2958,11 @@ class SQLiteStore:
 
         Again the same adds nothing; another message of the same id is an error of the write.
         """
-        fields = (component, id, correlation_id, text, due, state, rule)
-        insert = (f"INSERT INTO flexiflow_messages({_columns(_MESSAGE)}, crc, sent)"
-            " SELECT ?,?,?,?,?,?,?,?,? WHERE NOT EXISTS (SELECT 1 FROM flexiflow_messages"
-            " WHERE component=? AND message_id=? AND message=?)")
-        return insert, (*fields, checksum(*fields), now, component, id, text)
+        fields = (component, id, correlation_id, text, due, state, rule, None, 0, None, now, None)
+        insert = (f"INSERT INTO flexiflow_messages({_columns(_MESSAGE)}, crc)"
+            " SELECT ?,?,?,?,?,?,?,?,?,?,?,?,? WHERE NOT EXISTS (SELECT 1 FROM"
+            " flexiflow_messages WHERE component=? AND message_id=? AND message=?)")
+        return insert, (*fields, checksum(*fields), component, id, text)
 
     def sealed(self, row: Json) -> Json:
         """Return a row of the queue with its message decoded; raise if it is not intact."""
@@ -2965,20 +2972,14 @@ class SQLiteStore:
 
     def messages(self, where: str, values: Sequence[Any] = ()) -> list[Json]:
         """Return rows of the queue as dicts, unchecked and with the message as text."""
-        keys = (*_MESSAGE, "number", "place", "attempts", "error", "sent", "dead", "crc")
+        keys = (*_MESSAGE, "number", "crc")
         sql = f"SELECT {_columns(keys)} FROM flexiflow_messages WHERE {where}"
         return [dict(zip(keys, row)) for row in self.rows(sql, values)]
 
     def change_message(self, row: Json, **changed: Any) -> Row:
-        """Return the UPDATE of a row of the queue, whatever else in it another process changes.
-
-        Its checksum is made of what is there by then; damage stays visible.
-        """
-        columns, new = _columns(_MESSAGE), [key for key in _MESSAGE if key in changed]
-        after = re.sub(rf"\b({'|'.join(new)})\b", "?", columns) if new else columns
-        sql = (f"UPDATE flexiflow_messages SET {''.join(f'{key}=?, ' for key in changed)} crc=CASE"
-            f" crc WHEN checksum({columns}) THEN checksum({after}) ELSE crc END WHERE number=?")
-        return sql, (*changed.values(), *map(changed.get, new), row["number"])
+        """Return the UPDATE of a row of the queue."""
+        sql = _change_messages(**{key: f":{key}" for key in changed})
+        return f"{sql} WHERE number=:number", {**changed, "number": row["number"]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -3006,12 +3007,15 @@ _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
     " VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
-# A message without a place is dead, or put off: by another worker, where this one had read it.
-_QUEUED = ("SELECT rule, state, attempts, error FROM flexiflow_messages"
-    " WHERE place IS NOT NULL AND")
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
-_COUNT = ("UPDATE flexiflow_messages SET attempts=attempts+? WHERE component=? AND message_id=?"
-    " AND place IS NOT NULL")
+_NOT_PLACED = "place IS NULL AND dead IS NULL"
+# What has come due runs in due order, and before what comes due later.
+_GIVE_PLACES = (_change_messages(place="rank + (SELECT COALESCE(MAX(place), 0)"
+    " FROM flexiflow_messages WHERE place IS NOT NULL)") + " FROM (SELECT number AS ranked,"
+    " ROW_NUMBER() OVER (ORDER BY due, number) AS rank FROM flexiflow_messages"
+    f" WHERE {_NOT_PLACED} AND due<=?) WHERE number=ranked")
+_COUNT = (_change_messages(attempts="attempts + :by")
+    + " WHERE component=:component AND message_id=:id AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
 _RECLAIM = f"{_CLAIM} AND owner=?"
 # Whose code another process runs. A lease further away than any can be is a clock that was set.
@@ -3100,6 +3104,11 @@ def _recorded(row: Json) -> Json:
         found = json.loads(row["error"])
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _deaths(row: Json) -> int:
+    """Return how often a process has died of a message since it failed the last time."""
+    return row["attempts"] - _recorded(row).get("attempts", 0)  # type: ignore[no-any-return]
 
 
 def _timer_message(rule: Rule, owner: str) -> str:
@@ -3332,9 +3341,10 @@ class Turn(Context):
         """Tell whether the message still waits in the queue, if that is where it comes from."""
         if self.row is None or self.engine is _ALONE:
             return True
-        found = self.engine.queue.rows(*_of_row(_QUEUED, self.row))
+        queue = self.engine.queue  # without a place it is dead, or put off: by another worker
+        found = queue.messages(*_of_row("place IS NOT NULL AND", self.row))
         if found:  # by a change of rules, or by another worker, it is another row by now
-            self.row.update(zip(("rule", "state", "attempts", "error"), found[0]))
+            self.row.update(queue.sealed(found[0]))
         return bool(found)
 
     claimed = property(lambda self: self.engine._claimed.get(self.component.name) is (
@@ -3353,10 +3363,9 @@ class Turn(Context):
                 return "held"
             if not self._queued():
                 return "over"  # for now: another worker has failed at it
-            tried = self.row["attempts"] if self.row else 0
-            died = tried and tried - _recorded(self.row or _EMPTY).get("attempts", 0)
-            if died > 0 and tried >= self.head.definition.retry.max_attempts:
-                raise ProcessDied(f"Its process died of it {died} times",
+            limit = self.head.definition.retry.max_attempts
+            if self.row and self.row["attempts"] >= limit and _deaths(self.row) > 0:
+                raise ProcessDied(f"Its process died of it {_deaths(self.row)} times",
                     why="each time it was begun, and neither done nor failed")
             return None
 
@@ -3365,7 +3374,7 @@ class Turn(Context):
             if self.over:  # cancelled meanwhile
                 self.let_go()
 
-        rows: list[Row] = [] if self.row is None else [(_COUNT, (1, name, self.id))]
+        rows: list[Row] = [] if self.row is None else [(_COUNT, {**self.row, "by": 1})]
         while await engine.store.write(check, [
                 (_CLAIM, (engine.id, engine.clock() + LEASE, name)), *rows], done) == "held":
             if self.row is None and time.monotonic() - start > TURN_LIMIT + 1:  # its lease is over
@@ -3406,8 +3415,7 @@ class Turn(Context):
         state = self.state
         self.kept = state, fresh(vars(state))
         proceed, plan.state = await ask(state, self.message, self.component)
-        if self.data is not None:
-            self._take_data(plan)
+        self._take_data(plan)
         if not proceed:
             plan.outcome = "blocked" if plan.refused else "ignored"
             plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
@@ -3432,13 +3440,13 @@ class Turn(Context):
             result = action(self.message, self.component)
             if result is not None and inspect.isawaitable(result):
                 await result
-        if self.data is not None:
-            self._take_data(plan)
+        self._take_data(plan)
 
     def _take_data(self, plan: Plan) -> None:
-        """Take over the data as the code that was called has left it."""
-        self.base = plan.data = fresh(self.data)
-        self.data = None
+        """Take over the data, if the code that was called has asked for it, as that has left it."""
+        if self.data is not None:
+            self.base = plan.data = fresh(self.data)
+            self.data = None
 
     # ---- committing
 
@@ -4093,7 +4101,7 @@ class _Delivery:
         room = 0 if self.alone else self.concurrency - len(self.streams)
         rows = self._placed([*self.streams, *claimed]) if room else []
         found: dict[str, list[Json]] = {}
-        deadly = [row for row in rows if row["attempts"] > 1 + _recorded(row).get("attempts", 0)]
+        deadly = [row for row in rows if row["attempts"] and _intact(row) and _deaths(row) > 1]
         if deadly:  # its process died of it twice: it would take down what runs beside it
             self.alone = not self.streams
             rows = deadly[:1] if self.alone else []
@@ -4108,7 +4116,7 @@ class _Delivery:
         """Return the first rows that may run, besides those of some components."""
         foreign = self.engine._foreign
         marks = [",".join("?" * len(values)) for values in (foreign, besides)]
-        return self.queue.messages("place IS NOT NULL AND component IS"
+        return self.queue.messages("place IS NOT NULL AND dead IS NULL AND component IS"
             f"{' NOT' * (self.component is None)} ? AND component NOT IN ({marks[1]}) AND NOT"
             " EXISTS (SELECT 1 FROM flexiflow_components WHERE name=component AND definition IN"
             f" ({marks[0]})) ORDER BY place LIMIT {_BATCH}", (self.component, *besides, *foreign))
@@ -4640,8 +4648,8 @@ class FlexiFlowEngine:
                 name in self.components or execute(_STAMP, (name,)).fetchone())
             if made or not found or (begun and self._held(name)):
                 return None  # its component is there by now; it is over; it is another's
-            before, attempts, due = found[0], 0, now + 60.0
-            if component is None:  # nobody has tried it
+            before, attempts, due, intact = found[0], 0, now + 60.0, _intact(found[0])
+            if component is None or not intact:  # nobody has tried it
                 last = dead or now - before["sent"] > UNKNOWN_TARGET_LIMIT
             else:
                 attempts = before["attempts"] + (not (begun or dead))
@@ -4650,7 +4658,7 @@ class FlexiFlowEngine:
                 last = dead or refused or attempts >= retry.max_attempts
                 due = now + retry.delay(attempts, random.random())
             facts.update(error=f"{type(error).__name__}: {error}{place_of(error)}",
-                traceback="".join(lines)[-4000:], attempts=attempts, intact=_intact(before))
+                traceback="".join(lines)[-4000:], attempts=attempts, intact=intact)
             changed = {"attempts": attempts, "place": None, "error": json.dumps(facts),
                 **({"dead": now} if last else {"due": due})}
             execute(*self.queue.change_message(before, **changed))
@@ -4700,8 +4708,7 @@ class FlexiFlowEngine:
     def _give_back(self, row: Json) -> None:
         """Let go of a queued message whose attempt was broken off, and does not count."""
         if self._claimed.get(row["component"]) is row:
-            count = (_COUNT, (-1, row["component"], row["id"]))
-            self._write_unwaited([count, *self._release(row["component"])])
+            self._write_unwaited([(_COUNT, {**row, "by": -1}), *self._release(row["component"])])
 
     def _write_unwaited(self, rows: list[Row]) -> None:
         """Write what nobody waits for; where that fails, the lease ends by itself."""
@@ -4723,12 +4730,11 @@ class FlexiFlowEngine:
 
         The wall clock may be set meanwhile, and other processes do not wake us.
         """
-        pause = min(limit, max(0.001, self._next_due() - self.clock()))
         loop = asyncio.get_running_loop()
         if self._alarm is None or self._alarm.get_loop() is not loop:
             self._alarm = loop.create_future()
-        await asyncio.wait([self._alarm, *tasks], timeout=pause,
-            return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([self._alarm, *tasks], return_when=asyncio.FIRST_COMPLETED,
+            timeout=min(limit, max(0.001, self._next_due() - self.clock())))
 
     def _wake(self) -> None:
         alarm, self._alarm = self._alarm, None
@@ -4966,8 +4972,8 @@ class FlexiFlowEngine:
             return [facts]
 
     def find(self, part: str = "", *, state: str | None = None, failed: bool = False,
-            waiting: bool = False, after: str = "", limit: int = -1) -> tuple[list[str], int]:
-        """Return the names, in order, of components that there are, and how many in all.
+            waiting: bool = False, after: str = "", limit: int) -> tuple[list[str], int]:
+        """Return so many names, in order, of components that there are, and how many in all.
 
         Those whose name has a `part`, that are in a `state`, `failed` (they have dead letters),
         `waiting` (they have timers). `after` is the last name that has been seen.
@@ -4976,8 +4982,7 @@ class FlexiFlowEngine:
             names = [one["name"] for one in self.status() if part.lower() in one["name"].lower()
                 and state in (None, one["state"]) and (one["dead"] or not failed)
                 and (one["timers"] or not waiting)]
-            later = [name for name in names if name > after]
-            return later[:limit] if limit > 0 else later, len(names)
+            return [name for name in names if name > after][:limit], len(names)
         matching = ("FROM flexiflow_components WHERE instr(lower(name), lower(?))"
             " AND COALESCE(?, state)=state AND (NOT ? OR EXISTS (SELECT 1 FROM flexiflow_messages"
             " WHERE component=name AND dead IS NOT NULL)) AND (NOT ? OR EXISTS (SELECT 1 FROM"
@@ -7586,8 +7591,6 @@ def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
     "--until-idle --concurrency --allow-import --watch --config --name")
 async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     start, seen = time.monotonic(), itertools.count(1)
-    watch = args.watch and asyncio.ensure_future(
-        watch_config(engine, _config_path(args), args.name))
     if sys.stderr is not None and sys.stderr.isatty():
         await engine.event_bus.subscribe("component.message.received", "run",
             lambda event: hint(f"\r{_counted(next(seen), 'message')}", end=""))
@@ -7597,8 +7600,6 @@ async def cmd_run(args: Any, engine: FlexiFlowEngine) -> int:
     try:
         await asyncio.wait([work])
     finally:  # also of Ctrl-C: what runs comes to its end, unless it is told again
-        if watch:
-            watch.cancel()
         if engine._stopping:
             work.cancel()
         engine._stop()
@@ -7626,29 +7627,25 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
             fix="FLEXIFLOW_TOKEN or --token, or leave --host out")
     hosts = None if host in ("0.0.0.0", "::") else [*_LOOPBACK, shown]
     app = create_app(engine, hosts, token, readonly=args.read_only)
-    path = _config_path(args, needed=args.watch)
+    path = _config_path(args, needed=False)
     engine.queue.rows("PRAGMA user_version")  # raises if the store cannot be opened
     if path and not args.read_only:
         await engine.register_async(engine.create_component(path, name=args.name))
     stop = asyncio.Event()
-    here: Any = asyncio.current_task()
 
     def end() -> None:  # told twice, it waits for nothing
-        for task in (here, *engine._tasks) if stop.is_set() else ():
+        for task in (args.task, *engine._tasks) if stop.is_set() else ():
             task.cancel()
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         _on_signal(number, end)
     async with HttpServer(app, host, args.port) as server:
-        watch = args.watch and asyncio.ensure_future(watch_config(engine, path, args.name))
         if not args.read_only:
             engine.start()
         url = f"http://{shown}:{server.port}/"
         tell(args, [{"url": url}], [f"FlexiFlow inspector on {url} (Ctrl-C stops)"])
         await stop.wait()
-        if watch:
-            watch.cancel()
     return 0
 
 
@@ -7833,10 +7830,14 @@ async def _session(args: Any, store: SQLiteStore) -> Any:
     engine = FlexiFlowEngine(store, logger=log, allow_imports=args.allow_import)
     args.task, args.dead = asyncio.current_task(), []
     _on_signal(signal.SIGINT, args.task.cancel)
+    watch = getattr(args, "watch", False) and asyncio.ensure_future(
+        watch_config(engine, _config_path(args), args.name))
     await engine.event_bus.subscribe("message.dead", "flexiflow", args.dead.append)
     try:
         return await args.command.run(args, engine)
     finally:
+        if watch:
+            watch.cancel()
         await engine.close()
         if args.dead:
             put(f"{_counted(len(args.dead), 'message')} given up: {program()} dead-letters says "

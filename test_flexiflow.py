@@ -63,6 +63,13 @@ class Clock:
         return self.now
 
 
+def change_messages(db, sql, *values):
+    """Change messages as another process would: their checksums fit."""
+    db.create_function("checksum", -1, ff.checksum)
+    db.execute(f"UPDATE flexiflow_messages SET {sql}", values)
+    db.execute(f"UPDATE flexiflow_messages SET crc=checksum({ff._columns(ff._MESSAGE)})")
+
+
 class Recorder:
     """A handler whose log is compared and cleared."""
 
@@ -6217,6 +6224,11 @@ class EngineCase(Case, unittest.IsolatedAsyncioTestCase):
         with contextlib.closing(sqlite3.connect(self.path())) as db, db:
             db.execute(sql, values)
 
+    def change_messages(self, sql, *values):
+        """Change messages as another process would: their checksums fit."""
+        with contextlib.closing(sqlite3.connect(self.path())) as db, db:
+            change_messages(db, sql, *values)
+
     def picture(self):
         """Return all that is known: every component's facts, and every row of the file."""
         tables = ("definitions", "components", "messages", "journal") if self.stored else ()
@@ -10114,7 +10126,7 @@ class Claims(StoreCase):
         deliver = ff._Delivery._deliver
 
         async def later(delivery, rows):  # another has tried it since these rows were read
-            self.change("UPDATE flexiflow_messages SET attempts=2")
+            self.change_messages("attempts=2")
             return await deliver(delivery, rows)
 
         with unittest.mock.patch.object(ff._Delivery, "_deliver", later):
@@ -10129,7 +10141,7 @@ class Claims(StoreCase):
         call = asyncio.ensure_future(self.engine.handle_message("m", "go", id="direct"))
         await self.begun.wait()
         await self.engine.send("m", "go", id="x")
-        self.change("UPDATE flexiflow_messages SET attempts=2")
+        self.change_messages("attempts=2")
         work = asyncio.ensure_future(self.engine.run(until_idle=True))
         await self.passes()
         self.go.set()
@@ -10148,10 +10160,10 @@ class Claims(StoreCase):
 
         def later(turn):
             if looks and not db.in_transaction:  # it is due again
-                db.execute("UPDATE flexiflow_messages SET place=1")
+                change_messages(db, "place=1")
             looks.append(queued(turn))
             if len(looks) == 1:  # another has failed at it, since this one has looked
-                db.execute("UPDATE flexiflow_messages SET place=NULL, attempts=1")
+                change_messages(db, "place=NULL, attempts=1")
             return looks[-1]
 
         with unittest.mock.patch.object(ff.Turn, "_queued", later):
@@ -10865,7 +10877,7 @@ class DeadLetters(EngineCase):
 
         def after_another(check, rows, done=None):  # another process is a moment quicker
             queue.write = write
-            write(None, [("UPDATE flexiflow_messages SET dead=NULL WHERE message_id='1'", ())])
+            write(None, [(ff._change_messages(dead="NULL") + " WHERE message_id='1'", ())])
             return write(check, rows, done)
 
         queue.write = after_another
@@ -14619,6 +14631,54 @@ class Damage(Torture):
                 and (place % 3 == SEED % 3 or not schema[0] < place < schema[1])]
         await self.compare("changed bytes", self.changed(good, places))
 
+    async def test_any_other_value_of_a_message_is_damage(self):
+        good = await self.make()
+        right, bad = await self.tried(self.said, db=good), Path(self.path("bad.db"))
+        read = "SELECT * FROM flexiflow_messages ORDER BY number"
+        with contextlib.closing(sqlite3.connect(self.path())) as db:
+            found = db.execute(read)
+            columns, numbers = [one[0] for one in found.description], [row[0] for row in found]
+        columns = {*columns} - {"number", "component"}  # whose index would be changed with it
+        values = (None, 0, 1, -1, 0.5, 1e6, "", '{"attempts": 1}', b"")
+        for column, number, value in itertools.product(sorted(columns), numbers, values):
+            bad.write_bytes(good)
+            with contextlib.closing(sqlite3.connect(bad)) as db, db:
+                before = db.execute(read).fetchall()
+                with contextlib.suppress(sqlite3.IntegrityError):  # NOT NULL, UNIQUE
+                    db.execute(
+                        f"UPDATE flexiflow_messages SET {column}=? WHERE number=?", (value, number))
+                same = db.execute(read).fetchall() == before
+            with self.subTest(column=column, number=number, value=value):
+                self.assertEqual(
+                    await self.tried(self.said, db=bad.read_bytes()), right if same else None)
+
+    async def test_a_message_of_any_damage_stops_no_other(self):
+        async def deliver(engine):
+            return await engine.run(until_idle=True), [engine.get(name).state for name in "ac"]
+
+        engine = self.open()
+        for name in "abc":
+            engine.create_component(self.CONFIG, name=name)
+            await engine.send(name, "wait", id="x")
+        await engine.close()
+        good, bad = Path(self.path()).read_bytes(), Path(self.path("bad.db"))
+        for column, value in itertools.product(
+                ("message", "due", "rule", "place", "attempts", "error", "sent", "dead"),
+                (0.5, 7, -1, "", "x", b"", '{"attempts": "x"}', '{"attempts": null}', "[1]")):
+            bad.write_bytes(good)
+            with contextlib.closing(sqlite3.connect(bad)) as db, db:
+                sql = f"UPDATE flexiflow_messages SET {column}=? WHERE component='b'"
+                db.execute(sql, (value,))
+            engine = FlexiFlowEngine(SQLiteStore(str(bad), "NORMAL"), clock=self.clock,
+                logger=unittest.mock.Mock())
+            with self.subTest(column=column, value=value):
+                self.assertEqual(
+                    await asyncio.wait_for(deliver(engine), 5), (2, ["W", "W"]))
+                found = engine.queue.rows("SELECT dead NOT NULL FROM flexiflow_messages"
+                    " WHERE component='b' AND state IS NULL")
+                self.assertEqual((engine.get("b").state, found), ("A", [(1,)]))
+            await engine.close()
+
     async def test_a_timer_that_lost_its_state_is_damage_and_no_waiting_message(self):
         await self.make()
         with contextlib.closing(sqlite3.connect(self.path())) as db:
@@ -15269,6 +15329,49 @@ class OldStores(Torture):
             zJTQG?AmB=_^?6|bWQN1w*>SSdXIep0000000000003}{5)KA@K6L7dP{<9ftoZ!`KP|xE`~QV8K|ue4dIA6d00
             0000001hPbVSazvAsK`~
         """,
+        2: """
+            c-rlqOKcm*8Gx5B@gY*<B2X0{(oEM*B}Syo<wGQuDzR+Qi4a9r9IB3EIm+zrti_t#Wp<a5RYeFG$3cLiL4zC%6a
+            @+t$f1We?V$*oOM@V%z79P!1&RVelLASD7Dy4GEzp@=zC==XT^V_}{|8Z=otgdrf9C&ppxN2cKJxH##im#@%o?$
+            AMmQvRy~1&f1wrt#PfX|%WFLRev8Pq%T6l#S#S=px3(?@K0{RO2VeF5w`$nbczoI`2FGk)E{XO&`D*ylh007{6G
+            {>XCiFwJ>T&n0Qy{uK~<%(7{wl-?ivdBehZPcqop@aFclV?f`<q}?6Su8z@_d5@tUKvt0<&?!Em~r-j(wP!=D=$
+            5QS5BAl%G&aB^XO=BqR8yJw4YsSV~ADJ>siIl+Q%kVlE8YSCR1~`Wy~tPu(F6%O4N47YGh<$dfIc&CUTWpPgdEV
+            KN}W(vO#sF|8TTrT6y8batZepPU)mZ6YMB{<*rb0LXtdJ8;;CDLkDxhdn6BOn%gSYDdp1rr89W-%+f;(XU^dVOX
+            u*yTKV+S3KQ^9X{DTS+N~J1x}j6u#^utZ<&H-ZxFv6+qV|_4hH26&u`7n&F6~tBtLv!XUSKva_lU4;V$;@{W}`~
+            m)+X8>Xde>WrnS0lb(+(bffq}s7S@)_IOQs#rfHZhi5728pGL=zJdfFLDg)vYcx`3r;kD9Kr#}+i4v5E3hDRpON
+            *=)p&z3hy!#14bjUkaI4dz9z1OmZ{W5+yKi+#@iy3sIoQXR+`*~itb;%j(1v9Dj9&SIfAqz7)E$4#oxN_`-tRAQ
+            6X$#$hS5EON@Vwi(=xncU>`HZ(LJ}kf2nG3;@iM3<bcV?@bH_`)Hp@oqf6Cn*`1)F#HgA)rmPxIlvF|T8_wP9@O
+            )Erh4*k|PHKX>ow*DalLN_$5>w|dW*{OqDHIFZYFo}2EA)~=LcdH#K3wnsM~{oK&l6R|4QDtd*-*wB#ej2J!sXQ
+            P8zksCI(T4B|Ru->s|Sg^Y?D{L?xjP+W*N^N@W(ZcO6S80_J%MIpMhc1;LIK5WJXHK78T5S3~!HIm{)12(<#%^=
+            1p_$%&I<lwA)F!buhxDXusM~v+6<_j>OkBucKVW;L_XcfGwvYWC5fWMxd~fu1VXVe}0RR91000000DNY-lJEwav
+            8(6Rv_$g-N(*TvS0w3ztmLxUl$MwBa#oRNl}uJDrt^}TQB$)dRmi8Qrp{*4nUs{#sFus@h|a`_&GDTXsyHW}u2W
+            r1i2SyeCC;7S5s770F6!dkj%XV;sq(}$D-e(J+3Jj&m&je%-A#y^Y1FzR40e)8R8`zf?DQ2~Y!FlBl1R;H=r&K?
+            JI{)HWpaUzh&tJ3r`QHdu9Au?j%YSDS%$PJ_N#R&F7w9p=ygtP$+I>q^>)3JRl}m{el>N2OSzB`ozAhinXMC8ic
+            KkbZ`fvoGD{tWb2}{MnBk-xQ7pB)d*zUayX%OQCq+W3l2w%AtfFP)tfu8t=~+2VXJslE(rSw4NhYhMw45sEWhF(
+            jQaYu~N~&C(l@)N8>#m#Nk_eywqlSQ9W4{0Z00000000000JwRS{LPr>p!cl2i%d%Rptn*Y=sCeRHs&82Ly@s>g
+            KGc)000000002~KWGZE!_C-X;fN>a^9zFFEGZv!is>#)cNXGvyZ-KCwUlz0N$sK&$7fzy`RP_{ycrv321tCbd7V
+            _$gU*xrTK8V%?&^0}b@=-q{#p>WyP5-nVAQF8(1!E%_8!gNoz@C`SF<2o{b2VB>-cYcS{~=?|H2`Nd;kCd00000
+            0002EmErsUW8sj1*2n%a_C)OU*kjQ*qen+yADxQ45qTow4~L+S000000Jt@2ZpUK6xF<gS?EOoEFA(4>PktpsG*
+            zaWHY;gKO`<AQ3h4qZDkLeTc0^WUn0)u?K^Ka|gxLMxOibQEm%PN?^J1f}5}Wevqpe+}?w8)ERxh9v#|7bc=f3u
+            iApGfDFWmlEG%6hSp!hUvx!><D`uWvVo~G4&F*i%|N|Nq~_I91N_n|WRHRGvX>8%C5j{L~GW6P1hkw@jxDC<@fz
+            pun(JH6^t<dl}qQnkQZs3g_ycG_H`t%Pr$?a|TNBfGZ+xfhE+c3UAwT>BjzE&G|4Y&um?vaEws#ia7TYFYX4_pk
+            7_G;a&X+=evoV)5bUE%D0fd@e_`MK!GywWQqDA@%E!tA=u^S4;1P<@3@7yhU`|!tVL_-g(@!rx?%U9G<es7M9|o
+            >$|sJ{`WE7el^5;H;m%(`;W9@mK1Vn76FnX7u7<Nblm3bXg<%k3vUma;WV~qrP9&y{@s;lTuse8gRJeLSiBiuI^
+            qjCdivEUCUwH?CR_~6%(k>^+L`Lw+5Eytk9YijzIyAGHJN6lVpc6^L{1hyDevq)QznP3qsQeyk8d1{NH(7$vXWP
+            ``2tDi58#`(@A3M$p5~qYJ)YrO`jvcop5azDZ}Y|6i_`Utdv$tcsi;aMCrNTal9Rbl$~SkvP=147(W;k?7#-iZH
+            j!*b$>lOyE}u=Mli34!=lQjl?%<l5U-q!JcfI54=~wgV`G?!d*Z*Tk7tlxOFX#{GCA5uxi{3&%N3Wt+(09@EtOx
+            )A0000000000fEyy>ANP2iTg$Pi|FFl?y4M=*<oiZ@@_ms`zBe59kB6OPh^0bKD(DnD_qs-$Vx9~*#XRNj5#{xb
+            `VWWO2ND0_P}oho^Z&>B{Qo`lHhK{~g?@wHM6aPAp&y{{pew8h0000000000004k%GT|SOJ5%+&Pm=M;KWa_JRX
+            +JgZl%$ld?nJ!m&2VT;j{l(XZDYriM~A2Ns@q5-k$!qg~`621H$M3vDW-QhF%tY(V&2)qCxZv@E8C9000000Niq
+            *mwlPNInRH|e@GZd)6@LL;NfqUd_Lz{a+*&oMKzyKN%?d>DM_7&qS@TR7Wq@eJ7Vh<Y`FELF&3$58Ya(pgqM`~(
+            HvgWFX_gXj%(Di$VEDbC%K5pb^Yw-_8is?%%A7RhK47(-brkeOVq*@8&`Bp^lkUe@$34j%H=uSuvksqtxZ&QGJz
+            -SWSf8S%_&UgNkg~kWqWR2$GG##`gvC}&vS&$PjZ7Nxy80g6e<(t61TeCKEP8oW+FDJ!p_DDsaA27Sa#eId#b|B
+            T^Ema-mX4V-(F|3sugBfR?4Ol-0}^TRx3|Ylb?YdNtL>d=P}tLtZ5z7W;ThgR_R8obEaC~3A|w%Tl4G_cLj8L{6
+            @L1&6&KEc5L2jOUrUnVSR4Vsy4IHa6LI?H%vXzZWA-GEA?~X_jM;$iEYzb-L{zHC3aZRZKBxhz<GBb3vcH+`Jep
+            xD6V*sFdmO9zHyHb5`2QQp+l83L?J~*D;8*SwtwRVZ<#okPKbRkDQxd6;4cHj(k8o%R#$nEmnnPlm-^G}3QXO|)
+            qGC?@k=+(FWru5nvzNvR9Pt&q?DGF(tEcvpc79sWncZ?vmfyFe;@i4`#~R}cVTD*00000000000D#ZZ9lUpi+lS
+            >l4;&2Mn(%fW5YPgGvkk#LqJIAW|2*hDf&Bmg00000000000Ps2Iiyoik={%y*e!9a7M9{~A7ri5(chFzi7XSbN
+            0000000000pHsqqpT~nvJRJzQsnu1lSKxaE82tHv;gBGpe?mV200000000000KlzDK==>RM<s>
+        """,
     }
     CONFIG = {
         "name": "order", "initial_state": "Open", "data": {"total": 0},
@@ -15303,7 +15406,7 @@ class OldStores(Torture):
             path = os.path.join(folder, "flow.db")
             asyncio.run(fill(path))
             with contextlib.closing(sqlite3.connect(path)) as db, db:
-                db.execute("UPDATE flexiflow_messages SET error=replace(error, ?, '')", [str(HERE)])
+                change_messages(db, "error=replace(error, ?, '')", str(HERE))
             text = base64.b85encode(zlib.compress(Path(path).read_bytes(), 9)).decode()
         indent = " " * 12
         print(textwrap.fill(text, 99, initial_indent=indent, subsequent_indent=indent,
@@ -15326,9 +15429,10 @@ class OldStores(Torture):
                     ["closed", "Closed", 4, {"total": 5}, 0, 0, 1_000_000.0],
                     ["open", "Open", 2, {"total": 5}, 1, 1, None],
                     ["paid", "Paid", 4, {"total": 5}, 0, 0, None]])
+                seen = '"$data.total"' if version == 1 else "$data.total"  # kept as text
                 self.assertEqual([(step["id"], step["outcome"], step["reason"])
                     for step in engine.history("open")], [
-                    ("b", "blocked", 'rules[1] wants amount >= "$data.total" = 5 (saw 1)'),
+                    ("b", "blocked", f"rules[1] wants amount >= {seen} = 5 (saw 1)"),
                     ("a", "stayed", None), ("", "created", None)])
                 receipt = await engine.handle_message("paid", "pay", amount=5, id="c")
                 self.assertEqual(
@@ -15341,6 +15445,20 @@ class OldStores(Torture):
                 self.assertEqual((facts["state"], facts["data"], facts["seq"], facts["dead"],
                     facts["timers"]), ("Late", {"total": 10}, 4, 1, []))
                 self.assertEqual([one["differences"] for one in engine.replay()], [[], [], []])
+                await engine.close()
+
+    async def test_it_is_only_read_where_nothing_may_be_written(self):
+        for version in self.STORES:
+            with self.subTest(version=version):
+                engine = self.lay_out(version)
+                before = Path(self.path()).read_bytes()
+                reader = FlexiFlowEngine(SQLiteStore(self.path(), readonly=True), clock=self.clock)
+                (facts,) = reader.status("open")
+                await reader.close()
+                self.assertEqual((facts["queue"][0]["id"], Path(self.path()).read_bytes()),
+                    ("f", before))
+                self.assertEqual(engine.status("open"), [facts])
+                self.assertEqual(self.rows("PRAGMA user_version"), [(ff.SCHEMA_VERSION,)])
                 await engine.close()
 
     async def test_a_newer_one_is_refused_and_left_alone(self):
@@ -15857,7 +15975,7 @@ class QueueSession(Shell):
             "1 component, 0 messages waiting, 0 dead letters\n"
             "1 message for 'lamp', which is not there (yet)\n", ""))
         with contextlib.closing(sqlite3.connect(self.path("flexiflow.db"))) as db, db:
-            db.execute("UPDATE flexiflow_messages SET dead=1")
+            change_messages(db, "dead=1")
         self.send(("door", "ring", "a"), ("lamp", "press", "a"))
         self.assertEqual(self.shown("status")[1].splitlines()[-2:], [
             "1 message for 'door', which is not there (yet)",
