@@ -6113,6 +6113,10 @@ class _Connection:
         else:
             self.writer.write(event.get("body", b""))
         await self.writer.drain()
+        if self.length and event["type"] == "http.response.body":
+            self.length = None  # unread, it would take the answer away from who is sending it
+            self.writer.write_eof()
+            await _disconnected(self.receive)
 
 
 class HttpServer:

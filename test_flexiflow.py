@@ -17432,6 +17432,24 @@ class HttpServing(Shell):
             self.assertEqual((facts["state"], facts["waiting"]), ("A", 1))
             os.unlink(self.path("begun"))
 
+    def test_a_refused_body_is_let_in_so_that_the_answer_gets_out(self):
+        self.serve("--config", "lamp.json", "--token", "secret")
+        body = json.dumps({"type": "press", "text": "x" * 900_000})
+        start = time.monotonic()
+        found = Counter(self.ask("POST", "/components/lamp/message", body)[0] for _ in range(40))
+        self.assertEqual(found, {401: 40})
+        self.assertLess(time.monotonic() - start, 40 * ff.PATIENCE)  # nobody was waited for
+
+    def test_who_neither_sends_nor_leaves_is_answered_and_keeps_nobody_out(self):
+        self.serve("--config", "lamp.json", "--token", "secret")
+        head = (b"POST /components/lamp/message HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 900000\r\n\r\n")
+        for _ in range(2 * ff.CONNECTIONS):  # which stay open
+            client = self.connect()
+            client.sendall(head)
+            self.assertEqual(client.makefile("rb").read().split()[1], b"401")
+        self.assertEqual(self.ask("GET", "/health"), (200, {"status": "ok"}))
+
     def test_read_only_needs_a_store_and_changes_nothing(self):
         self.assertEqual(self.shown("serve", "--read-only", "--port", "0")[0], 1)
         self.shown("register", "--config", "lamp.json")
