@@ -4066,10 +4066,12 @@ class _Delivery:
 
     async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
+        await self.engine._settle(quick=True)  # what has come due by now runs in due order
         try:
             while True:
-                if self.engine._newcomers and "" not in self.streams:  # which names no component
+                if self.engine._newcomers and not ("" in self.streams or self._stopped()):
                     self.engine._newcomers = False
+                    # Which is the name of no component.
                     self.streams[""] = asyncio.ensure_future(self.engine._settle())
                 more = not self._stopped() and await self._begin()
                 if not (self.streams or more) and (self.until_idle or self._stopped()):
@@ -4480,8 +4482,10 @@ class FlexiFlowEngine:
             facts = {"component": one.name, "seq": one.seq, "correlation_id": get_correlation_id()}
             await self.event_bus.publish("engine.component.registered", facts)
 
-    async def _settle(self, wanted: Sequence[str] = ()) -> list[BaseException]:
+    async def _settle(self, wanted: Sequence[str] = (), quick: bool = False) -> list[BaseException]:
         """Announce and write what is new, or to be updated: all, or those wanted.
+
+        Or the `quick` ones: those that are born, and do not wait for code of theirs.
 
         What goes wrong is logged, or with those wanted returned. Who is in a turn now sees to it
         afterwards.
@@ -4489,7 +4493,8 @@ class FlexiFlowEngine:
         await self._announce()
         failed: list[BaseException] = []
         for component in [one for one in self._unborn.values()
-                if (not wanted or one.name in wanted) and not live_turn(one.state_machine)]:
+                if (not wanted or one.name in wanted) and not live_turn(one.state_machine)
+                and not (quick and (one._birth is None or one._birth.actions))]:
             try:
                 await component._own_turn()
             except BaseException as error:
@@ -4626,10 +4631,8 @@ class FlexiFlowEngine:
         check_count("concurrency", concurrency)
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
-        self._newcomers = False
-        delivery = _Delivery(self, component, concurrency, until_idle)
-        await self._settle()  # what has come due by now runs in due order
-        return await delivery.run()
+        self._newcomers = True  # or what could not be made, the last time
+        return await _Delivery(self, component, concurrency, until_idle).run()
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
         """Count a failed attempt: the message comes again later, or is given up."""

@@ -9420,6 +9420,31 @@ class QueueStored(Queue):
             await self.deliver()
         self.assertEqual((self.facts("lamp"), self.engine.dead_letters()), ((1, 0, 0), []))
 
+    async def test_a_slow_first_entry_holds_up_no_other_component(self):
+        path, begun, go = self.waiting()
+        states = {"A": {"entry": {"action": path}}, "B": {}}
+        slow = self.machine({"on": "go", "to": "B"}, name="slow", states=states)
+        self.engine.create_component(slow)
+        self.engine.create_component(self.LAMP)
+        for name, kind in (("slow", "go"), ("lamp", "press")):
+            await self.engine.send(name, kind)
+        work = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await begun.wait()
+        while self.engine.get("lamp").state == "Off":
+            await asyncio.sleep(0.001)
+        held = self.engine.get("slow").state, work.done()
+        go.set()
+        self.assertEqual((held, await work, self.engine.get("slow").state), (("A", False), 2, "B"))
+
+    async def test_a_run_that_is_told_to_stop_begins_no_first_entry(self):
+        path, begun, go = self.waiting()
+        go.set()
+        states = {"A": {"entry": {"action": path}}}
+        self.engine.create_component(self.machine(name="slow", states=states))
+        work = asyncio.ensure_future(self.engine.run())
+        self.engine._stop()
+        self.assertEqual((await asyncio.wait_for(work, 30), begun.is_set()), (0, False))
+
     async def test_a_run_that_has_not_begun_when_its_engine_is_closed_ends(self):
         self.engine.create_component(self.LAMP)
         await self.engine.run(until_idle=True)
