@@ -10451,6 +10451,7 @@ class Claims(StoreCase):
         self.assertEqual([one.seq for one in receipts], [1, 2])
 
     async def test_a_claim_is_renewed_in_an_engine_that_was_closed_and_is_used_again(self):
+        self.patch("LEASE", 0.9)  # of which a third passes until claims are renewed
         self.engine.create_component(self.noting(name="a"))
         await self.engine.handle_message("a", "go", id="first")
         await self.engine.close()
@@ -16118,9 +16119,10 @@ class CareSession(Shell):
     def setUp(self):
         super().setUp()
         self.write("lamp.json", LAMP)
-        for kind, id in (("press", "k-1"), ("press", "k-2"), ("drop", "k-3")):
-            self.shown("handle", "--config", "lamp.json", kind, "--id", id)
-        self.shown("handle", "--config", "lamp.json", "--name", "lamp-2", "press", "--id", "k-4")
+        self.shown("handle", "-", "--config", "lamp.json", input=self.lines(*(
+            {"component": name, "type": kind, "id": id} for name, kind, id in (
+                ("lamp", "press", "k-1"), ("lamp", "press", "k-2"), ("lamp", "drop", "k-3"),
+                ("lamp-2", "press", "k-4")))))
 
     def test_a_replay_by_the_same_rules_ends_the_same(self):
         self.assertEqual([self.shown("replay"), self.shown("replay", "lamp-2")], [
