@@ -2571,8 +2571,12 @@ def _change_messages(**changed: str) -> str:
     columns = _columns(_MESSAGE)
     after = re.sub(r"\w+", lambda key: changed.get(key[0], key[0]), columns)
     return (f"UPDATE flexiflow_messages SET {', '.join(map('='.join, changed.items()))}, crc=CASE"
-        f" WHEN crc IN (checksum({columns}), checksum({_columns(_MESSAGE[:7])}))"
+        f" WHEN crc=checksum({columns}) OR crc=checksum({_columns(_MESSAGE[:7])})"
         f" THEN checksum({after}) ELSE crc END")
+
+
+_QUEUE_ROW = (*_MESSAGE, "number", "crc")
+_READ_QUEUE = f"SELECT {_columns(_QUEUE_ROW)} FROM flexiflow_messages WHERE"
 
 
 class IdTaken(StateError):
@@ -2798,7 +2802,7 @@ class SQLiteStore:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            log = self.path + "-wal"  # without what it holds, the file would say less
+            log = os.path.realpath(self.path) + "-wal"  # without it, the file would say less
             frozen = options == "?mode=ro" and not (os.path.exists(log) and os.path.getsize(log))
             if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
@@ -2972,9 +2976,7 @@ class SQLiteStore:
 
     def messages(self, where: str, values: Sequence[Any] = ()) -> list[Json]:
         """Return rows of the queue as dicts, unchecked and with the message as text."""
-        keys = (*_MESSAGE, "number", "crc")
-        sql = f"SELECT {_columns(keys)} FROM flexiflow_messages WHERE {where}"
-        return [dict(zip(keys, row)) for row in self.rows(sql, values)]
+        return [dict(zip(_QUEUE_ROW, row)) for row in self.rows(f"{_READ_QUEUE} {where}", values)]
 
     def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue."""
@@ -3156,13 +3158,13 @@ class Turn(Context):
     data: Json | None = None  # a copy of `base`, once code has asked for it
     kept: Any = None  # the state object that was asked, and its attributes before
     sent: Sequence[Outgoing] = ()  # what the commit takes along
-    outbox: Sequence[Outgoing] = ()  # what code has sent so far
+    outbox: list[Outgoing]  # what code has sent so far
     late: Sequence[asyncio.Future[Any]] = ()  # writes that are made after the commit
 
     def __init__(self, component: AsyncComponent, parent: Context | None, message: Json,
             row: Json | None = None) -> None:
         self.parent, self._correlation_id = parent, None
-        self.component, self.message, self.row = component, message, row
+        self.component, self.message, self.row, self.outbox = component, message, row, []
         self.machine = component.state_machine
         self.begin()
 
@@ -3199,7 +3201,7 @@ class Turn(Context):
         out = Outgoing(name, fresh(body), delay, message.get("id") or new_id(),
             message.get("correlation_id"))
         if not self.over:
-            self.outbox = [*self.outbox, out]
+            self.outbox.append(out)
         elif self._post_late(out):
             await self.late[-1]
         return Receipt("queued", out.to, out.id)
@@ -3225,7 +3227,7 @@ class Turn(Context):
 
     def undo(self) -> None:
         """Forget what the turn's code has done to the state, and what it has sent."""
-        self.outbox, self.state = (), self.machine._state
+        self.outbox, self.state = [], self.machine._state
         if self.kept is not None:
             state, attributes = self.kept
             vars(state).clear()
@@ -3343,7 +3345,7 @@ class Turn(Context):
             return True
         queue = self.engine.queue  # without a place it is dead, or put off: by another worker
         found = queue.messages(*_of_row("place IS NOT NULL AND", self.row))
-        if found:  # by a change of rules, or by another worker, it is another row by now
+        if found and found[0]["crc"] != self.row.get("crc"):  # other rules, or another worker
             self.row.update(queue.sealed(found[0]))
         return bool(found)
 
@@ -3466,7 +3468,7 @@ class Turn(Context):
             completed = now if passage.completes else None
         self.sent = () if not (plan.sends or self.outbox) else [out._replace(
             id=out.id or new_id()) for out in (*plan.sends, *self.outbox)]
-        self.outbox = ()
+        self.outbox = []
         if self.row is not None or self.sent or plan.timers or (passage and passage.busy):
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
@@ -3673,7 +3675,7 @@ class AsyncComponent:
         def changed() -> Definition:
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
-                rules += [] if rule in rules else [rule]
+                rules += [] if any(rule == one and same(rule, one) for one in rules) else [rule]
             return self._compiled(rules, replace)
 
         await self._own_turn(changed)
@@ -4032,7 +4034,7 @@ def _replayed(name: str, history: list[Json], last: str,
         was = [entry["outcome"], entry["from_state"], entry["to_state"]]
         now, data = _decided_again(definition, then, name, leaf, data, entry)
         leaf, differs = now[2], now != [was[0], *map(now_called, was[1:])]
-        if data != data_then:
+        if not same(data, data_then):
             was, now, differs = [*was, data_then], [*now, data], True
         if answer["differences"] or differs:
             answer["differences"].append({"seq": entry["seq"], "message": entry["message"]["type"],
@@ -4067,6 +4069,7 @@ class _Delivery:
     async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
         await self.engine._settle(quick=True)  # what has come due by now runs in due order
+        self.engine._newcomers = bool(self.engine._unborn)
         try:
             while True:
                 if self.engine._newcomers and not ("" in self.streams or self._stopped()):
@@ -4631,7 +4634,6 @@ class FlexiFlowEngine:
         check_count("concurrency", concurrency)
         if live_turn() is not None:
             raise StateError("Delivery from within a turn", fix="let the turn end first")
-        self._newcomers = True  # or what could not be made, the last time
         return await _Delivery(self, component, concurrency, until_idle).run()
 
     async def _failed(self, row: Json, error: Any, dead: bool = False) -> None:
@@ -6232,7 +6234,7 @@ def _stamps(path: Path) -> Json:
 
 def _contents(stamps: Json) -> Json:
     found = {}
-    for name in stamps:
+    for name in filter(os.path.isfile, stamps):  # a pipe might never end
         with contextlib.suppress(OSError), open(name, "rb") as file:
             found[name] = zlib.crc32(file.read())
     return found
@@ -7487,9 +7489,9 @@ def _rule_text(rule: Json) -> str:
     """Return a rule on one line: `Open --pay--> Paid`, or a note as JSON."""
     if not {"on", "after"} & rule.keys():
         return json.dumps(rule)
-    words = [rule.get("from", "*"), rule.get("on") or f"after {rule['after']}"]
+    words = [rule.get("from") or "*", rule.get("on") or f"after {rule['after']}"]
     return "{} --{}--> {}".format(*(one if isinstance(one, str) else ", ".join(one)
-        for one in [*words, rule.get("to", "(stays)")]))
+        for one in [*words, rule.get("to") or "(stays)"]))
 
 
 @command("diagnose", "check this Python, this file and this store", "", "--db")

@@ -9587,6 +9587,12 @@ class ChangedRules(EngineCase):
         await lamp.add_rule(rule)
         self.assertEqual(lamp.rules, [*self.LAMP["rules"], rule])
 
+    async def test_true_is_no_one_in_a_rule(self):
+        lamp = self.engine.create_component(self.LAMP)
+        rules = [{"from": "On", "on": "dim", "guard": {"level": level}} for level in (1, True, 1.0)]
+        await lamp.update_rules(rules)
+        self.assertEqual(repr(lamp.rules), repr([*self.LAMP["rules"], *rules[:2]]))
+
     async def test_a_shadowed_rule_is_refused_with_a_fix(self):
         lamp = self.engine.create_component(self.LAMP)
         await self.engine.run(until_idle=True)
@@ -12270,6 +12276,15 @@ class Replaying(StoreCase):
             {"seq": 2, "message": "pay", "was": ["moved", "Open", "Paid", {"total": 5}],
              "now": ["moved", "Open", "Paid", {"total": 1}]}])
 
+    async def test_true_instead_of_one_is_a_difference(self):
+        config = self.machine({"on": "set", "assign": {"n": 1}})
+        self.engine.create_component(config)
+        await self.engine.handle_message("m", "set")
+        (answer,) = self.engine.replay(
+            config=self.machine({"on": "set", "assign": {"n": True}}))
+        self.assertEqual(repr([(one["was"][3], one["now"][3]) for one in answer["differences"]]),
+            "[({'n': 1}, {'n': True})]")
+
     async def test_a_component_that_would_be_elsewhere_is_told(self):
         for name in ("a", "b", "c"):
             self.engine.create_component(self.ORDER, name=name)
@@ -14446,6 +14461,7 @@ class ReadOnly(Torture):
         self.write("m.json", self.CONFIG)
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
             ff.main(["--help"])  # imports what another user may not
+            b"".decode("utf-8-sig")
         if user and os.geteuid() == 0:  # who may write anywhere
             os.seteuid(user)
         path = self.path("disk/flow.db")
@@ -14516,6 +14532,25 @@ class ReadOnly(Torture):
         asyncio.run(self.store(count=2))
         self.forked(self.leave)
         os.unlink(self.path("disk/flow.db-shm"))
+        os.chmod(self.path("disk"), 0o555)
+        os.chmod(self.folder, 0o755)
+        self.assertEqual(self.forked(read), 0)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no users here")
+    def test_the_log_of_a_linked_store_lies_beside_the_file_and_is_not_passed_over(self):
+        def read():
+            with contextlib.suppress(OSError):
+                os.seteuid(65534)
+            reader = FlexiFlowEngine(SQLiteStore(self.path("link.db"), readonly=True))
+            with self.assertRaises(PersistenceError):
+                reader.status()
+
+        os.mkdir(self.path("disk"))
+        self.addCleanup(os.chmod, self.path("disk"), 0o777)
+        asyncio.run(self.store(count=2))
+        self.forked(self.leave)
+        os.unlink(self.path("disk/flow.db-shm"))
+        os.symlink(self.path("disk/flow.db"), self.path("link.db"))
         os.chmod(self.path("disk"), 0o555)
         os.chmod(self.folder, 0o755)
         self.assertEqual(self.forked(read), 0)
@@ -15756,6 +15791,12 @@ class CommandSession(Shell):
                 (0, "press: On -> Broken\n", ""),
             ),
         )
+
+    def test_rules_with_keys_that_are_null_are_shown(self):
+        self.shown("register", *self.lamp)
+        rules = self.write("new.json", [{"from": None, "on": "note", "to": None}])
+        self.assertEqual(self.shown("update_rules", *self.lamp, rules), (
+            0, "lamp: rules 3 -> 4\n  + * --note--> (stays)\n", ""))
 
     def test_bad_rules_change_nothing(self):
         self.shown("handle", *self.lamp, "press")
@@ -17741,6 +17782,26 @@ class Reloading(EngineCase):
         await self.watching(self.path("in"), lambda: seen.append(1))
         self.write("in/deep/x.json", "1")
         await self.until(lambda: seen)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes with names here")
+    async def test_a_pipe_in_a_folder_holds_nobody_up(self):
+        os.mkdir(self.path("in"))
+        os.mkfifo(self.path("in/pipe"))
+        over, held_up = threading.Event(), []
+
+        def free():  # who opens a pipe for reading waits for a writer
+            while not over.wait(5 if not held_up else 0.01):
+                held_up.append(os.close(os.open(self.path("in/pipe"), os.O_RDWR)))
+
+        writer = threading.Thread(target=free)
+        writer.start()
+        self.addCleanup(writer.join)
+        self.addCleanup(over.set)
+        seen = []
+        await self.watching(self.path("in"), lambda: seen.append(1))
+        self.write("in/x.json", "1")
+        await self.until(lambda: seen)
+        self.assertEqual((seen, held_up), ([1], []))
 
     def test_run_hot_reload_is_a_loop_of_its_own(self):
         path, seen = self.write("a.json", "1"), []
