@@ -1553,18 +1553,18 @@ class Rule:
 
 
 class Passage:
-    """A way from one state to another: what is left and entered in which order, and effects."""
+    """A way from one state to another: what is entered in which order, effects, and timers."""
 
-    def __init__(self, node: Node, exits: Sequence[Node] = (), enters: Sequence[Node] = (),
+    def __init__(self, node: Node, enters: Sequence[Node] = (),
             steps: Iterable[tuple[str, Effects]] = (), timers: Sequence[tuple[Rule, str]] = (),
-            ends_timers: bool = False) -> None:
+            ended: Sequence[str] = ()) -> None:
         self.node = node  # the state at the end
-        self.active, self.exits, self.enters = (
-            tuple(one.name for one in nodes) for nodes in (node.lineage()[::-1], exits, enters))
+        self.active, self.enters = (
+            tuple(one.name for one in nodes) for nodes in (node.lineage()[::-1], enters))
         self.steps = tuple(step for step in steps if any(step[1]))  # (value of $state, effects)
-        self.timers = timers  # (rule, owning state) that start here
+        # (rule, owning state) of those that start here; and the owners of those that end.
+        self.timers, self.ended = timers, ended
         self.completes = node.completes
-        self.busy = bool(timers or ends_timers or self.completes)  # the queue changes with it
 
 
 class Plan:
@@ -1576,6 +1576,7 @@ class Plan:
     emits: Sequence[tuple[str, Any]] = ()
     actions: Sequence[Callable[..., Any]] = ()
     timers: Sequence[tuple[float, str, int]] = ()  # (due, owning state, rule number)
+    ended: Sequence[str] = ()  # the owners of timers that end
     refused: Sequence[Rule] = ()  # asked before, their guards false
 
     def __init__(self, outcome: str, data: Json, passage: Passage | None = None) -> None:
@@ -1650,8 +1651,8 @@ class Definition:
         steps += [(end.name, node.entry) for node in enters]
         owners = [node.name for node in enters] + ["*"] * (leaf is None)
         timers = tuple((timer, name) for name in owners for timer in self.timers(name))
-        return Passage(end, exits, enters, steps, timers,
-            ends_timers=any(self.timers(node.name) for node in exits))
+        left = [node.name for node in exits] + ["*"] * end.completes
+        return Passage(end, enters, steps, timers, [name for name in left if self.timers(name)])
 
     def timers(self, owner: str) -> list[Rule]:
         """Return the timer rules of a state, or of "*"."""
@@ -1699,7 +1700,8 @@ def follow(plan: Plan, scope: Scope) -> None:
             why=f"an effect needs it, on the way to {passage.node.name!r}",
             fix=f'guard the rule with {{"{str(error)[1:]}": {{"exists": true}}}}' + ", or give it"
             " a first value in the config's data" * str(error).startswith("$data")) from None
-    plan.data, plan.sends, plan.emits, plan.actions = scope["data"], sends, emits, actions
+    plan.data, plan.ended = scope["data"], passage.ended
+    plan.sends, plan.emits, plan.actions = sends, emits, actions
 
 
 def decide(definition: Definition, leaf: str, scope: Scope,
@@ -1716,7 +1718,7 @@ def decide(definition: Definition, leaf: str, scope: Scope,
     for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
         if rule.guard is None or rule.guard.holds(scope):
             plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
-            if passage.steps or passage.timers:
+            if passage.steps or passage.timers or passage.ended:
                 follow(plan, scope)
             return plan
         refused.append(rule)
@@ -3469,7 +3471,7 @@ class Turn(Context):
         self.sent = () if not (plan.sends or self.outbox) else [out._replace(
             id=out.id or new_id()) for out in (*plan.sends, *self.outbox)]
         self.outbox = []
-        if self.row is not None or self.sent or plan.timers or (passage and passage.busy):
+        if self.row is not None or self.sent or plan.timers or plan.ended:
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
             definition, plan.data, seq, since, completed, None, 0, 0))
@@ -3518,8 +3520,7 @@ class Turn(Context):
                     f"{name!r} sends or waits without an engine", fix="engine.register(it)")
             return []
         rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
-        left = (*passage.exits, *["*"] * passage.completes) if passage else ()
-        rows += [(_NO_TIMERS, (name, owner)) for owner in left if definition.timers(owner)]
+        rows += [(_NO_TIMERS, (name, owner)) for owner in (plan.ended if plan else ())]
         for out in self.sent:
             text = _written(out.message, f"message to {out.to}")
             rows.append(self.engine.queue.message_row(self.now, out.to, out.id,
@@ -4846,7 +4847,6 @@ class FlexiFlowEngine:
         receipt = Receipt(plan.outcome, name, turn.id, turn.leaf, node,
             reason=plan.reason) if earlier is None else earlier
         ends = plan.passage is not None and plan.passage.completes  # then no timer is left
-        left = [*(plan.passage.exits if plan.passage else ()), *["*"] * ends]
         was, now = turn.base, plan.data
         return {**{key: getattr(receipt, key) for key in (
                 "component", "id", "outcome", "from_state", "to_state", "reason", "duplicate")},
@@ -4858,7 +4858,7 @@ class FlexiFlowEngine:
             "actions": [f"{one.__module__}:{one.__qualname__}" for one in plan.actions],
             "timers": [{"message": turn.head.definition.by_number[number].timer_type, "due": due,
                 "state": owner} for due, owner, number in plan.timers if not ends],
-            "ended": [one for one in self._facts(name)["timers"] if one["state"] in left]}
+            "ended": [one for one in self._facts(name)["timers"] if one["state"] in plan.ended]}
 
     def history(self, name: str | None = None, *, limit: int | None = None,
             before: int | None = None, since: float | str = 0) -> list[Json]:
