@@ -1649,8 +1649,8 @@ class Definition:
         steps = [(leaf or end.name, node.exit) for node in exits]
         steps += [(leaf or end.name, rule.effects)] if rule else []
         steps += [(end.name, node.entry) for node in enters]
-        owners = [node.name for node in enters] + ["*"] * (leaf is None)
-        timers = tuple((timer, name) for name in owners for timer in self.timers(name))
+        begun = [] if end.completes else [node.name for node in enters] + ["*"] * (leaf is None)
+        timers = [(timer, name) for name in begun for timer in self.timers(name)]
         left = [node.name for node in exits] + ["*"] * end.completes
         return Passage(end, enters, steps, timers, [name for name in left if self.timers(name)])
 
@@ -3512,8 +3512,7 @@ class Turn(Context):
     def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
         name, definition = self.component.name, self.head.definition
-        passage: Any = plan and plan.passage
-        timers = () if plan is None or (passage and passage.completes) else plan.timers
+        timers = plan.timers if plan else ()
         if self.engine is _ALONE:
             if timers or any(out.to != name or out.delay for out in self.sent):
                 raise StateError(
@@ -4846,7 +4845,6 @@ class FlexiFlowEngine:
         node = plan.passage.node.name if plan.passage else turn.leaf
         receipt = Receipt(plan.outcome, name, turn.id, turn.leaf, node,
             reason=plan.reason) if earlier is None else earlier
-        ends = plan.passage is not None and plan.passage.completes  # then no timer is left
         was, now = turn.base, plan.data
         return {**{key: getattr(receipt, key) for key in (
                 "component", "id", "outcome", "from_state", "to_state", "reason", "duplicate")},
@@ -4857,7 +4855,7 @@ class FlexiFlowEngine:
             "emits": [event for event, _ in plan.emits],
             "actions": [f"{one.__module__}:{one.__qualname__}" for one in plan.actions],
             "timers": [{"message": turn.head.definition.by_number[number].timer_type, "due": due,
-                "state": owner} for due, owner, number in plan.timers if not ends],
+                "state": owner} for due, owner, number in plan.timers],
             "ended": [one for one in self._facts(name)["timers"] if one["state"] in plan.ended]}
 
     def history(self, name: str | None = None, *, limit: int | None = None,
