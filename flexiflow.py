@@ -1687,8 +1687,7 @@ def follow(plan: Plan, scope: Scope) -> None:
             scope["state"] = state
             if assign:
                 scope["data"] = {**scope["data"], **{key: value(scope) for key, value in assign}}
-            for outgoing in send:
-                sends.append(outgoing(scope))
+            sends += [outgoing(scope) for outgoing in send]
             emits += [(name, value and value(scope)) for name, value in emit]
             actions += action
         scope["state"] = passage.node.name
