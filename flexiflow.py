@@ -3103,9 +3103,8 @@ def message_of(row: Json) -> Json:
 
 def _recorded(row: Json) -> Json:
     """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
-    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
-        found = json.loads(row["error"])
-        return found if isinstance(found, dict) else {}
+    with contextlib.suppress(ValueError, TypeError):  # None, or damaged, or no object
+        return {**json.loads(row["error"])}
     return {}
 
 
