@@ -3699,7 +3699,6 @@ class AsyncComponent:
         _context.set(turn)  # as `with turn` does, but quicker
         try:
             if self._unready or self._internal:
-                turn.over = True  # what is sent before it begins does not hang on its message
                 await self._prepare(turn)
                 turn.over = False
             receipt = await turn.run()
@@ -3724,7 +3723,6 @@ class AsyncComponent:
             await self._wait_for(turn)
         self._turn = turn
         with turn:
-            turn.over = True  # it commits nothing: what is sent in it leaves at once
             await self._prepare(turn)
             if change is not None:
                 await self._swap(turn, change)
@@ -3803,6 +3801,7 @@ class AsyncComponent:
     async def _prepare(self, turn: Turn) -> None:
         """Do what must be done before the next message: be born, be read again, be compiled."""
         engine = self._engine
+        turn.over = True  # what is sent before it begins leaves at once, and hangs on no message
         if engine is not _ALONE and engine.components.get(self.name) is not self:
             raise _gone(self.name)
         if self._birth is not None:
