@@ -3793,8 +3793,7 @@ class AsyncComponent:
         self.head, self.state_machine._state = head, state
         if turn is not None:
             turn.committed()
-        if self._engine._alarm is not None:
-            self._engine._wake()
+        self._engine._wake()
 
     # ---- creation, rules, reloading
 
