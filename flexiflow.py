@@ -3199,7 +3199,7 @@ class Turn(Context):
         body = payload(message)
         _written(body, f"message to {name}")
         out = Outgoing(name, fresh(body), delay, message.get("id") or new_id(),
-            message.get("correlation_id"))
+            message.get("correlation_id") or self.correlation_id)
         if not self.over:
             self.outbox.append(out)
         elif self._post_late(out):
@@ -3466,9 +3466,10 @@ class Turn(Context):
             since = {name: now if name in passage.enters else since.get(name, now)
                      for name in passage.active}
             completed = now if passage.completes else None
-        self.sent = () if not (plan.sends or self.outbox) else [out._replace(
-            id=out.id or new_id()) for out in (*plan.sends, *self.outbox)]
-        self.outbox = []
+        if plan.sends:
+            self.outbox = [*(out._replace(id=out.id or new_id(), correlation_id=self.correlation_id)
+                for out in plan.sends), *self.outbox]
+        self.sent, self.outbox = self.outbox, []
         if self.row is not None or self.sent or plan.timers or plan.ended:
             rows = [*rows, *self._queue_rows(plan)]
         head = tuple.__new__(Head, (  # quicker than calling Head
@@ -3518,10 +3519,9 @@ class Turn(Context):
             return []
         rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
         rows += [(_NO_TIMERS, (name, owner)) for owner in (plan.ended if plan else ())]
-        for out in self.sent:
-            text = _written(out.message, f"message to {out.to}")
-            rows.append(self.engine.queue.message_row(self.now, out.to, out.id,
-                out.correlation_id or self.correlation_id, text, self.now + out.delay))
+        rows += [self.engine.queue.message_row(self.now, out.to, out.id, out.correlation_id,
+            _written(out.message, f"message to {out.to}"), self.now + out.delay)
+            for out in self.sent]
         if any(self.now + out.delay <= self.now for out in self.sent):
             rows.append((_GIVE_PLACES, (self.now,)))
         return rows + [self.engine.queue.message_row(self.now, name, new_id(), self.correlation_id,
@@ -3534,8 +3534,7 @@ class Turn(Context):
         if engine is not _ALONE:
             engine.posted.update(out.to for out in sent)
             engine._wake()
-        component._internal = [*(component._internal or ()), *({"component": out.to, "message":
-            out.message, "id": out.id, "correlation_id": out.correlation_id or self.correlation_id}
+        component._internal = [*(component._internal or ()), *({"component": out.to} | out._asdict()
             for out in sent if out.to == component.name and not out.delay)]
 
     def committed(self) -> None:
