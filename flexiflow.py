@@ -219,9 +219,8 @@ class FlexiFlowError(Exception):
     def __str__(self) -> str:
         """Return What, Why, Fix and Context, one below the other; what is not known is left out."""
         lines = [printable(self.what)]
-        for label, text in (("Why", self.why), ("Fix", self.fix)):
-            if text:
-                lines.append(f"{label}: " + "\n     ".join(map(printable, text.splitlines())))
+        lines += [f"{label}: " + "\n     ".join(map(printable, text.splitlines()))
+            for label, text in (("Why", self.why), ("Fix", self.fix)) if text]
         if self.context.items:
             lines.append("Context:\n" + self.context.format())
         return "\n".join(lines)
