@@ -2811,9 +2811,8 @@ class SQLiteStore:
 
     def _set_up(self, db: sqlite3.Connection) -> None:
         """Check the schema's version, or make the schema where there is none; note the files."""
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON",
-                f"synchronous={self.synchronous}", f"journal_size_limit={LOG_LIMIT}"):
-            self._insist(db.execute, f"PRAGMA {pragma}")
+        self._insist(db.executescript, "PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;"
+            f" PRAGMA synchronous={self.synchronous}; PRAGMA journal_size_limit={LOG_LIMIT}")
         ((version,),) = self._insist(db.execute, "PRAGMA user_version")
         found = self._insist(db.execute, "SELECT sql, rootpage FROM sqlite_master")
         tables, roots = {sql for sql, _ in found}, [root for _, root in found if root]
