@@ -5280,9 +5280,8 @@ class _Graph:
             for node in _tree(self.roots)}
         for name in {**shown, **ways}:
             mark = "* " if name == active else "> " if name == self.found.initial_state else "  "
-            for cause, guard, target in ways.get(name) or [["-", "", "-"]]:
-                rows.append((
-                    mark + shown.get(name, name), cause, guard or "-", target or "(stays)"))
+            rows += [(mark + shown.get(name, name), cause, guard or "-", target or "(stays)")
+                for cause, guard, target in ways.get(name) or [["-", "", "-"]]]
         return columns(rows)
 
 
