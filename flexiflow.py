@@ -1576,7 +1576,6 @@ class Plan:
     actions: Sequence[Callable[..., Any]] = ()
     timers: Sequence[tuple[float, str, int]] = ()  # (due, owning state, rule number)
     ended: Sequence[str] = ()  # the owners of timers that end
-    refused: Sequence[Rule] = ()  # asked before, their guards false
 
     def __init__(self, outcome: str, data: Json, passage: Passage | None = None) -> None:
         self.outcome, self.data, self.passage = outcome, data, passage
@@ -1712,21 +1711,19 @@ def decide(definition: Definition, leaf: str, scope: Scope,
     whose value is missing, raise: no later candidate is tried.
     """
     kind = scope["message"]["type"]
-    refused: list[Rule] = []
-    for rule, passage in (timer,) if timer else definition.candidates(leaf, kind):
+    asked = (timer,) if timer else definition.candidates(leaf, kind)
+    for rule, passage in asked:
         if rule.guard is None or rule.guard.holds(scope):
             plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
             if passage.steps or passage.timers or passage.ended:
                 follow(plan, scope)
             return plan
-        refused.append(rule)
     plan = Plan("class", scope["data"])
-    plan.refused = refused
     if timer or definition.nodes[leaf].declared:
         known = definition.open or kind in definition.types
-        plan.outcome = "blocked" if refused else "ignored" if known else "unknown"
+        plan.outcome = "blocked" if asked else "ignored" if known else "unknown"
         plan.reason = "; ".join(f"rules[{rule.number}] wants {rule.guard.seen(scope)}"
-            for rule in refused if rule.guard) or f"{leaf} does not take {kind!r}"
+            for rule, _ in asked if rule.guard) or f"{leaf} does not take {kind!r}"
     return plan
 
 
@@ -3412,16 +3409,17 @@ class Turn(Context):
 
     async def _ask_class(self, plan: Plan) -> None:
         """Let the current state's class answer."""
-        state = self.state
+        definition, state, kind = self.head.definition, self.state, self.message["type"]
         self.kept = state, fresh(vars(state))
         proceed, plan.state = await ask(state, self.message, self.component)
         self._take_data(plan)
         if not proceed:
-            plan.outcome = "blocked" if plan.refused else "ignored"
-            plan.reason = f"{self.leaf} does not take {self.message['type']!r}"
+            rules = definition.candidates(self.leaf, kind) if definition else ()  # asked in vain
+            plan.outcome = "blocked" if rules else "ignored"
+            plan.reason = f"{self.leaf} does not take {kind!r}"
         else:
             plan.outcome = "stayed" if plan.state is state else "moved"
-        definition, cls = self.head.definition, plan.state.__class__
+        cls = plan.state.__class__
         if definition is not None and plan.outcome == "moved":  # go there as a rule would
             name = self.machine.registry.name_of(plan.state)
             if name not in definition.nodes:
