@@ -2090,8 +2090,7 @@ class _Walk:
         for node in self.nodes.values():
             if node.around:
                 node.around[0].children.append(node)
-        self._each([(name, node) for name, node in self.nodes.items()
-            if node.children or node.initial is not None], self._family)
+        self._each(self.nodes.items(), self._family)
 
     def _state(self, key: str, value: Any) -> str:
         """Add a state: an object declares one, text is the dotted path of a class."""
@@ -2108,7 +2107,7 @@ class _Walk:
         children = [child.name for child in node.children]
         _need(node.declared or not children, "%r is a class, so it has no children", name)
         _need(not (children and node.final), "A final state has no children")
-        if node.initial not in children:
+        if node.initial not in (children or (None,)):  # who has no children names none
             what = f"Unknown child: {node.initial!r}" if node.initial else "No 'initial' child"
             self._report(ConfigError(what if children else f"{name!r} has no children",
                 fix=choose(node.initial or "", children) if children else None), "error", "initial")
