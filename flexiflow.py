@@ -1689,9 +1689,8 @@ def follow(plan: Plan, scope: Scope) -> None:
             emits += [(name, value and value(scope)) for name, value in emit]
             actions += action
         scope["state"] = passage.node.name
-        if passage.timers:
-            plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
-                for rule, owner in passage.timers]
+        plan.timers = [(scope["now"] + seconds(rule.after(scope)), owner, rule.number)
+            for rule, owner in passage.timers]
     except MissingValue as error:
         raise StateError(f"No value at {error}", component=scope["component"],
             why=f"an effect needs it, on the way to {passage.node.name!r}",
