@@ -261,6 +261,13 @@ def check_count(name: str, value: Any) -> None:
         raise ArgumentError(f"{name} is a whole number from 1: {value!r}")
 
 
+def said(error: BaseException) -> str:
+    """Return an error's text, also where its own code cannot make it."""
+    with contextlib.suppress(Exception):
+        return str(error)
+    return "its text cannot be made"
+
+
 def place_of(error: BaseException) -> str:
     """Return which line of the code that we called has failed, like " (acts.py:7)"; or nothing."""
     theirs = [*itertools.takewhile(lambda frame: frame.filename != __file__,
@@ -1626,9 +1633,8 @@ class Definition:
 
     def candidate(self, leaf: str, rule: Rule, source: str) -> tuple[Rule, Passage]:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
-        if rule.to is not None:
-            return rule, self.passage(leaf, source, rule.to, rule)
-        return rule, Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
+        stays = Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
+        return rule, self.passage(leaf, source, rule.to, rule) if rule.to else stays
 
     def passage(self, leaf: str | None, source: str, target: str,
             rule: Rule | None = None) -> Passage:
@@ -2509,7 +2515,7 @@ list_snapshots, prune_snapshots = list_snapshots_sqlite, prune_snapshots_sqlite
 # returned is on disk. Every row that is believed later carries a checksum, so that a damaged
 # file gives the same answer or an error. Nothing awaits within a transaction.
 
-SCHEMA_VERSION = 2  # in 1, the checksum of a message ended before its place
+SCHEMA_VERSION = 2  # in 1, the checksum of a message was made from _MESSAGE_1
 # components: seq is its version, and the number of its last journal row; since: active state ->
 # time of its entry; owner, lease: whose engine runs its code, and until when. journal: receipt is
 # [outcome, from, to, reason]; data: where it changed; prior: crc of the row before. messages:
@@ -2543,8 +2549,8 @@ SLOW_COMMIT = 0.001  # seconds; a mean above sends COMMIT to a thread
 # What the checksums of a component, a journal row and a message are made from, in this order.
 _HEAD = ("definition", "state", "attributes", "data", "seq", "since", "completed")
 _ENTRY = ("component", "seq", "id", "correlation_id", "message", "receipt", "data", "time")
-_MESSAGE = ("component", "id", "correlation_id", "message", "due", "state", "rule",
-    "place", "attempts", "error", "sent", "dead")
+_MESSAGE_1 = ("component", "id", "correlation_id", "message", "due", "state", "rule")
+_MESSAGE = (*_MESSAGE_1, "place", "attempts", "error", "sent", "dead")
 _FIXES = {"full": "free some space on the disk; nothing that was acknowledged is lost",
     "readonly": "make the file and its folder writable",
     "locked": "another process holds the file; try again",
@@ -2563,11 +2569,14 @@ def _change_messages(**changed: str) -> str:
 
     Checksums are made of what is there by then, whoever has changed it; damage stays visible.
     """
-    columns = _columns(_MESSAGE)
-    after = re.sub(r"\w+", lambda key: changed.get(key[0], key[0]), columns)
+    def seal(keys: Sequence[str], **new: str) -> str:
+        columns = _columns(keys).split(", ")  # text comes as bytes: it may be damaged
+        return "checksum({})".format(", ".join(new.get(one) or (
+            f"IIF(typeof({one})='text', CAST({one} AS BLOB), {one})") for one in columns))
+
     return (f"UPDATE flexiflow_messages SET {', '.join(map('='.join, changed.items()))}, crc=CASE"
-        f" WHEN crc=checksum({columns}) OR crc=checksum({_columns(_MESSAGE[:7])})"
-        f" THEN checksum({after}) ELSE crc END")
+        f" WHEN crc={seal(_MESSAGE)} OR crc={seal(_MESSAGE_1)}"
+        f" THEN {seal(_MESSAGE, **changed)} ELSE crc END")
 
 
 _QUEUE_ROW = (*_MESSAGE, "number", "crc")
@@ -2597,7 +2606,7 @@ def _fits(crc: Any, *parts: Any, start: Any = 0) -> bool:
 
 def _intact(row: Json) -> bool:
     """Tell whether a row of the queue is as it was written."""
-    return any(_fits(row["crc"], *map(row.get, keys)) for keys in (_MESSAGE, _MESSAGE[:7]))
+    return any(_fits(row["crc"], *map(row.get, keys)) for keys in (_MESSAGE, _MESSAGE_1))
 
 
 def _is_busy(error: Exception, since: float) -> bool:
@@ -2617,6 +2626,8 @@ class SQLiteStore:
         if synchronous not in ("FULL", "NORMAL"):
             raise ArgumentError(f"Unknown synchronous: {synchronous!r}", fix="FULL or NORMAL")
         self.path, self.synchronous, self.readonly = os.fspath(path), synchronous, readonly
+        # Where it lies, whatever folder the process is in by then.
+        self.file = self.path if self.path == ":memory:" else os.path.abspath(self.path)
         self._connection: sqlite3.Connection | None = None
         self._last: Any = lambda: None  # closes it, once
         self._process = self._thread = 0  # that opened it; and in which its loop runs
@@ -2784,20 +2795,22 @@ class SQLiteStore:
 
     def _open(self, options: str) -> sqlite3.Connection:
         """Open the file; one in WAL mode on a read-only medium can only be read as if frozen."""
-        if options and not os.path.isfile(self.path):
+        if options and not os.path.isfile(self.file):
             raise PersistenceError(f"No store: {self.path!r}",
                 fix="register a component first, or check the path")
-        if os.path.isfile(self.path) and 0 < os.path.getsize(self.path) < 100:
+        if os.path.isfile(self.file) and 0 < os.path.getsize(self.file) < 100:
             raise self.damaged("its header")  # SQLite takes a single byte for an empty file
-        path = re.sub("[%?#]", lambda char: f"%{ord(char[0]):x}", os.path.abspath(self.path))
-        db = sqlite3.connect(f"file:{path}{options}" if options else self.path, uri=bool(options),
+        path = re.sub("[%?#]", lambda char: f"%{ord(char[0]):x}", self.file)
+        db = sqlite3.connect(f"file:{path}{options}" if options else self.file, uri=bool(options),
             timeout=BUSY_LIMIT * self.readonly, isolation_level=None, check_same_thread=False)
-        db.create_function("checksum", -1, checksum)
+        db.text_factory = lambda text: text.decode("utf-8", "replace")  # it may be damaged
+        db.create_function("checksum", -1, lambda *parts: checksum(*[
+            db.text_factory(part) if isinstance(part, bytes) else part for part in parts]))
         try:
             self._set_up(db)
         except BaseException as error:
             db.close()
-            log = os.path.realpath(self.path) + "-wal"  # without it, the file would say less
+            log = os.path.realpath(self.file) + "-wal"  # without it, the file would say less
             frozen = options == "?mode=ro" and not (os.path.exists(log) and os.path.getsize(log))
             if frozen and re.search("unable to open|readonly", str(error)):
                 return self._open("?mode=ro&immutable=1")
@@ -2829,7 +2842,7 @@ class SQLiteStore:
             self._insist(db.executescript, f"BEGIN IMMEDIATE; {_SCHEMA}"
                 f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
         ((*_, file), *_) = self._insist(db.execute, "PRAGMA database_list")  # "" for memory
-        self._files = [(path, os.stat(path)) for path in (os.path.abspath(self.path),
+        self._files = [(path, os.stat(path)) for path in (self.file,
             f"{file}-wal")[:2 - self.readonly] if file and os.path.exists(path)]
 
     @staticmethod
@@ -3003,6 +3016,8 @@ _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
     " VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
+# A dead one is no longer a rule's: given back, it is over.
+_OLD_TIMERS = _change_messages(rule="NULL") + " WHERE component=? AND state=? AND dead NOT NULL"
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _NOT_PLACED = "place IS NULL AND dead IS NULL"
 # What has come due runs in due order, and before what comes due later.
@@ -3084,9 +3099,8 @@ def payload(message: Json) -> Json:
 
 def _of_row(sql: str, row: Json) -> Row:
     """Complete a statement's WHERE: a row of the queue, by its number where that is known."""
-    if "number" in row:
-        return f"{sql} number=?", (row["number"],)
-    return f"{sql} component=? AND message_id=?", (row["component"], row["id"])
+    return (f"{sql} number=?", (row["number"],)) if "number" in row else (
+        f"{sql} component=? AND message_id=?", (row["component"], row["id"]))
 
 
 def message_of(row: Json) -> Json:
@@ -3096,7 +3110,7 @@ def message_of(row: Json) -> Json:
 
 def _recorded(row: Json) -> Json:
     """Return what is kept of the last attempt at a message: error, traceback, state, attempts."""
-    with contextlib.suppress(ValueError, TypeError):  # None, or damaged, or no object
+    with contextlib.suppress(ValueError, TypeError):  # None, or damaged
         return {**json.loads(row["error"])}
     return {}
 
@@ -3182,9 +3196,8 @@ class Turn(Context):
     @property
     def correlation_id(self) -> str:  # type: ignore[override]
         """The message's correlation id, else that of the code that sent it, else a new one."""
-        if self._correlation_id is None:
-            outer = self.parent and self.parent.correlation_id
-            self._correlation_id = self.message.get("correlation_id") or outer or new_id()
+        self._correlation_id = (self._correlation_id or self.message.get("correlation_id")
+            or (self.parent and self.parent.correlation_id) or new_id())
         return self._correlation_id
 
     async def post(self, name: str, message: Json, delay: float = 0.0) -> Receipt:
@@ -3317,6 +3330,9 @@ class Turn(Context):
         await self.engine.queue.settled()
         found = store.journal(name, 1, "message_id=?", (self.id,)) if store else []
         if not found:
+            if self.row is None and store and store.messages(
+                    "component=? AND message_id=? AND message<>?", (name, self.id, self.text)):
+                raise id_taken(name, self.id)
             if self._queued():
                 return None
             return Receipt("ignored", name, self.id, self.leaf, self.leaf, self.component.seq,
@@ -3412,7 +3428,7 @@ class Turn(Context):
         proceed, plan.state = await ask(state, self.message, self.component)
         self._take_data(plan)
         if not proceed:
-            rules = definition.candidates(self.leaf, kind) if definition else ()  # asked in vain
+            rules = definition.candidates(self.leaf, kind) if definition else ()  # asked before
             plan.outcome = "blocked" if rules else "ignored"
             plan.reason = f"{self.leaf} does not take {kind!r}"
         else:
@@ -3512,7 +3528,8 @@ class Turn(Context):
                     f"{name!r} sends or waits without an engine", fix="engine.register(it)")
             return []
         rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
-        rows += [(_NO_TIMERS, (name, owner)) for owner in (plan.ended if plan else ())]
+        rows += [(sql, (name, owner)) for owner in (plan.ended if plan else ())
+            for sql in (_NO_TIMERS, _OLD_TIMERS)]
         rows += [self.engine.queue.message_row(self.now, out.to, out.id, out.correlation_id,
             _written(out.message, f"message to {out.to}"), self.now + out.delay)
             for out in self.sent]
@@ -4052,13 +4069,13 @@ class _Delivery:
             until_idle: bool) -> None:
         self.engine, self.queue, self.component = engine, engine.queue, component
         self.until_idle, self.stops, self.delivered = until_idle, engine._stops, 0
-        self.concurrency, self.called_off, self.alone = concurrency, False, False
+        self.concurrency, self.called_off, self.alone, self.rest = concurrency, False, False, 0.0
         self.streams: dict[str, asyncio.Task[Any]] = {}
 
     async def run(self) -> int:
         """Deliver until the engine is closed, or nothing is due; return how many messages."""
         await self.engine._settle(quick=True)  # what has come due by now runs in due order
-        self.engine._newcomers = bool(self.engine._unborn)
+        self.engine._newcomers = bool(self.engine._unborn or self.engine._unannounced)
         try:
             while True:
                 if self.engine._newcomers and not ("" in self.streams or self._stopped()):
@@ -4093,7 +4110,10 @@ class _Delivery:
         claimed = self.engine._held()
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
-        rows = self._placed([*self.streams, *claimed]) if room else []
+        start = time.monotonic()  # a long queue of those that run takes long to look through
+        resting = bool(self.streams) and start < self.rest
+        rows = self._placed([*self.streams, *claimed]) if room and not resting else []
+        self.rest = self.rest if rows or resting else start + 5 * (time.monotonic() - start)
         found: dict[str, list[Json]] = {}
         deadly = [row for row in rows if row["attempts"] and _intact(row) and _deaths(row) > 1]
         if deadly:  # its process died of it twice: it would take down what runs beside it
@@ -4104,7 +4124,7 @@ class _Delivery:
                 found.setdefault(row["component"], []).append(row)
         for name, due in found.items():
             self.streams[name] = asyncio.ensure_future(self._deliver(due))
-        return bool(claimed and not found and self._placed([*self.streams]))
+        return resting or bool(claimed and not found and self._placed([*self.streams]))
 
     def _placed(self, besides: list[str]) -> list[Json]:
         """Return the first rows that may run, besides those of some components."""
@@ -4270,7 +4290,7 @@ class FlexiFlowEngine:
                         f"{count} to {name!r}" for name, count in lost))
             await asyncio.sleep(0)  # a `run` that was called before, and begins only now, ends
         finally:
-            self._stopping = False
+            self._stopping, self._stops = False, self._stops + 1  # also for who began meanwhile
             self.queue.close()
 
     def _stop(self) -> None:
@@ -4475,9 +4495,9 @@ class FlexiFlowEngine:
             await self.event_bus.publish("engine.component.registered", facts)
 
     async def _settle(self, wanted: Sequence[str] = (), quick: bool = False) -> list[BaseException]:
-        """Announce and write what is new, or to be updated: all, or those wanted.
+        """Announce and write what is new, or to be updated: all, those wanted, or the `quick` ones.
 
-        Or the `quick` ones: those that are born, and do not wait for code of theirs.
+        Quick is who is born and runs no code for it, its own messages' neither.
 
         What goes wrong is logged, or with those wanted returned. Who is in a turn now sees to it
         afterwards.
@@ -4486,7 +4506,7 @@ class FlexiFlowEngine:
         failed: list[BaseException] = []
         for component in [one for one in self._unborn.values()
                 if (not wanted or one.name in wanted) and not live_turn(one.state_machine)
-                and not (quick and (one._birth is None or one._birth.actions))]:
+                and not (quick and (not one._birth or one._birth.actions or one._birth.sends))]:
             try:
                 await component._own_turn()
             except BaseException as error:
@@ -4494,7 +4514,7 @@ class FlexiFlowEngine:
                     raise
                 if wanted:
                     failed.append(error)
-                else:
+                elif not quick:  # they are tried again at once
                     self.logger.error("%r could not be made", component.name, exc_info=error)
         return failed + [self._refused.pop(name) for name in wanted if name in self._refused]
 
@@ -4651,7 +4671,7 @@ class FlexiFlowEngine:
                 refused = isinstance(getattr(error, "receipt", None), Receipt)
                 last = dead or refused or attempts >= retry.max_attempts
                 due = now + retry.delay(attempts, random.random())
-            facts.update(error=f"{type(error).__name__}: {error}{place_of(error)}",
+            facts.update(error=f"{type(error).__name__}: {said(error)}{place_of(error)}",
                 traceback="".join(lines)[-4000:], attempts=attempts, intact=intact)
             changed = {"attempts": attempts, "place": None, "error": json.dumps(facts),
                 **({"dead": now} if last else {"due": due})}
@@ -4669,7 +4689,7 @@ class FlexiFlowEngine:
         if counted["dead"] is not None:
             with contextlib.suppress(ValueError):
                 counted["message"] = json.loads(counted["message"])
-            await self.event_bus.publish("message.dead", {"error": str(error), **{key: counted[key]
+            await self.event_bus.publish("message.dead", {"error": said(error), **{key: counted[key]
                 for key in ("component", "message", "id", "correlation_id", "seq")}})
 
     # ---- claims: see `Turn.claim`
@@ -5262,9 +5282,8 @@ class _Graph:
             cause = ", ".join(rule.on) or rule.timer_type
             guard = rule.guard.text() if rule.guard else ""
             yield from ((source, cause, guard, rule.to or "") for source in rule.sources)
-        for node in self.nodes.values():
-            for kind, target in moves_of(node.cls).items():
-                yield node.name, kind, "", target
+        yield from ((node.name, kind, "", target) for node in self.nodes.values()
+            for kind, target in moves_of(node.cls).items())
 
     def lines(self, active: str | None) -> Iterable[str]:
         """Return the picture: here, a way a line; `>` is where it begins, `*` where it is."""
@@ -5714,8 +5733,8 @@ class Refused(FlexiFlowError):
 
 def _of_code(error: BaseException) -> bool:
     """Tell whether the code of a state, guard or action has raised an error."""
-    return any(frame.filename == __file__ and frame.name in ("act", "_ask_class", "_decided")
-        for frame in traceback.extract_tb(error.__traceback__))
+    return any(frame.f_globals is globals() and frame.f_code.co_name in (
+        "act", "_ask_class", "_decided") for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _plain(value: Any) -> Any:
@@ -5734,7 +5753,7 @@ def _error_answer(error: Exception) -> tuple[Any, ...]:
     """Answer with What, Why, Fix and Context of an error; and its receipt, if it has one."""
     if not isinstance(error, FlexiFlowError):
         error = FlexiFlowError(
-            f"{type(error).__name__}: {error}", fix="look into the log of the server")
+            f"{type(error).__name__}: {said(error)}", fix="look into the log of the server")
     facts = {"what": error.what, "why": error.why, "fix": error.fix,
         "context": {key: str(value) for key, value in error.context.items.items()}}
     if isinstance(error, Refused):
@@ -5880,6 +5899,7 @@ class HttpApp:
         try:
             self._check(request)
             call, names = self._route(request)
+            await self.engine.queue.settled()  # what is shown has been committed
             if request.method == "POST":
                 names.append(await self._body(request, receive))
                 self.engine.start()
@@ -6041,7 +6061,10 @@ class HttpApp:
                     sent = time.monotonic()
                     await send({"type": "http.response.body", "more_body": True,
                         "body": text.encode()})
-                entries = await self._entries(number)
+                await self.engine.queue.settled()
+                entries = self.engine.queue.journal(None, None, "number IN (SELECT number FROM"
+                    f" flexiflow_journal WHERE number>? ORDER BY number LIMIT {PAGE})",
+                    (number,))[::-1]
                 text = "".join(f"id: {one['number']}\ndata: {json.dumps(one)}\n\n"
                     for one in entries)
                 if entries:
@@ -6060,12 +6083,6 @@ class HttpApp:
         """Return the number of the journal's last row, if it is less: where rows were removed."""
         sql = "SELECT COALESCE(MIN(?, MAX(number)), 0) FROM flexiflow_journal"
         return int(self.engine.queue.rows(sql, (number,))[0][0])
-
-    async def _entries(self, number: int) -> list[Json]:
-        """Return the journal's next rows after one."""
-        await self.engine.queue.settled()
-        return [*reversed(self.engine.queue.journal(None, None, "number IN (SELECT number"
-            f" FROM flexiflow_journal WHERE number>? ORDER BY number LIMIT {PAGE})", (number,)))]
 
 
 create_app = HttpApp  # as 1.0.1 called it
@@ -6104,7 +6121,7 @@ class _Connection:
         else:
             self.writer.write(event.get("body", b""))
         await self.writer.drain()
-        if self.length and event["type"] == "http.response.body":
+        if self.length and "body" in event and not event.get("more_body"):
             self.length = None  # unread, it would take the answer away from who is sending it
             self.writer.write_eof()
             await _disconnected(self.receive)
@@ -6150,12 +6167,13 @@ class HttpServer:
             slow.writer.transport.abort()
         client = self.open[task] = _Connection(reader, writer)
         try:
-            if full and not slow:
-                raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
-            await self._serve(client)
-        except Refused as error:
-            if not client.begun:
-                await _send(client.send, *_error_answer(error))
+            try:
+                if full and not slow:
+                    raise Refused(503, f"{CONNECTIONS} connections are open", fix="try again later")
+                await self._serve(client)
+            except Refused as error:
+                if not client.begun:
+                    await _send(client.send, *_error_answer(error))
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client went away, or had to
         finally:
@@ -7165,7 +7183,7 @@ def tell(args: Any, facts: Iterable[Any], lines: Iterable[str], code: int = 0) -
 def _error_text(error: BaseException, flat: bool = False) -> str:
     """Return an error's text, FlexiFlow's own or any other's; `flat` on one line."""
     text = str(error) if isinstance(error, FlexiFlowError) else (
-        f"{type(error).__name__}: {printable(str(error))}{place_of(error)}")
+        f"{type(error).__name__}: {printable(said(error))}{place_of(error)}")
     return text if not flat else "; ".join(
         line.strip() for line in text.splitlines() if line != "Context:")
 
@@ -7431,7 +7449,9 @@ class _Intake:
                 self.answers[number] = receipt.as_dict()
                 self.counts[receipt.outcome] += 1
                 self.again += receipt.duplicate
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                if not _is_own_failure(error):
+                    raise
                 self.fail(number, error)
 
     def fail(self, number: int, error: BaseException) -> None:
@@ -7571,8 +7591,7 @@ def _details(facts: Json, now: float) -> Iterator[str]:
 @command("history order-17", "show the steps, the newest last", "read",
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
-    if args.component is not None:
-        engine._kept(args.component)  # raises if there is none
+    engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
     every = args.component is None
@@ -7881,7 +7900,7 @@ def main(argv: list[str] | None = None) -> int:
     except ReaderGone:
         return 141
     except BaseException as error:  # SystemExit, say, out of a user's action
-        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "CancelledError":
+        if isinstance(error, KeyboardInterrupt) or "asyncio.exceptions.Cancel" in str(type(error)):
             put("interrupted", sys.stderr)  # without asking asyncio, which may not be there yet
             return 130
         if os.environ.get("FLEXIFLOW_DEBUG") == "1":

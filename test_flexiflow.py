@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import pickle
+import py_compile
 import random
 import re
 import shlex
@@ -28,6 +29,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -6435,16 +6437,14 @@ class StoreFile(StoreCase):
         os.mkdir(self.path("folder"))
         os.chdir(self.path("folder"))
         self.write(self.path("folder/:memory:"), "")
-        engines = [FlexiFlowEngine(SQLiteStore(name)) for name in (":memory:", "")]
-        for engine in engines:
-            engine.create_component(self.LAMP)
-            await engine.handle_message("lamp", "press")
+        engine = FlexiFlowEngine(SQLiteStore(":memory:"))
+        engine.create_component(self.LAMP)
+        await engine.handle_message("lamp", "press")
         os.chdir(here)
         shutil.rmtree(self.path("folder"))
-        for engine in engines:
-            time.sleep(0.02)
-            self.assertEqual((await engine.handle_message("lamp", "press")).seq, 2)
-            await engine.close()
+        time.sleep(0.02)
+        self.assertEqual((await engine.handle_message("lamp", "press")).seq, 2)
+        await engine.close()
 
     @unittest.skipIf(os.name == "nt", "an open file cannot be moved there")
     async def test_a_store_is_found_again_by_a_program_that_changes_its_folder(self):
@@ -6656,6 +6656,35 @@ class StoreDamage(StoreCase):
         """Return what an engine says of its components and their history."""
         keys = ("name", "state", "seq", "data", "completed", "since")
         return [[one[key] for key in keys] for one in engine.status()], engine.history()
+
+
+class StorePlace(StoreCase):
+    """Where a store lies."""
+
+    def test_an_empty_path_is_no_store_that_is_lost_at_its_end(self):
+        engine = FlexiFlowEngine("")
+        error = self.raises(PersistenceError, engine.status)
+        self.assertEqual((error.what, error.fix), ("Store '' failed",
+            "check the path, and that the folder is writable"))
+
+    def test_a_relative_path_means_the_folder_in_which_it_was_given(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        for folder in ("a", "b"):
+            os.mkdir(self.path(folder))
+        os.chdir(self.path("a"))
+        engine = FlexiFlowEngine("x.db", clock=self.clock)
+        os.chdir(self.path("b"))
+
+        async def use():
+            engine.create_component(self.LAMP)
+            receipt = await engine.handle_message("lamp", "press", id="1")
+            await engine.close()
+            return receipt.to_state, receipt.duplicate
+
+        self.assertEqual([self.run_async(use()), self.run_async(use())],
+            [("On", False), ("On", True)])
+        self.assertEqual((os.listdir(self.path("a")), os.listdir(self.path("b")),
+            engine.store.path), (["x.db"], [], "x.db"))
 
 
 class StoreWrites(StoreCase):
@@ -7899,6 +7928,19 @@ class Duplicates(StoreCase):
         again = await self.engine.handle_message("lamp", "press", id="x")
         self.assertEqual((first.data, again.data, again.seq), ({"n": 1}, {"n": 1}, 2))
 
+    async def test_the_id_of_a_message_that_waits_stands_for_that_message(self):
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press", by=1, id="x")
+        for call in (self.engine.handle_message, self.engine.dry_run):
+            with self.assertRaises(StateError) as caught:
+                await call("lamp", "press", by=2, id="x")
+            self.assertEqual(
+                caught.exception.what, "The id 'x' was used for another message to 'lamp'")
+        early = await self.engine.handle_message("lamp", "press", by=1, id="x")
+        self.assertEqual((early.to_state, early.duplicate), ("On", False))
+        self.assertEqual((await self.engine.run(until_idle=True), self.engine.get("lamp").seq,
+            self.engine.status("lamp")[0]["waiting"]), (0, 1, 0))
+
     async def test_refusals_are_remembered_too(self):
         self.engine.create_component(self.LAMP)
         ignored = await self.engine.handle_message("lamp", "dim", id="i")
@@ -9049,6 +9091,24 @@ class Timers(EngineCase):
         await self.engine.handle_message("m", "go")
         self.assertEqual([await self.later(59), await self.later(1)], [("P.b", 1), ("End", 2)])
 
+    async def test_a_timer_that_died_is_over_when_its_state_has_been_left(self):
+        rules = [*self.OVEN["rules"][:4], {"from": "Hot", "after": 600, "to": "Burnt",
+            "assign": {"rings": {"+": ["$data.rings", "$data.step"]}}},
+            {"on": "mend", "assign": {"step": 1}}]
+        await self.hot(rules=rules, retry={"max_attempts": 1})
+        await self.later(600)
+        (letter,) = self.engine.dead_letters()
+        for kind in ("mend", "open", "heat"):
+            await self.engine.handle_message("oven", kind)
+        self.clock.now += 60
+        self.assertEqual([one["number"] for one in await self.engine.redrive()],
+            [letter["number"]])
+        self.assertEqual([await self.later(0), await self.later(539), await self.later(1)],
+            [("Hot", 5), ("Hot", 5), ("Burnt", 6)])
+        self.assertEqual([step["reason"] for step in self.engine.history("oven", limit=2)]
+            if self.stored else [None, "the timer of Hot is over"],
+            [None, "the timer of Hot is over"])
+
     async def test_timers_fire_in_the_order_in_which_they_are_due(self):
         heard = await self.listen("state.changed", keys=("component",))
         for name, seconds in (("c", 30), ("a", 10), ("b", 20)):
@@ -9420,6 +9480,20 @@ class QueueStored(Queue):
             await self.deliver()
         self.assertEqual((self.facts("lamp"), self.engine.dead_letters()), ((1, 0, 0), []))
 
+    async def test_a_long_queue_of_one_is_not_looked_through_for_each_of_its_messages(self):
+        self.engine.create_component(self.LAMP)
+        for number in range(60):
+            await self.engine.send("lamp", "press", id=str(number))
+        placed, looks = ff._Delivery._placed, []
+
+        def slowly(delivery, besides):
+            looks.append(time.sleep(0.01))
+            return placed(delivery, besides)
+
+        with unittest.mock.patch.object(ff._Delivery, "_placed", slowly):
+            self.assertEqual(await self.engine.run(until_idle=True), 60)
+        self.assertLess(len(looks), 30)
+
     async def test_a_slow_first_entry_holds_up_no_other_component(self):
         path, begun, go = self.waiting()
         states = {"A": {"entry": {"action": path}}, "B": {}}
@@ -9435,6 +9509,58 @@ class QueueStored(Queue):
         held = self.engine.get("slow").state, work.done()
         go.set()
         self.assertEqual((held, await work, self.engine.get("slow").state), (("A", False), 2, "B"))
+
+    async def test_what_a_first_entry_sends_to_itself_holds_up_no_other_component(self):
+        path, begun, go = self.waiting()
+        states = {"A": {"entry": {"send": {"to": "slow", "type": "go"}}}}
+        slow = self.machine({"on": "go", "action": path}, name="slow", states=states)
+        self.engine.create_component(slow)
+        self.engine.create_component(self.LAMP)
+        await self.engine.send("lamp", "press")
+        work = asyncio.ensure_future(self.engine.run(until_idle=True))
+        await begun.wait()
+        while self.engine.get("lamp").state == "Off":
+            await asyncio.sleep(0.001)
+        held = work.done()
+        go.set()
+        await work
+        self.assertEqual((held, self.engine.status("slow")[0]["waiting"]), (False, 0))
+
+    def unmade(self):
+        """Plan a component that can never be made: what it sends has the id of another message."""
+        states = {"S": {"entry": {"send": {"to": "nobody", "type": "hi", "id": "k",
+            "with": {"who": "$component"}}}}}
+        return self.engine.create_component(self.machine(name="second", states=states))
+
+    async def test_what_cannot_be_made_is_said_once_by_a_run(self):
+        await self.engine.send("nobody", "hi", id="k")
+        self.unmade()
+        with self.assertLogs("flexiflow", logging.ERROR) as logs:
+            await self.engine.run(until_idle=True)
+        lines = [line for line in logs.output if "could not be made" in line]
+        self.assertEqual(len(lines), 1, lines)
+
+    async def test_a_run_that_begins_while_its_engine_is_closed_ends_also_where_a_birth_fails(self):
+        await self.engine.send("nobody", "hi", id="k")
+        self.unmade()
+        work = asyncio.ensure_future(self.engine.run())
+        with self.assertLogs("flexiflow", logging.ERROR):
+            await self.engine.close()
+            self.assertEqual(await asyncio.wait_for(work, 30), 0)
+
+    async def test_a_run_until_idle_beside_delivery_makes_what_is_new(self):
+        path, begun, go = self.waiting()
+        async with self.open() as engine:
+            engine.create_component(self.machine(name="slow", states={
+                "A": {"entry": {"action": path}}}))
+            run = asyncio.ensure_future(engine.run(until_idle=True))
+            await begun.wait()
+            await self.passes()
+            early = run.done()
+            go.set()
+            await run
+            self.assertEqual((early, engine.status("slow")[0]["seq"],
+                engine.store.head("slow") is None), (False, 0, False))
 
     async def test_a_run_that_is_told_to_stop_begins_no_first_entry(self):
         path, begun, go = self.waiting()
@@ -10860,6 +10986,23 @@ class DeadLetters(EngineCase):
         for one in letters:
             one["error"] = re.sub(r" \(test_flexiflow\.py:\d+\)$", " (place)", one["error"])
         return [tuple(one[key] for key in keys) for one in letters]
+
+    async def test_an_error_whose_text_cannot_be_made_is_given_up_like_any_other(self):
+        class Bad(Exception):
+            def __str__(self):
+                return {}
+
+        def act(message, component):
+            raise Bad
+
+        self.engine.create_component(self.machine({"on": "go", "action": self.code(act)},
+            retry={"max_attempts": 2, "base_delay": 1, "jitter": 0}))
+        heard = await self.listen("message.dead", keys=("error",))
+        await self.engine.send("m", "go", id="x")
+        await self.later()
+        await self.later(5)
+        self.assertEqual((self.shown("id", "error", "attempts"), heard.take()), (
+            [("x", "Bad: its text cannot be made (place)", 2)], [("its text cannot be made",)]))
 
     async def test_a_dead_letter_has_everything(self):
         self.engine.create_component(self.failing())
@@ -14715,6 +14858,7 @@ class Damage(Torture):
 
     async def test_a_message_of_any_damage_stops_no_other(self):
         async def deliver(engine):
+            await engine.send("a", "what", id="y")
             return await engine.run(until_idle=True), [engine.get(name).state for name in "ac"]
 
         engine = self.open()
@@ -14723,13 +14867,13 @@ class Damage(Torture):
             await engine.send(name, "wait", id="x")
         await engine.close()
         good, bad = Path(self.path()).read_bytes(), Path(self.path("bad.db"))
+        texts = ("CAST(x'ff7b' AS TEXT)", "''", "'x'", """'{"attempts": "x"}'""", "'[1]'")
         for column, value in itertools.product(
                 ("message", "due", "rule", "place", "attempts", "error", "sent", "dead"),
-                (0.5, 7, -1, "", "x", b"", '{"attempts": "x"}', '{"attempts": null}', "[1]")):
+                (0.5, 7, -1, "x''", """'{"attempts": null}'""", *texts)):
             bad.write_bytes(good)
             with contextlib.closing(sqlite3.connect(bad)) as db, db:
-                sql = f"UPDATE flexiflow_messages SET {column}=? WHERE component='b'"
-                db.execute(sql, (value,))
+                db.execute(f"UPDATE flexiflow_messages SET {column}={value} WHERE component='b'")
             engine = FlexiFlowEngine(SQLiteStore(str(bad), "NORMAL"), clock=self.clock,
                 logger=unittest.mock.Mock())
             with self.subTest(column=column, value=value):
@@ -14943,6 +15087,8 @@ class Model:
         part = self.parts[name]
         if id in part.ids:
             return (*part.ids[id][1], True) if part.ids[id][0] == kind else None
+        if id and any((row.name, row.id) == (name, id) and row.kind != kind for row in self.queue):
+            return None  # it stands for that message
         outcome, to, timer = "moved", part.state, kind == "after 10"
         if part.state == "Done" or (kind == "go" and part.state == "W"):
             outcome = "ignored"
@@ -16490,6 +16636,17 @@ class UsageErrors(Shell):
         self.assertEqual((code, out, err),
             (1, "", "error: max_attempts is not a number of at least 1: 0\n"))
 
+    def test_so_it_is_where_only_compiled_code_lies(self):
+        self.write("shop.py", "from flexiflow import RetryConfig\n\n"
+            "def ship(message, component):\n    RetryConfig(max_attempts=0)\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}, "B": {}},
+            "rules": [{"from": "A", "on": "go", "to": "B", "action": "shop:ship"}]})
+        py_compile.compile(str(HERE / "flexiflow.py"), self.path("flexiflow.pyc"), doraise=True)
+        done = self.python("-c", "import flexiflow, sys; sys.exit(flexiflow.main())",
+            "handle", "--config", "c.json", "go", env={"PYTHONPATH": str(self.folder)})
+        self.assertEqual((done.returncode, done.stderr.splitlines()[0]),
+            (1, "error: max_attempts is not a number of at least 1: 0"))
+
     def test_a_bad_config_names_every_problem(self):
         self.write("bad.json", {**LAMP, "rules": [{"from": "Of", "on": "press", "to": "On"}]})
         code, out, err = self.shown("register", "--config", "bad.json")
@@ -16625,6 +16782,22 @@ class Intake(Shell):
         status = json.loads(self.flexiflow("status", "c", "--json").stdout)
         self.assertEqual((done.returncode, done.stderr, status["data"]),
             (1, "line 2: OSError: no (shop.py:3)\n", {"sum": 5}))
+
+    def test_an_action_that_says_it_is_cancelled_fails_its_line_alone(self):
+        self.write("acts.py", "import asyncio, concurrent.futures\n\n"
+            "def act(message, component):\n"
+            "    if message['n'] == 2:\n        raise asyncio.CancelledError\n"
+            "    if message['n'] == 4:\n        raise concurrent.futures.CancelledError\n")
+        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}},
+            "rules": [{"on": "go", "action": "acts:act"}]})
+        done = self.flexiflow("handle", "-", "--config", "c.json",
+            input=self.lines(*({"type": "go", "n": n} for n in (1, 2, 3, 4, 5))))
+        alone = self.flexiflow("handle", "--config", "c.json", "go", "--data", '{"n": 4}')
+        if sys.version_info >= (3, 11):  # before, it was always the caller's
+            self.assertEqual((done.returncode, done.stderr.splitlines()), (1, [
+                "line 2: CancelledError:  (acts.py:5)", "line 4: CancelledError:  (acts.py:7)"]))
+        self.assertEqual((alone.returncode, alone.stderr.splitlines()[0]),
+            (1, "error: CancelledError:  (acts.py:7)"))
 
     def test_no_input_is_no_failure(self):
         self.assertEqual(self.take(""), (0, "0 messages to 0 components\n", ""))
@@ -17244,6 +17417,31 @@ class HttpRoutes(HttpCase):
         self.assertEqual(sent, [
             ("lifespan.startup.complete", True), ("lifespan.shutdown.complete", False)])
 
+    async def test_what_is_shown_has_been_committed(self):
+        await self.engine.register_async(self.engine.create_component(self.ORDER))
+        asks = ("/components/order", "/components", "/components/order/history", "/metrics")
+        before = [(await self.ask("GET", path))[2] for path in asks]
+        store, go = self.engine.store, threading.Event()
+        commit = store._commit
+
+        def fails_slowly(db):
+            go.wait(30)
+            db.execute("ROLLBACK")
+            return sqlite3.OperationalError("database or disk is full")
+
+        store._mean, store._commit = 1.0, fails_slowly  # slow: in a thread
+        pay = asyncio.ensure_future(self.engine.handle_message("order", "pay", amount=1))
+        while store._committing is None:
+            await asyncio.sleep(0)
+        shown = asyncio.gather(*(self.ask("GET", path) for path in asks))
+        await self.passes()
+        go.set()
+        with self.assertRaises(PersistenceError):
+            await pay
+        store._commit = commit
+        found = [answer for _, _, answer in await shown]
+        self.assertEqual(found[:3], before[:3])
+
     async def test_without_lifespan_the_first_post_starts_delivery(self):
         await self.engine.register_async(self.engine.create_component(self.ORDER))
         await self.ask("GET", "/health")
@@ -17325,15 +17523,15 @@ class HttpRoutes(HttpCase):
         async def send(event):
             sent.append(event["type"])
 
-        async def entries(number):
-            calls.append(number)
+        def journal(component, limit, where, values):
+            calls.append(values)
             raise ff.PersistenceError("Damaged")
 
-        self.app._entries = entries
+        self.engine.queue.journal = journal
         await self.app({"type": "http", "method": "GET", "path": "/events", "query_string": b"",
             "headers": []}, receive, send)
         self.assertEqual((sent, calls), (["http.response.start", "http.response.body",
-            "http.response.body"], [0]))
+            "http.response.body"], [(0,)]))
 
 
 class HttpRefusals(HttpCase):
@@ -17507,6 +17705,29 @@ class HttpServing(Shell):
         found = Counter(self.ask("POST", "/components/lamp/message", body)[0] for _ in range(40))
         self.assertEqual(found, {401: 40})
         self.assertLess(time.monotonic() - start, 40 * ff.PATIENCE)  # nobody was waited for
+
+    def test_who_is_refused_and_resets_the_connection_leaves_no_word_in_the_log(self):
+        child = self.serve("--config", "lamp.json")
+        for data in (b"BAD\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n") * 20:
+            with contextlib.closing(self.connect()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(data)
+        self.assertEqual(self.ask("GET", "/health")[0], 200)
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual((child.wait(30), child.stderr.read()), (0, ""))
+
+    def test_a_stream_of_events_may_be_asked_for_with_a_body(self):
+        child = self.serve("--config", "lamp.json")
+        with contextlib.closing(self.connect()) as client, client.makefile("rb") as answer:
+            client.sendall(b"GET /events?after=0 HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 3\r\n\r\nabc")
+            seen = []
+            while not any(b"created" in line for line in seen):
+                seen.append(answer.readline())
+                self.assertNotEqual(seen[-1], b"", seen)
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual((child.wait(30), child.stderr.read()), (0, ""))
 
     def test_who_neither_sends_nor_leaves_is_answered_and_keeps_nobody_out(self):
         self.serve("--config", "lamp.json", "--token", "secret")
