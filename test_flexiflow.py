@@ -8719,6 +8719,25 @@ class Registering(EngineCase):
         self.assertEqual(component.rules, rules)
 
 
+    async def test_a_component_without_an_engine_handles_what_its_events_send_afterwards(self):
+        bus, heard = AsyncEventManager(), []
+        component = AsyncComponent("c", event_bus=bus)
+
+        async def undo(data):
+            if data["to_state"] == "AwaitingConfirmation":
+                heard.append((await component.handle_message({"type": "cancel"})).outcome)
+
+        await bus.subscribe("state.changed", "test", undo)
+        receipt = await component.handle_message({"type": "start"})
+        self.assertEqual((receipt.to_state, heard, component.state),
+            ("AwaitingConfirmation", ["queued"], "InitialState"))
+
+    async def test_a_state_may_be_set_by_hand_as_in_1_0_1(self):
+        component = AsyncComponent("c")
+        component.state_machine.current_state = ff.ErrorHandling()
+        receipt = await component.handle_message({"type": "acknowledge"})
+        self.assertEqual((receipt.from_state, receipt.to_state), ("ErrorHandling", "InitialState"))
+
     async def test_a_component_without_an_engine_sends_to_itself_and_to_nobody_else(self):
         rules = [{"from": "InitialState", "on": "one", "send": {"to": "x", "type": "hello"}}]
         component = AsyncComponent("c", rules, StateMachine.from_name("InitialState"))
