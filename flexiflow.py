@@ -2805,7 +2805,7 @@ class SQLiteStore:
             timeout=BUSY_LIMIT * self.readonly, isolation_level=None, check_same_thread=False)
         db.text_factory = lambda text: text.decode("utf-8", "replace")  # it may be damaged
         db.create_function("checksum", -1, lambda *parts: checksum(*[
-            db.text_factory(part) if isinstance(part, bytes) else part for part in parts]))
+            str(part, "utf-8", "replace") if isinstance(part, bytes) else part for part in parts]))
         try:
             self._set_up(db)
         except BaseException as error:
@@ -3997,7 +3997,7 @@ def _decided_again(definition: Definition, then: Definition, name: str, leaf: st
         rules = definition.timers(owner) if owner in definition.sources(leaf) else []
         rules.sort(key=lambda rule: fired is None or rule.text != fired.text)  # the same one first
         rule = next((one for one in rules if one.timer_type == message["type"]), None)
-        if rule is None:
+        if rule is None or str(entry["reason"]).endswith(" is over"):  # it was dead by then
             return ["ignored", leaf, leaf], data
         timer = definition.candidate(leaf, rule, owner)
     scope = {"message": message_of(entry), "data": data, "component": name, "state": leaf,
@@ -4687,7 +4687,7 @@ class FlexiFlowEngine:
             counted["attempts"], "given up" if counted["dead"] is not None else
             f"again in {counted['due'] - now:.1f} s", exc_info=error)
         if counted["dead"] is not None:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):
                 counted["message"] = json.loads(counted["message"])
             await self.event_bus.publish("message.dead", {"error": said(error), **{key: counted[key]
                 for key in ("component", "message", "id", "correlation_id", "seq")}})
@@ -4781,7 +4781,7 @@ class FlexiFlowEngine:
             intact = said.pop("intact", True)  # when it was given up: else that is why it was
             if (letter["error"] and not said) or (intact and not _intact(letter)):
                 raise self.queue.damaged(f"message {letter['number']}")
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):
                 letter["message"] = json.loads(letter["message"])
             found.append({**{key: letter[key] for key in keys}, **said})
         return found
@@ -6124,7 +6124,7 @@ class _Connection:
         if self.length and "body" in event and not event.get("more_body"):
             self.length = None  # unread, it would take the answer away from who is sending it
             self.writer.write_eof()
-            await _disconnected(self.receive)
+            await asyncio.wait_for(_disconnected(self.receive), PATIENCE)
 
 
 class HttpServer:
@@ -6182,7 +6182,7 @@ class HttpServer:
 
     async def _serve(self, client: _Connection) -> None:
         """Read a request, and let the app answer it."""
-        end = time.monotonic() + PATIENCE
+        end, client.length = time.monotonic() + PATIENCE, 1  # or more: its head will say
         try:
             head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), PATIENCE)
         except asyncio.LimitOverrunError:
@@ -7487,8 +7487,8 @@ async def cmd_update_rules(args: Any, engine: FlexiFlowEngine) -> int:
     after = await component.update_rules(rules, replace=args.replace)
     return tell(args, [{"component": component.name, "before": len(before), "after": len(after)}],
         [f"{component.name}: rules {len(before)} -> {len(after)}",
-        *(f"  + {_rule_text(rule)}" for rule in after if rule not in before),
-        *(f"  - {_rule_text(rule)}" for rule in before if rule not in after)])
+        *(f"  + {_rule_text(rule)}" for rule in after if not _contains(before, rule)),
+        *(f"  - {_rule_text(rule)}" for rule in before if not _contains(after, rule))])
 
 
 def _rule_text(rule: Json) -> str:
@@ -7591,10 +7591,9 @@ def _details(facts: Json, now: float) -> Iterator[str]:
 @command("history order-17", "show the steps, the newest last", "read",
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
-    engine._kept(args.component)  # raises if there is none
+    every = args.component is None or not engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
-    every = args.component is None
     header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
     return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),
         *[step["component"]] * every, step["message"].get("type", "-"), step["from_state"],
@@ -7648,7 +7647,7 @@ async def cmd_serve(args: Any, engine: FlexiFlowEngine) -> int:
     stop = asyncio.Event()
 
     def end() -> None:  # told twice, it waits for nothing
-        for task in (args.task, *engine._tasks) if stop.is_set() else ():
+        for task in asyncio.all_tasks() if stop.is_set() else ():
             task.cancel()
         stop.set()
 

@@ -6661,6 +6661,15 @@ class StoreDamage(StoreCase):
 class StorePlace(StoreCase):
     """Where a store lies."""
 
+    def test_a_program_that_ends_without_closing_leaves_one_file(self):
+        code = ("import asyncio, flexiflow\n"
+            "engine = flexiflow.FlexiFlowEngine('x.db')\n"
+            f"engine.create_component({self.LAMP!r})\n"
+            "asyncio.run(engine.handle_message('lamp', 'press'))\n"
+            "del engine\n")
+        self.assertEqual(self.python("-c", code).returncode, 0)
+        self.assertEqual([name for name in os.listdir(self.folder) if "x.db" in name], ["x.db"])
+
     def test_an_empty_path_is_no_store_that_is_lost_at_its_end(self):
         engine = FlexiFlowEngine("")
         error = self.raises(PersistenceError, engine.status)
@@ -17757,6 +17766,24 @@ class HttpServing(Shell):
             client.sendall(head)
             self.assertEqual(client.makefile("rb").read().split()[1], b"401")
         self.assertEqual(self.ask("GET", "/health"), (200, {"status": "ok"}))
+
+    def test_a_body_that_is_too_long_is_told_so(self):
+        self.serve("--config", "lamp.json")
+        body = {"type": "press", "text": "x" * 5_000_000}
+        self.assertEqual(self.ask("POST", "/components/lamp/message", body)[0], 413)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no signals for another process")
+    def test_told_twice_it_ends_also_where_it_only_reads(self):
+        self.shown("register", "--config", "lamp.json")
+        child = self.serve("--read-only")
+        events = self.connect()
+        events.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertTrue(events.recv(100))
+        for _ in range(2):
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        self.assertEqual(
+            (child.wait(30), "Traceback" in child.stderr.read()), (child.returncode, False))
 
     def test_read_only_needs_a_store_and_changes_nothing(self):
         self.assertEqual(self.shown("serve", "--read-only", "--port", "0")[0], 1)
