@@ -9136,6 +9136,8 @@ class Timers(EngineCase):
         self.assertEqual([step["reason"] for step in self.engine.history("oven", limit=2)]
             if self.stored else [None, "the timer of Hot is over"],
             [None, "the timer of Hot is over"])
+        if self.stored:
+            self.assertEqual(self.engine.replay("oven")[0]["differences"], [])
 
     async def test_timers_fire_in_the_order_in_which_they_are_due(self):
         heard = await self.listen("state.changed", keys=("component",))
