@@ -1042,7 +1042,7 @@ def _alike(compare: Callable[[Any, Any], bool], numbers: bool = True) -> Callabl
 def _contains(whole: Any, part: Any) -> bool | None:
     """Tell whether a list, text or object has an item, piece or key; None if it cannot have it."""
     if isinstance(whole, list):
-        return any(same(part, one) for one in whole)
+        return any(part == one and same(part, one) for one in whole)  # `==` is quick to deny
     return part in whole if isinstance(whole, (str, dict)) and isinstance(part, str) else None
 
 
@@ -1354,8 +1354,8 @@ def load_symbol(dotted_path: str, allow_imports: Sequence[str] | None = None) ->
         missing = (isinstance(error, ModuleNotFoundError)
             and f"{module_name}.".startswith(f"{error.name}."))
         raise ImportError_(f"{'Module not found:' if missing else 'Cannot import'} {module_name!r}",
-            why=f"{type(error).__name__}: {error}", fix="check the spelling and sys.path" if missing
-            else "mend the module", dotted_path=dotted_path) from error
+            why=f"{type(error).__name__}: {said(error)}", dotted_path=dotted_path,
+            fix="check the spelling and sys.path" if missing else "mend the module") from error
     try:
         found = operator.attrgetter(symbol)(module)
     except AttributeError as error:
@@ -1423,7 +1423,7 @@ def load_pack(pack: Any, allow_imports: Sequence[str] | None = None) -> StatePac
             found = found()
         except Exception as error:
             raise ConfigError(f"Pack could not be made: {pack!r}",
-                why=f"{type(error).__name__}: {error}") from error
+                why=f"{type(error).__name__}: {said(error)}") from error
     lacks = [member for member in ("provides", "transitions", "depends_on")
         if not callable(getattr(found, member, None))]
     lacks += [] if isinstance(getattr(found, "name", None), str) else ["name"]
@@ -1582,7 +1582,7 @@ class Plan:
     emits: Sequence[tuple[str, Any]] = ()
     actions: Sequence[Callable[..., Any]] = ()
     timers: Sequence[tuple[float, str, int]] = ()  # (due, owning state, rule number)
-    ended: Sequence[str] = ()  # the owners of timers that end
+    ended = property(lambda self: self.passage.ended if self.passage else ())  # timers' owners
 
     def __init__(self, outcome: str, data: Json, passage: Passage | None = None) -> None:
         self.outcome, self.data, self.passage = outcome, data, passage
@@ -1633,8 +1633,8 @@ class Definition:
 
     def candidate(self, leaf: str, rule: Rule, source: str) -> tuple[Rule, Passage]:
         """Return a rule with its way from `leaf`; `source` is the state it was found on."""
-        stays = Passage(self.nodes[leaf], steps=[(leaf, rule.effects)])
-        return rule, self.passage(leaf, source, rule.to, rule) if rule.to else stays
+        return rule, (self.passage(leaf, source, rule.to, rule) if rule.to is not None
+            else Passage(self.nodes[leaf], steps=[(leaf, rule.effects)]))
 
     def passage(self, leaf: str | None, source: str, target: str,
             rule: Rule | None = None) -> Passage:
@@ -1702,8 +1702,7 @@ def follow(plan: Plan, scope: Scope) -> None:
             why=f"an effect needs it, on the way to {passage.node.name!r}",
             fix=f'guard the rule with {{"{str(error)[1:]}": {{"exists": true}}}}' + ", or give it"
             " a first value in the config's data" * str(error).startswith("$data")) from None
-    plan.data, plan.ended = scope["data"], passage.ended
-    plan.sends, plan.emits, plan.actions = sends, emits, actions
+    plan.data, plan.sends, plan.emits, plan.actions = scope["data"], sends, emits, actions
 
 
 def decide(definition: Definition, leaf: str, scope: Scope,
@@ -1720,7 +1719,7 @@ def decide(definition: Definition, leaf: str, scope: Scope,
     for rule, passage in asked:
         if rule.guard is None or rule.guard.holds(scope):
             plan = Plan("moved" if rule.to else "stayed", scope["data"], passage)
-            if passage.steps or passage.timers or passage.ended:
+            if passage.steps or passage.timers:
                 follow(plan, scope)
             return plan
     plan = Plan("class", scope["data"])
@@ -2064,7 +2063,7 @@ class _Walk:
                 sorted(map(str, pack.depends_on()))))
         except Exception as error:  # it is anybody's code
             raise ConfigError(
-                "A pack does not work", why=f"{type(error).__name__}: {error}") from error
+                "A pack does not work", why=f"{type(error).__name__}: {said(error)}") from error
         taken = {*found.providers, *(BUILT_IN_NAMES if found.policy[0] == "builtin" else ())}
         self._each([(key, cls) for key, cls in classes.items() if key not in taken], self._add)
         found.providers = {**dict.fromkeys(classes, pack.name), **found.providers}
@@ -2564,8 +2563,8 @@ def _columns(keys: Sequence[str]) -> str:
     return ", ".join("message_id" if key == "id" else key for key in keys)
 
 
-def _change_messages(**changed: str) -> str:
-    """Return an UPDATE of the queue, as far as its WHERE, that sets columns to SQL expressions.
+def _update_queue(**changed: str) -> str:
+    """Return an UPDATE of the queue, without its WHERE, that sets columns to SQL expressions.
 
     Checksums are made of what is there by then, whoever has changed it; damage stays visible.
     """
@@ -2987,7 +2986,7 @@ class SQLiteStore:
 
     def change_message(self, row: Json, **changed: Any) -> Row:
         """Return the UPDATE of a row of the queue."""
-        sql = _change_messages(**{key: f":{key}" for key in changed})
+        sql = _update_queue(**{key: f":{key}" for key in changed})
         return f"{sql} WHERE number=:number", {**changed, "number": row["number"]}
 
 
@@ -3016,16 +3015,16 @@ _NEW_ENTRY = (f"INSERT INTO flexiflow_journal({_columns(_ENTRY)}, prior, crc)"
     " VALUES (?,?,?,?,?,?,?,?,?,?)")
 _NEW_DEFINITION = "INSERT OR IGNORE INTO flexiflow_definitions(hash, body) VALUES (?,?)"
 _NO_TIMERS = "DELETE FROM flexiflow_messages WHERE component=? AND state=? AND dead IS NULL"
-# A dead one is no longer a rule's: given back, it is over.
-_OLD_TIMERS = _change_messages(rule="NULL") + " WHERE component=? AND state=? AND dead NOT NULL"
+# A dead timer of a state that is left belongs to no rule any more: given back, it is over.
+_OLD_TIMERS = _update_queue(rule="NULL") + " WHERE component=? AND state=? AND dead NOT NULL"
 _UNQUEUE = "DELETE FROM flexiflow_messages WHERE"
 _NOT_PLACED = "place IS NULL AND dead IS NULL"
 # What has come due runs in due order, and before what comes due later.
-_GIVE_PLACES = (_change_messages(place="rank + (SELECT COALESCE(MAX(place), 0)"
+_GIVE_PLACES = (_update_queue(place="rank + (SELECT COALESCE(MAX(place), 0)"
     " FROM flexiflow_messages WHERE place IS NOT NULL)") + " FROM (SELECT number AS ranked,"
     " ROW_NUMBER() OVER (ORDER BY due, number) AS rank FROM flexiflow_messages"
     f" WHERE {_NOT_PLACED} AND due<=?) WHERE number=ranked")
-_COUNT = (_change_messages(attempts="attempts + :by")
+_COUNT = (_update_queue(attempts="attempts + :by")
     + " WHERE component=:component AND message_id=:id AND place IS NOT NULL")
 _CLAIM = "UPDATE flexiflow_components SET owner=?, lease=? WHERE name=?"
 _RECLAIM = f"{_CLAIM} AND owner=?"
@@ -3214,7 +3213,7 @@ class Turn(Context):
 
     def _post_late(self, out: Outgoing) -> list[Row]:
         self.sent, keep = [out], functools.partial(self._keep, [out])
-        rows = self._queue_rows()
+        rows = self._queue_rows(Plan("sent", _EMPTY))
         if rows:
             self.late = [*self.late, self.engine.queue.write(None, rows, keep)]
         else:
@@ -3354,7 +3353,7 @@ class Turn(Context):
             return True
         queue = self.engine.queue  # without a place it is dead, or put off: by another worker
         found = queue.messages(*_of_row("place IS NOT NULL AND", self.row))
-        if found and found[0]["crc"] != self.row.get("crc"):  # other rules, or another worker
+        if found and found[0]["crc"] != self.row.get("crc"):  # claimed, or by others
             self.row.update(queue.sealed(found[0]))
         return bool(found)
 
@@ -3518,18 +3517,16 @@ class Turn(Context):
             journal.append((_NEW_DEFINITION, (definition.hash, definition.text)))
         return check, [*journal, *rows], head._replace(text=text, chain=chain, crc=crc)
 
-    def _queue_rows(self, plan: Plan | None = None) -> list[Row]:
+    def _queue_rows(self, plan: Plan) -> list[Row]:
         """Return what changes in the queue: the message itself, timers, what is sent."""
         name, definition = self.component.name, self.head.definition
-        timers = plan.timers if plan else ()
         if self.engine is _ALONE:
-            if timers or any(out.to != name or out.delay for out in self.sent):
+            if plan.timers or any(out.to != name or out.delay for out in self.sent):
                 raise StateError(
                     f"{name!r} sends or waits without an engine", fix="engine.register(it)")
             return []
-        rows = [] if self.row is None or plan is None else [_of_row(_UNQUEUE, self.row)]
-        rows += [(sql, (name, owner)) for owner in (plan.ended if plan else ())
-            for sql in (_NO_TIMERS, _OLD_TIMERS)]
+        rows = [] if self.row is None or self.over else [_of_row(_UNQUEUE, self.row)]
+        rows += [(sql, (name, owner)) for owner in plan.ended for sql in (_NO_TIMERS, _OLD_TIMERS)]
         rows += [self.engine.queue.message_row(self.now, out.to, out.id, out.correlation_id,
             _written(out.message, f"message to {out.to}"), self.now + out.delay)
             for out in self.sent]
@@ -3537,7 +3534,7 @@ class Turn(Context):
             rows.append((_GIVE_PLACES, (self.now,)))
         return rows + [self.engine.queue.message_row(self.now, name, new_id(), self.correlation_id,
                 _timer_message(definition.by_number[number], owner), due, owner, number)
-            for due, owner, number in timers]
+            for due, owner, number in plan.timers]
 
     def _keep(self, sent: Sequence[Outgoing]) -> None:
         """Remember what was sent to the component itself, to be handled before anything else."""
@@ -3683,7 +3680,7 @@ class AsyncComponent:
         def changed() -> Definition:
             rules = [] if replace else list(self.rules)
             for rule in new_rules:
-                rules += [] if any(rule == one and same(rule, one) for one in rules) else [rule]
+                rules += [] if _contains(rules, rule) else [rule]
             return self._compiled(rules, replace)
 
         await self._own_turn(changed)
@@ -3997,7 +3994,7 @@ def _decided_again(definition: Definition, then: Definition, name: str, leaf: st
         rules = definition.timers(owner) if owner in definition.sources(leaf) else []
         rules.sort(key=lambda rule: fired is None or rule.text != fired.text)  # the same one first
         rule = next((one for one in rules if one.timer_type == message["type"]), None)
-        if rule is None or str(entry["reason"]).endswith(" is over"):  # it was dead by then
+        if rule is None or entry["outcome"] == "ignored":  # it was over by then
             return ["ignored", leaf, leaf], data
         timer = definition.candidate(leaf, rule, owner)
     scope = {"message": message_of(entry), "data": data, "component": name, "state": leaf,
@@ -4080,7 +4077,7 @@ class _Delivery:
             while True:
                 if self.engine._newcomers and not ("" in self.streams or self._stopped()):
                     self.engine._newcomers = False
-                    # Which is the name of no component.
+                    # Under "", which is the name of no component.
                     self.streams[""] = asyncio.ensure_future(self.engine._settle())
                 more = not self._stopped() and await self._begin()
                 if not (self.streams or more) and (self.until_idle or self._stopped()):
@@ -4102,7 +4099,8 @@ class _Delivery:
     async def _begin(self) -> bool:
         """Give what has come due its place, and begin to deliver it, by component, in its order.
 
-        Return whether there is more, at which other processes are at work.
+        Return whether to look again soon: other processes are at work on more, or a long queue
+        has not been looked through.
         """
         await self.queue.settled()
         if self.engine._next_due() <= self.engine.clock():
@@ -4110,7 +4108,7 @@ class _Delivery:
         claimed = self.engine._held()
         self.alone = self.alone and bool(self.streams)
         room = 0 if self.alone else self.concurrency - len(self.streams)
-        start = time.monotonic()  # a long queue of those that run takes long to look through
+        start = time.monotonic()  # to look in vain through the queue of who runs: a sixth of it
         resting = bool(self.streams) and start < self.rest
         rows = self._placed([*self.streams, *claimed]) if room and not resting else []
         self.rest = self.rest if rows or resting else start + 5 * (time.monotonic() - start)
@@ -4497,7 +4495,7 @@ class FlexiFlowEngine:
     async def _settle(self, wanted: Sequence[str] = (), quick: bool = False) -> list[BaseException]:
         """Announce and write what is new, or to be updated: all, those wanted, or the `quick` ones.
 
-        Quick is who is born and runs no code for it, its own messages' neither.
+        Quick are those still to be born whose birth runs no action and sends nothing.
 
         What goes wrong is logged, or with those wanted returned. Who is in a turn now sees to it
         afterwards.
@@ -4514,7 +4512,7 @@ class FlexiFlowEngine:
                     raise
                 if wanted:
                     failed.append(error)
-                elif not quick:  # they are tried again at once
+                elif not quick:  # they are tried again at once, and said then
                     self.logger.error("%r could not be made", component.name, exc_info=error)
         return failed + [self._refused.pop(name) for name in wanted if name in self._refused]
 
@@ -4663,7 +4661,7 @@ class FlexiFlowEngine:
             if made or not found or (begun and self._held(name)):
                 return None  # its component is there by now; it is over; it is another's
             before, attempts, due, intact = found[0], 0, now + 60.0, _intact(found[0])
-            if component is None or not intact:  # nobody has tried it
+            if component is None or not intact:  # nobody has tried it, or knows how often
                 last = dead or now - before["sent"] > UNKNOWN_TARGET_LIMIT
             else:
                 attempts = before["attempts"] + (not (begun or dead))
@@ -4777,13 +4775,13 @@ class FlexiFlowEngine:
         keys = "number component id correlation_id message attempts sent dead".split()
         found = []
         for letter in letters:
-            said = _recorded(letter)
-            intact = said.pop("intact", True)  # when it was given up: else that is why it was
-            if (letter["error"] and not said) or (intact and not _intact(letter)):
+            recorded = _recorded(letter)
+            intact = recorded.pop("intact", True)  # when it was given up: else that is why it was
+            if (letter["error"] and not recorded) or (intact and not _intact(letter)):
                 raise self.queue.damaged(f"message {letter['number']}")
             with contextlib.suppress(ValueError, TypeError):
                 letter["message"] = json.loads(letter["message"])
-            found.append({**{key: letter[key] for key in keys}, **said})
+            found.append({**{key: letter[key] for key in keys}, **recorded})
         return found
 
     async def redrive(self, *numbers: int, name: str | None = None,
@@ -4985,7 +4983,7 @@ class FlexiFlowEngine:
 
     def find(self, part: str = "", *, state: str | None = None, failed: bool = False,
             waiting: bool = False, after: str = "", limit: int) -> tuple[list[str], int]:
-        """Return so many names, in order, of components that there are, and how many in all.
+        """Return at most `limit` names, in order, of components, and how many there are in all.
 
         Those whose name has a `part`, that are in a `state`, `failed` (they have dead letters),
         `waiting` (they have timers). `after` is the last name that has been seen.
@@ -5899,10 +5897,10 @@ class HttpApp:
         try:
             self._check(request)
             call, names = self._route(request)
-            await self.engine.queue.settled()  # what is shown has been committed
             if request.method == "POST":
                 names.append(await self._body(request, receive))
                 self.engine.start()
+            await self.engine.queue.settled()  # what is shown has been committed
             if call == self.events:
                 return await self.events(request, receive, send)
             answer = await call(request, *names)
@@ -6122,7 +6120,7 @@ class _Connection:
             self.writer.write(event.get("body", b""))
         await self.writer.drain()
         if self.length and "body" in event and not event.get("more_body"):
-            self.length = None  # unread, it would take the answer away from who is sending it
+            self.length = None  # closing on an unread body resets the connection: no answer
             self.writer.write_eof()
             await asyncio.wait_for(_disconnected(self.receive), PATIENCE)
 
@@ -6182,7 +6180,8 @@ class HttpServer:
 
     async def _serve(self, client: _Connection) -> None:
         """Read a request, and let the app answer it."""
-        end, client.length = time.monotonic() + PATIENCE, 1  # or more: its head will say
+        end = time.monotonic() + PATIENCE
+        client.length = 1  # at least, until its head says how long the body is
         try:
             head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), PATIENCE)
         except asyncio.LimitOverrunError:
@@ -6285,7 +6284,7 @@ async def watch_config(engine: FlexiFlowEngine, path: Path, name: str | None = N
             if await engine.adopt(path, name) or failed:
                 engine.logger.warning("%s is taken over", os.fspath(path))
         except Exception as error:
-            engine.reload_error = str(error)
+            engine.reload_error = said(error)
             engine.logger.error("%s is not taken over", os.fspath(path), exc_info=error)
 
     # In this order: when the config is read, the watch has seen its file, and what is written from
@@ -7591,9 +7590,11 @@ def _details(facts: Json, now: float) -> Iterator[str]:
 @command("history order-17", "show the steps, the newest last", "read",
     "component --limit --before --since")
 def cmd_history(args: Any, engine: FlexiFlowEngine) -> int:
-    every = args.component is None or not engine._kept(args.component)  # raises if there is none
+    if args.component is not None:
+        engine._kept(args.component)  # raises if there is none
     steps = engine.history(
         args.component, limit=args.limit, before=args.before, since=args.since or 0)[::-1]
+    every = args.component is None
     header = ("V", "WHEN", *["COMPONENT"] * every, "MESSAGE", "FROM", "TO", "OUTCOME", "ID")
     return tell(args, steps, table(header, ((step["seq"], _when(step["time"]),
         *[step["component"]] * every, step["message"].get("type", "-"), step["from_state"],

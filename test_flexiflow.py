@@ -9524,18 +9524,23 @@ class QueueStored(Queue):
             self.assertEqual(await self.engine.run(until_idle=True), 60)
         self.assertLess(len(looks), 30)
 
-    async def test_a_slow_first_entry_holds_up_no_other_component(self):
-        path, begun, go = self.waiting()
-        states = {"A": {"entry": {"action": path}}, "B": {}}
-        slow = self.machine({"on": "go", "to": "B"}, name="slow", states=states)
-        self.engine.create_component(slow)
-        self.engine.create_component(self.LAMP)
-        for name, kind in (("slow", "go"), ("lamp", "press")):
+    async def beside(self, slow, begun, *messages):
+        """Return a run in which a lamp was pressed while what has begun in a slow one goes on."""
+        for config in (slow, self.LAMP):
+            self.engine.create_component(config)
+        for name, kind in (*messages, ("lamp", "press")):
             await self.engine.send(name, kind)
         work = asyncio.ensure_future(self.engine.run(until_idle=True))
         await begun.wait()
         while self.engine.get("lamp").state == "Off":
             await asyncio.sleep(0.001)
+        return work
+
+    async def test_a_slow_first_entry_holds_up_no_other_component(self):
+        path, begun, go = self.waiting()
+        states = {"A": {"entry": {"action": path}}, "B": {}}
+        slow = self.machine({"on": "go", "to": "B"}, name="slow", states=states)
+        work = await self.beside(slow, begun, ("slow", "go"))
         held = self.engine.get("slow").state, work.done()
         go.set()
         self.assertEqual((held, await work, self.engine.get("slow").state), (("A", False), 2, "B"))
@@ -9544,13 +9549,7 @@ class QueueStored(Queue):
         path, begun, go = self.waiting()
         states = {"A": {"entry": {"send": {"to": "slow", "type": "go"}}}}
         slow = self.machine({"on": "go", "action": path}, name="slow", states=states)
-        self.engine.create_component(slow)
-        self.engine.create_component(self.LAMP)
-        await self.engine.send("lamp", "press")
-        work = asyncio.ensure_future(self.engine.run(until_idle=True))
-        await begun.wait()
-        while self.engine.get("lamp").state == "Off":
-            await asyncio.sleep(0.001)
+        work = await self.beside(slow, begun)
         held = work.done()
         go.set()
         await work
@@ -11082,7 +11081,7 @@ class DeadLetters(EngineCase):
 
         def after_another(check, rows, done=None):  # another process is a moment quicker
             queue.write = write
-            write(None, [(ff._change_messages(dead="NULL") + " WHERE message_id='1'", ())])
+            write(None, [(ff._update_queue(dead="NULL") + " WHERE message_id='1'", ())])
             return write(check, rows, done)
 
         queue.write = after_another
@@ -16657,20 +16656,21 @@ class UsageErrors(Shell):
                     "handle", "--config", "lamp.json", "press", "--data", data)
                 self.assertEqual((code, out, err.startswith("error: ")), (2, "", True))
 
-    def test_an_argument_that_an_action_has_wrong_is_a_failure(self):
+    def write_wrong_action(self):
+        """Write a config, c.json, whose action gives flexiflow an argument that makes no sense."""
         self.write("shop.py", "from flexiflow import RetryConfig\n\n"
             "def ship(message, component):\n    RetryConfig(max_attempts=0)\n")
         self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}, "B": {}},
             "rules": [{"from": "A", "on": "go", "to": "B", "action": "shop:ship"}]})
+
+    def test_an_argument_that_an_action_has_wrong_is_a_failure(self):
+        self.write_wrong_action()
         code, out, err = self.shown("handle", "--config", "c.json", "go")
         self.assertEqual((code, out, err),
             (1, "", "error: max_attempts is not a number of at least 1: 0\n"))
 
     def test_so_it_is_where_only_compiled_code_lies(self):
-        self.write("shop.py", "from flexiflow import RetryConfig\n\n"
-            "def ship(message, component):\n    RetryConfig(max_attempts=0)\n")
-        self.write("c.json", {"name": "c", "initial_state": "A", "states": {"A": {}, "B": {}},
-            "rules": [{"from": "A", "on": "go", "to": "B", "action": "shop:ship"}]})
+        self.write_wrong_action()
         py_compile.compile(str(HERE / "flexiflow.py"), self.path("flexiflow.pyc"), doraise=True)
         done = self.python("-c", "import flexiflow, sys; sys.exit(flexiflow.main())",
             "handle", "--config", "c.json", "go", env={"PYTHONPATH": str(self.folder)})
@@ -17774,18 +17774,13 @@ class HttpServing(Shell):
         body = {"type": "press", "text": "x" * 5_000_000}
         self.assertEqual(self.ask("POST", "/components/lamp/message", body)[0], 413)
 
-    @unittest.skipIf(os.name == "nt", "Windows has no signals for another process")
-    def test_told_twice_it_ends_also_where_it_only_reads(self):
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "no such signals here")
+    def test_told_twice_it_waits_for_nothing_also_where_it_only_reads(self):
         self.shown("register", "--config", "lamp.json")
         child = self.serve("--read-only")
-        events = self.connect()
-        events.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        self.assertTrue(events.recv(100))
-        for _ in range(2):
-            child.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-        self.assertEqual(
-            (child.wait(30), "Traceback" in child.stderr.read()), (child.returncode, False))
+        for told in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            child.send_signal(told)  # both before it has done anything about the first
+        self.assertEqual((child.wait(30), child.stderr.read()), (130, "interrupted\n"))
 
     def test_read_only_needs_a_store_and_changes_nothing(self):
         self.assertEqual(self.shown("serve", "--read-only", "--port", "0")[0], 1)
