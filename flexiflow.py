@@ -2775,7 +2775,7 @@ class SQLiteStore:
                 write.future.set_exception(self._translate(failure, unknown))
             elif not write.future.done():
                 write.future.set_result(write.answer)
-        self._loop.call_soon(self._flush)
+        self._loop.call_soon(self._loop.call_soon, self._flush)  # first, who waits in `settled`
 
     def backup(self, path: str) -> None:
         """Copy the store as it is now into a new file, whole or not at all."""

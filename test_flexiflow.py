@@ -17460,14 +17460,17 @@ class HttpRoutes(HttpCase):
             return sqlite3.OperationalError("database or disk is full")
 
         store._mean, store._commit = 1.0, fails_slowly  # slow: in a thread
-        pay = asyncio.ensure_future(self.engine.handle_message("order", "pay", amount=1))
+        before_it = store.write(None, [])  # when this has failed, the next commit is under way
         while store._committing is None:
             await asyncio.sleep(0)
+        pay = asyncio.ensure_future(self.engine.handle_message("order", "pay", amount=1))
+        await self.passes()
         shown = asyncio.gather(*(self.ask("GET", path) for path in asks))
         await self.passes()
         go.set()
-        with self.assertRaises(PersistenceError):
-            await pay
+        for failed in (before_it, pay):
+            with self.assertRaises(PersistenceError):
+                await failed
         store._commit = commit
         found = [answer for _, _, answer in await shown]
         self.assertEqual(found[:3], before[:3])
